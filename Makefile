@@ -1,0 +1,58 @@
+# Two commands are all it takes:
+#
+#   make lab    set everything up in .venv and open JupyterLab on the first chapter
+#   make test   set everything up and run every check
+#
+# Variables, for either:
+#
+#   PYTHON=/path/to/python3.12   the Python to set up with (3.11 to 3.14)
+#   TORCH=own                    use the torch that PYTHON already has, not the pinned one
+#   ARGS="--no-browser"          more arguments, for JupyterLab or for pytest
+#   BROWSER=none                 make test: do not install a browser when there is none
+#
+# Paths are relative and nothing runs through a console script, so that the clone may lie under any path.
+
+SHELL = /bin/sh
+PY = .venv/bin/python
+ARGS =
+BROWSER = chromium
+NOTEBOOKS = $(sort $(wildcard notebooks/*.ipynb))
+NBVAL = --nbval --nbval-sanitize-with tests/notebooks/sanitize.cfg --nbval-cell-timeout 120 $(NOTEBOOKS)
+export PYTHON TORCH
+
+.PHONY: help lab test setup browser lint types format notebooks clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
+
+lab: setup
+	@$(PY) -m kvgather.workbook.launch $(ARGS)
+
+# The last line of the output is pytest's own: CI reads it.
+test: setup lint types browser
+	$(PY) -m pytest -n 2 --dist loadscope tests $(if $(NOTEBOOKS),$(NBVAL)) $(ARGS)
+
+setup:
+	@sh tools/setup.sh
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: setup
+	$(PY) -m mypy
+
+format: setup
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+# Runs every chapter again and writes its outputs back.
+notebooks: setup
+	$(PY) -m kvgather.workbook.execute $(NOTEBOOKS)
+
+browser:
+	@BROWSER="$(BROWSER)" sh tools/browser.sh
+
+# my-notebooks/ stays: the reader's work is in it.
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

@@ -1,0 +1,1 @@
+"""What the notebooks use: figures, widgets, exercise checks, and the launcher behind `make lab`."""

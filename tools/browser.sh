@@ -1,0 +1,17 @@
+#!/bin/sh
+# Installs Debian's Chromium and its driver for tests/browser/ where that takes no question: as root, with apt-get.
+# Everywhere else the browser tests say why they skip.
+set -eu
+
+[ "${BROWSER:-chromium}" != none ] || exit 0
+! { command -v chromium && command -v chromedriver; } >/dev/null 2>&1 || exit 0
+{ [ "$(id -u)" = 0 ] && command -v apt-get; } >/dev/null 2>&1 || exit 0
+
+echo "kvgather: installing chromium for the browser tests (BROWSER=none leaves it out)" >&2
+log=$(mktemp)
+export DEBIAN_FRONTEND=noninteractive
+if ! { apt-get update && apt-get install --yes --no-install-recommends chromium chromium-driver; } >"$log" 2>&1 </dev/null; then
+    tail -n 3 "$log" >&2
+    echo "kvgather: that did not work; the browser tests will skip" >&2
+fi
+rm -f "$log"

@@ -1,0 +1,19 @@
+"""Prints what pyproject.toml asks for, less torch and triton: the installs of `make ... TORCH=own`."""
+
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+
+def main() -> None:
+    """Print one requirement a line: the core ones and those of the extras in argv[1], comma-separated."""
+    project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
+    requirements = list(project["dependencies"])
+    for extra in sys.argv[1].split(","):
+        requirements += project["optional-dependencies"][extra]
+    print("\n".join(line for line in requirements if not re.match(r"(torch|triton|triton-windows)\b(?!-)", line)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+#!/bin/sh
+# Makes .venv, or brings it up to date, or finds that nothing changed. `make` calls it from the repository root.
+#
+#   PYTHON   the Python to use; without it the first of python3, python3.11 … python3.14 that fits
+#   TORCH    "pinned": torch and triton from constraints.txt; "own": the torch that PYTHON already has.
+#            Without it: as .venv was made; a new one is pinned.
+set -eu
+
+say() { printf 'kvgather: %s\n' "$*" >&2; }
+fail() { say "$*"; exit 1; }
+
+[ -f pyproject.toml ] || fail "run this from the repository root, where pyproject.toml is"
+[ -w . ] || fail "this folder cannot be written to, and .venv belongs in it: make a clone where you may write"
+
+torch=${TORCH:-}
+if [ -z "$torch" ]; then
+    torch=pinned
+    ! grep -q 'include-system-site-packages = true' .venv/pyvenv.cfg 2>/dev/null || torch=own
+fi
+case $torch in pinned|own) ;; *) fail "TORCH=$torch is neither 'pinned' nor 'own'" ;; esac
+
+extras=notebooks,test
+! command -v nvidia-smi >/dev/null 2>&1 || extras=$extras,nvidia
+
+# The folder is part of the key because a moved clone must be installed again.
+key=$({ pwd; echo "$torch $extras ${PYTHON:-}"; cat pyproject.toml constraints.txt tools/setup.sh; } | cksum)
+if [ "$key" = "$(cat .venv/ready 2>/dev/null)" ] && .venv/bin/python -c '' 2>/dev/null; then
+    exit 0
+fi
+
+fits() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null; }
+
+python=
+for candidate in ${PYTHON:+"$PYTHON"} python3 python3.11 python3.12 python3.13 python3.14; do
+    if fits "$candidate"; then
+        python=$candidate
+        break
+    fi
+    [ -z "${PYTHON:-}" ] || break
+done
+if [ -z "$python" ]; then
+    candidate=${PYTHON:-python3}
+    found=$("$candidate" --version 2>&1) || found="no $candidate"
+    fail "needs Python 3.11 to 3.14, and found $found. Install one, or name it: make lab PYTHON=/path/to/python3.12"
+fi
+"$python" -c 'import ensurepip, venv' 2>/dev/null ||
+    fail "$("$python" --version) lacks its venv module (on Debian and Ubuntu: apt-get install python3-venv)"
+if [ "$torch" = own ]; then
+    "$python" -c 'import torch' 2>/dev/null ||
+        fail "TORCH=own needs a torch in $python, and it has none. Name the Python that has one with PYTHON="
+fi
+
+# An environment of the other mode, of another Python or with a lost Python is made anew; any other is updated.
+wanted=$("$python" -c 'import sys; print(*sys.version_info[:2])')
+present=$(.venv/bin/python -c 'import sys; print(*sys.version_info[:2])' 2>/dev/null) || present=none
+site=false
+[ "$torch" != own ] || site=true
+if [ "$wanted" != "$present" ] || ! grep -q "include-system-site-packages = $site" .venv/pyvenv.cfg; then
+    say "making .venv with $("$python" --version)"
+    if [ "$torch" = own ]; then
+        "$python" -m venv --clear --system-site-packages .venv
+    else
+        "$python" -m venv --clear .venv
+    fi
+fi
+rm -f .venv/ready
+
+say "installing into .venv (the first time takes a few minutes)"
+install() { .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"; }
+# Without isolation, so that the build backend too is the one that constraints.txt pins.
+install -c constraints.txt hatchling editables
+if [ "$torch" = own ]; then
+    grep -vE '^(torch|triton)==' constraints.txt >.venv/constraints.txt
+    .venv/bin/python tools/requirements.py "$extras" >.venv/requirements.txt
+    install -c .venv/constraints.txt -r .venv/requirements.txt
+    install --no-deps --no-build-isolation -e .
+else
+    install -c constraints.txt --no-build-isolation -e ".[$extras]"
+fi
+printf '%s\n' "$key" >.venv/ready
