@@ -12,7 +12,9 @@ def main() -> None:
     requirements = list(project["dependencies"])
     for extra in sys.argv[1].split(","):
         requirements += project["optional-dependencies"][extra]
-    print("\n".join(line for line in requirements if not re.match(r"(torch|triton|triton-windows)\b(?!-)", line)))
+    for line in requirements:
+        if not re.match(r"(torch|triton|triton-windows)\b(?!-)", line):
+            print(line)
 
 
 if __name__ == "__main__":
