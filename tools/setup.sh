@@ -66,7 +66,10 @@ fi
 rm -f .venv/ready
 
 say "installing into .venv (the first time takes a few minutes)"
-install() { .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"; }
+# A person sees pip's progress; a log has only what went wrong.
+quiet=--progress-bar=on
+[ -t 1 ] || quiet=-qq
+install() { .venv/bin/python -m pip install $quiet --disable-pip-version-check "$@"; }
 # Without isolation, so that the build backend too is the one that constraints.txt pins.
 install -c constraints.txt hatchling editables
 if [ "$torch" = own ]; then
