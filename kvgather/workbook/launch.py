@@ -40,7 +40,7 @@ def find_root() -> Path:
 def copy_notebooks(root: Path) -> list[str]:
     """Bring the reader's copy of the notebooks up to date without ever overwriting a file in it.
 
-    A chapter that the reader lacks, or deleted, is copied. A chapter whose original changed since is put beside
+    A chapter that the reader lacks, or deleted, is copied. One whose original changed since is put beside
     the reader's own, as `NN_name.new.ipynb`, once for each change.
 
     Args:
