@@ -1,0 +1,234 @@
+"""The repository agrees with itself: versions, dependencies, contents, and which way its imports point."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = PYPROJECT["project"]
+
+
+def requirements(*extras: str) -> list[Requirement]:
+    lines = [*PROJECT["dependencies"]]
+    for extra in extras:
+        lines += PROJECT["optional-dependencies"][extra]
+    return [Requirement(line) for line in lines]
+
+
+def constraints() -> dict[str, Version]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return {canonical(pin.name): Version(str(pin.specifier).removeprefix("==")) for pin in pins}
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def tracked_files() -> list[Path]:
+    """What git tracks; in an unpacked archive, which has no git, nothing is checked and the tests say so."""
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listing.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in listing.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "kvgather/__init__.py",
+        "kvgather/py.typed",
+        "notebooks",
+        "tests",
+        "pyproject.toml",
+        "constraints.txt",
+        "environment.yml",
+        "Makefile",
+        ".ci/run",
+        "README.md",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "LICENSE",
+    ],
+)
+def test_everything_is_in_its_place(name: str) -> None:
+    assert (ROOT / name).exists()
+
+
+def test_newest_version_in_the_changelog_is_the_packages() -> None:
+    headings = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    versions = [Version(heading) for heading in headings]
+    assert versions == sorted(versions, reverse=True)
+    assert headings[0] == PROJECT["version"]
+
+
+def test_dependencies_are_ranges() -> None:
+    for requirement in requirements(*PROJECT["optional-dependencies"]):
+        operators = {clause.operator for clause in requirement.specifier}
+        assert ">=" in operators and "==" not in operators, requirement
+
+
+def test_triton_is_asked_for_where_it_exists() -> None:
+    platforms = {}
+    for platform in ("linux", "win32", "darwin"):
+        names = {
+            item.name
+            for item in requirements()
+            if item.marker is None or item.marker.evaluate({"sys_platform": platform})
+        }
+        platforms[platform] = names
+    assert platforms == {
+        "linux": {"torch", "triton"},
+        "win32": {"torch", "triton-windows"},
+        "darwin": {"torch"},
+    }
+
+
+def test_constraints_pin_every_direct_dependency_within_its_range() -> None:
+    pins = constraints()
+    for requirement in requirements("notebooks", "test"):
+        if requirement.marker is None or requirement.marker.evaluate({"sys_platform": "linux"}):
+            assert requirement.specifier.contains(pins[canonical(requirement.name)]), requirement
+
+
+def test_constraints_are_pins_and_nothing_else() -> None:
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        assert line.startswith("#") or re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!]+", line), line
+
+
+def test_environment_yml_installs_the_same() -> None:
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+    assert environment["name"] == PROJECT["name"]
+    assert environment["channels"] == ["conda-forge"]
+    *conda, through_pip = environment["dependencies"]
+    conda = [Requirement(line) for line in conda]
+    assert [item.name for item in conda] == ["python", "pip", "make"]
+    assert PROJECT["requires-python"] in str(conda[0].specifier).split(",")
+    constraint, editable = through_pip["pip"]
+    assert constraint == "-c constraints.txt"
+    extras = re.fullmatch(r"-e \.\[(.+)\]", editable)
+    assert extras, editable
+    assert set(extras[1].split(",")) == set(PROJECT["optional-dependencies"]) - {"nvidia"}
+
+
+# Written in pieces, so that this file passes its own test.
+FORBIDDEN = {
+    "a package registry's host": re.compile(
+        "|".join(["pypi" + r"\.org", "python" + "hosted", "deb" + r"\.debian"])
+    ),
+    "a path of somebody's machine": re.compile(r"(?<![\w.])/(?:home|root|Users|work|tmp)" + r"/\w"),
+}
+
+
+@pytest.mark.parametrize("what", FORBIDDEN)
+def test_no_tracked_file_names(what: str) -> None:
+    found = []
+    for path in tracked_files():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue  # a picture
+        if path.suffix == ".ipynb":
+            text = re.sub(r'"image/png": "[^"]*"', "", text)
+        for number, line in enumerate(text.splitlines(), 1):
+            if FORBIDDEN[what].search(line):
+                found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}")
+    assert not found, "\n".join(found)
+
+
+def test_import_stays_light() -> None:
+    heavy = ["kvgather." + name for name in ("lab", "bench", "workbook", "serving", "cli")]
+    heavy += ["IPython", "ipywidgets", "jupyter_core", "matplotlib", "transformers"]
+    code = f"import sys, kvgather; print([name for name in {heavy} if name in sys.modules])"
+    child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert child.stdout.strip() == "[]"
+
+
+# Who stands on whom: a module may import from its own layer's package or from a lower layer.
+LAYERS = [
+    {"device"},
+    {"formats"},
+    {"plan", "blocks"},
+    {"gather"},
+    {"cache"},
+    {"attention"},
+    {"serving"},
+]
+ON_TOP = {"lab", "bench", "workbook", "cli"}
+MODULES = sorted((ROOT / "kvgather").rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path) -> set[str]:
+    """The modules of this package that a file imports, at the top or inside a function."""
+    here = module_name(path).split(".")
+    package = here if path.name == "__init__.py" else here[:-1]
+    known = {module_name(other) for other in MODULES}
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*base, *(node.module.split(".") if node.module else [])])
+            submodules = [f"{source}.{alias.name}" for alias in node.names]
+            inside = [name for name in submodules if name in known]
+            # `from kvgather.gather import kernel` imports the module, not the package's own names.
+            names = inside if len(inside) == len(submodules) else [source, *inside]
+        else:
+            continue
+        found.update(name for name in names if name.split(".")[0] == "kvgather")
+    return found
+
+
+def layer(module: str) -> int:
+    """The height of a module: that of its part of the package; `kvgather` itself gathers the public names."""
+    part = module.split(".")[1]
+    if part in ON_TOP:
+        return len(LAYERS)
+    return next(height for height, parts in enumerate(LAYERS) if part in parts)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=[str(path.relative_to(ROOT)) for path in MODULES])
+def test_imports_point_down(path: Path) -> None:
+    module = module_name(path)
+    used = imports(path)
+    if module == "kvgather":
+        below = {name for name in used if layer(name) < len(LAYERS)}
+        assert used == below, "the public face imports a part that stands on top of it"
+        return
+    for name in used:
+        if layer(module) < len(LAYERS):
+            assert name != "kvgather", f"{module} imports the public face, which imports it"
+            same = name.split(".")[1] == module.split(".")[1]
+            assert same or layer(name) < layer(module), f"{module} imports {name}"
+
+
+def test_no_import_goes_in_a_circle() -> None:
+    graph = {module_name(path): imports(path) for path in MODULES}
+    done: set[str] = set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, " → ".join([*trail, module])
+        if module not in done:
+            for name in graph.get(module, ()):
+                visit(name, (*trail, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
