@@ -1,8 +1,8 @@
 """The gather as it was: one program per (token, head), and a flag that says what the scale is.
 
-This is our own writing of the algorithm that inference engines shipped, bug included. The kernel indexes the
-scale as `[block, head, slot]` whenever it is told `PER_TOKEN`; the launcher passes on the caller's flag, True by
-default, and never looks at the scale. A one-element scale is then read far beyond its end.
+This is our own writing of the algorithm that inference engines shipped, bug included. The kernel indexes
+the scale as `[block, head, slot]` whenever it is told `PER_TOKEN`; the launcher passes on the caller's flag,
+True by default, and never looks at the scale. A one-element scale is then read far beyond its end.
 `kvgather.gather` is the gather as it should be.
 """
 
@@ -187,8 +187,8 @@ def cp_mha_gather_cache_shipped_fix(
         k_is_scalar, v_is_scalar = k_scales.numel() == 1, v_scales.numel() == 1
         if k_is_scalar != v_is_scalar:
             raise ValueError(
-                f"k_scales has {k_scales.numel()} elements, v_scales {v_scales.numel()}; accepted: one each, or "
-                "several each"
+                f"k_scales has {k_scales.numel()} elements, v_scales {v_scales.numel()}; "
+                "accepted: one each, or several each"
             )
         if k_is_scalar:
             per_token_quant = False
