@@ -1,0 +1,236 @@
+"""PagedKVCache: a pool of pages for K and one for V, their scales, and the layout they are in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .device import has_gpu
+from .formats.checks import check_choice, check_int, check_tensor
+from .formats.fp8 import FLOATS, check_pool_dtype
+from .formats.layout import Geometry, key_shape, value_shape
+from .formats.scale import KINDS, Scale, check_values, kind_shape, resolve
+from .gather import gather
+from .plan import GatherPlan
+from .scatter import SlotError, scatter
+
+
+class PagedKVCache:
+    """A paged KV cache.
+
+    Attributes:
+        key_cache, value_cache: the pools, shaped as `layout` says (see `kvgather.formats.layout`).
+        k_scale, v_scale: FP32 tensors in the shape of their kind, or None.
+        geometry: the sizes, dtype and device.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        page_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        v_head_dim: int | None = None,
+        layout: str = "NHD",
+        dtype: torch.dtype = torch.float8_e4m3fn,
+        scale: str | tuple[str, str] = "per-tensor",
+        k_scale: Tensor | float | None = None,
+        v_scale: Tensor | float | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Allocate an empty cache; every slot holds zeros with scale 1.
+
+        Args:
+            num_blocks, page_size: pages of the pool, and tokens per page.
+            num_kv_heads, head_dim, v_head_dim: heads, and dims of K and V; `v_head_dim` None is `head_dim`.
+            layout: "NHD", "HND" or "SHUFFLE".
+            dtype: float8_e4m3fn, float8_e4m3fnuz, float8_e5m2, bfloat16, float16 or float32.
+            scale: a kind, or (K's kind, V's kind).
+            k_scale, v_scale: the scales, in the shape of their kind; None is 1 everywhere. A per-token-head scale is
+                written by `write`.
+            device: where; None is the GPU if there is one, else the CPU.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong.
+        """
+        check_pool_dtype(dtype, "dtype")
+        sizes = [
+            check_int(num_blocks, "num_blocks"),
+            check_int(page_size, "page_size", minimum=1),
+            check_int(num_kv_heads, "num_kv_heads", minimum=1),
+        ]
+        k_dim = check_int(head_dim, "head_dim", minimum=1)
+        v_dim = k_dim if v_head_dim is None else check_int(v_head_dim, "v_head_dim", minimum=1)
+        where = torch.device(device if device is not None else "cuda" if has_gpu() else "cpu")
+        kinds = _pair_of_kinds(scale)
+        key_cache = torch.zeros(key_shape(layout, *sizes, k_dim, dtype.itemsize), dtype=dtype, device=where)
+        value_cache = torch.zeros(
+            value_shape(layout, *sizes, v_dim, dtype.itemsize), dtype=dtype, device=where
+        )
+        scales = [
+            torch.ones(kind_shape(kind, sizes[0], sizes[2], sizes[1]) or (1,), device=where)
+            if given is None and kind != "none"
+            else given
+            for kind, given in zip(kinds, (k_scale, v_scale), strict=True)
+        ]
+        self._set(key_cache, value_cache, layout, (scales[0], scales[1]), kinds)
+
+    @classmethod
+    def from_tensors(
+        cls,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        *,
+        layout: str,
+        k_scale: Tensor | float | None = None,
+        v_scale: Tensor | float | None = None,
+        k_kind: str | None = None,
+        v_kind: str | None = None,
+    ) -> PagedKVCache:
+        """Wrap an engine's own pools and scales; nothing is copied.
+
+        Args:
+            key_cache, value_cache: pools in `layout`, any strides.
+            layout: "NHD", "HND" or "SHUFFLE".
+            k_scale, v_scale: None, a float, or FP32 tensors (see `kvgather.formats.scale`).
+            k_kind, v_kind: the scale's kind, where its shape should not decide.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong.
+        """
+        cache = cls.__new__(cls)
+        cache._set(key_cache, value_cache, layout, (k_scale, v_scale), (k_kind, v_kind))
+        return cache
+
+    def _set(
+        self,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        layout: str,
+        scales: tuple[Tensor | float | None, Tensor | float | None],
+        kinds: tuple[str | None, str | None],
+    ) -> None:
+        self.geometry = Geometry.of(key_cache, value_cache, layout)
+        self.key_cache, self.value_cache = key_cache, value_cache
+        g = self.geometry
+        self._scales: tuple[Scale, Scale] = tuple(  # type: ignore[assignment]
+            resolve(
+                scale,
+                f"{name}_scale",
+                num_blocks=g.num_blocks,
+                num_heads=g.num_kv_heads,
+                page_size=g.page_size,
+                device=g.device,
+                kind=kind,
+            )
+            for name, scale, kind in zip("kv", scales, kinds, strict=True)
+        )
+        self._too_large = torch.full(
+            (1,), -1, dtype=torch.int64, device=g.device
+        )  # the largest slot refused so far
+
+    @property
+    def layout(self) -> str:
+        return self.geometry.layout
+
+    @property
+    def k_scale(self) -> Tensor | None:
+        return self._scales[0].tensor
+
+    @property
+    def v_scale(self) -> Tensor | None:
+        return self._scales[1].tensor
+
+    @property
+    def k_kind(self) -> str:
+        return self._scales[0].kind
+
+    @property
+    def v_kind(self) -> str:
+        return self._scales[1].kind
+
+    @property
+    def num_slots(self) -> int:
+        return self.geometry.num_blocks * self.geometry.page_size
+
+    def __repr__(self) -> str:
+        g = self.geometry
+        dims = f"{g.head_dim}" if g.head_dim == g.v_head_dim else f"{g.head_dim}/{g.v_head_dim}"
+        kinds = self.k_kind if self.k_kind == self.v_kind else f"{self.k_kind}/{self.v_kind}"
+        return (
+            f"PagedKVCache({g.num_blocks} blocks × {g.page_size} tokens × {g.num_kv_heads} heads × {dims}, {g.layout}, "
+            f"{g.dtype}, {kinds}, {g.device})"
+        )
+
+    def write(self, k: Tensor, v: Tensor, slots: Tensor, backend: str = "auto") -> None:
+        """Quantize new tokens and put each into its slot.
+
+        Values are divided by the scale, clamped to the format's ±max and rounded to nearest even. A per-token-head
+        scale is computed from the token and stored; the other kinds are used as they were given.
+
+        Args:
+            k, v: `[n, heads, head_dim]` and `[n, heads, v_head_dim]`, floating point, on the cache's device.
+            slots: `[n]` int32 or int64, `block_id * page_size + offset`; a negative slot is padding and is skipped.
+            backend: "triton", "torch", or "auto": Triton on a GPU, torch on a CPU.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong; nothing was written.
+            SlotError: on a CPU, a slot is past the pool or comes twice. On a GPU that would need a wait: there a slot
+                past the pool is skipped, and `check()` raises. Of two writes to one slot either may win.
+        """
+        g = self.geometry
+        for name, tensor, dim in (("k", k, g.head_dim), ("v", v, g.v_head_dim)):
+            check_tensor(tensor, name, ndim=3, dtypes=FLOATS, device=g.device)
+            if tensor.shape[1:] != (g.num_kv_heads, dim):
+                raise ValueError(
+                    f"{name} has shape {list(tensor.shape)}; accepted: [n, {g.num_kv_heads}, {dim}]"
+                )
+        check_tensor(slots, "slots", ndim=1, dtypes=(torch.int32, torch.int64), device=g.device)
+        if not len(k) == len(v) == len(slots):
+            raise ValueError(
+                f"k, v and slots have {len(k)}, {len(v)} and {len(slots)} tokens; accepted: as many of each"
+            )
+        if len(slots) == 0:
+            return
+        scatter(self.key_cache, self.value_cache, g, self._scales, k, v, slots, self._too_large, backend)
+
+    def gather(
+        self, plan: GatherPlan, out_dtype: torch.dtype = torch.bfloat16, out: tuple[Tensor, Tensor] | None = None,
+        backend: str = "auto",
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """K and V of a plan's tokens as dense rows; see `kvgather.gather`.
+
+        Returns:
+            K `[total_tokens, heads, head_dim]` and V `[total_tokens, heads, v_head_dim]`.
+        """
+        return gather(
+            self.key_cache, self.value_cache, plan, layout=self.layout, k_scale=self.k_scale, v_scale=self.v_scale,
+            k_kind=self.k_kind, v_kind=self.v_kind, out_dtype=out_dtype, out=out, backend=backend,
+        )  # fmt: skip
+
+    def check(self) -> None:
+        """Raise if a write was given slots past the pool, or if a scale holds a value that no scale may have.
+
+        Waits for the GPU.
+
+        Raises:
+            SlotError: with the largest slot that was skipped.
+            ValueError: a scale is NaN, infinite, zero or negative somewhere.
+        """
+        largest = int(self._too_large)
+        if largest >= 0:
+            raise SlotError(
+                f"slots held {largest}; accepted: below {self.num_slots}, or negative for padding"
+            )
+        for name, scale in zip(("k_scale", "v_scale"), self._scales, strict=True):
+            check_values(scale, name)
+
+
+def _pair_of_kinds(scale: object) -> tuple[str, str]:
+    if isinstance(scale, str):
+        return check_choice(scale, "scale", KINDS), scale
+    if isinstance(scale, (tuple, list)) and len(scale) == 2:
+        return check_choice(scale[0], "scale[0]", KINDS), check_choice(scale[1], "scale[1]", KINDS)
+    raise TypeError(
+        f"scale is {scale!r:.60}; accepted: a kind, or a pair (K's kind, V's kind), of {', '.join(KINDS)}"
+    )

@@ -1,0 +1,81 @@
+"""Argument checks that every public function shares; each error names the argument, what came and what is accepted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def dtype_name(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_tensor(
+    value: object,
+    name: str,
+    *,
+    ndim: int | None = None,
+    dtypes: Sequence[torch.dtype] | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Return `value` if it is a dense tensor of the wanted rank, dtype and device, inside its own memory.
+
+    Raises:
+        TypeError: it is no tensor, or its dtype is not accepted.
+        ValueError: its rank, device or layout is not accepted, or its strides reach past its storage.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is {type(value).__name__} {value!r:.60}; accepted: a torch.Tensor")
+    if value.layout != torch.strided:
+        raise ValueError(f"{name} has layout {value.layout}; accepted: a dense (strided) tensor")
+    if dtypes is not None and value.dtype not in dtypes:
+        accepted = ", ".join(dtype_name(d) for d in dtypes)
+        raise TypeError(f"{name} has dtype {dtype_name(value.dtype)}; accepted: {accepted}")
+    if ndim is not None and value.ndim != ndim:
+        raise ValueError(f"{name} has shape {list(value.shape)}; accepted: {ndim} dimensions")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name} is on {value.device}; accepted: {device}")
+    check_inside_storage(value, name)
+    return value
+
+
+def extent(tensor: Tensor) -> int:
+    """Elements from the first to the last one that a tensor's strides can reach, both counted; 0 if it is empty."""
+    if tensor.numel() == 0:
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def check_inside_storage(tensor: Tensor, name: str) -> None:
+    """Raise ValueError if a tensor's strides reach past its storage (a storage can be shrunk under its views)."""
+    if tensor.is_meta or type(tensor) not in (Tensor, torch.nn.Parameter):
+        return  # fake tensors have no memory to leave
+    needed = (tensor.storage_offset() + extent(tensor)) * tensor.element_size() if tensor.numel() else 0
+    held = tensor.untyped_storage().nbytes()
+    if needed > held:
+        raise ValueError(
+            f"{name} with shape {list(tensor.shape)}, strides {list(tensor.stride())} and offset "
+            f"{tensor.storage_offset()} reaches byte {needed} of its memory, which has {held}; accepted: strides "
+            "that stay inside the tensor's memory"
+        )
+
+
+def check_int(value: object, name: str, *, minimum: int = 0, maximum: int = 2**31 - 1) -> int:
+    """Return `value` as an int in [minimum, maximum]; a bool is not a number here."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or isinstance(value, Tensor):
+        raise TypeError(f"{name} is {type(value).__name__} {value!r:.60}; accepted: an int")
+    number = int(value.__index__())
+    if not minimum <= number <= maximum:
+        raise ValueError(f"{name} is {number}; accepted: {minimum} to {maximum}")
+    return number
+
+
+def check_choice(value: object, name: str, accepted: Sequence[str]) -> str:
+    """Return `value` if it is one of the accepted words."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is {type(value).__name__} {value!r:.60}; accepted: {', '.join(accepted)}")
+    if value not in accepted:
+        raise ValueError(f"{name} is {value!r}; accepted: {', '.join(accepted)}")
+    return value

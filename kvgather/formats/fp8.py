@@ -1,0 +1,172 @@
+"""FP8 formats: quantize, dequantize, and a decode in software that is exact for all 256 codes.
+
+A code is sign, exponent, mantissa. Shifted so that its mantissa ends up at the top of a wider format's mantissa, it
+is that wider format's number times a power of two, subnormals included. `decode` uses FP16 for this because PyTorch
+converts FP16 to FP32 at memory speed on a CPU, and FP8 to FP32 about forty times slower; the Triton kernels use FP32.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SCALE_FLOOR = torch.finfo(torch.float32).tiny
+"""The smallest scale a write computes, so that a row of zeros has a scale that can be divided by."""
+
+
+@dataclass(frozen=True)
+class Fp8Format:
+    """One FP8 format.
+
+    Attributes:
+        name: as in `torch.float8_<name>`.
+        dtype: the torch dtype.
+        exponent_bits, mantissa_bits, bias: the fields of a code; a normal code is 2^(e - bias) · (1 + m / 2^bits).
+        max: the largest finite value.
+        min_normal: the smallest normal value.
+        nan_code: a code that means NaN.
+        has_inf: whether there are codes for infinities.
+        fnuz: "finite, no negative zero": the code 0x80, −0 elsewhere, is the one NaN.
+
+    Source: OCP 8-bit floating point specification (e4m3fn, e5m2); arXiv:2206.02915 (fnuz).
+    """
+
+    name: str
+    dtype: torch.dtype
+    exponent_bits: int
+    mantissa_bits: int
+    bias: int
+    max: float
+    nan_code: int
+    has_inf: bool = False
+    fnuz: bool = False
+
+    @property
+    def min_normal(self) -> float:
+        return 2.0 ** (1 - self.bias)
+
+
+E4M3FN = Fp8Format("e4m3fn", torch.float8_e4m3fn, 4, 3, 7, 448.0, 0x7F)
+E4M3FNUZ = Fp8Format("e4m3fnuz", torch.float8_e4m3fnuz, 4, 3, 8, 240.0, 0x80, fnuz=True)
+E5M2 = Fp8Format("e5m2", torch.float8_e5m2, 5, 2, 15, 57344.0, 0x7F, has_inf=True)
+
+FORMATS: dict[torch.dtype, Fp8Format] = {fmt.dtype: fmt for fmt in (E4M3FN, E4M3FNUZ, E5M2)}
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+POOL_DTYPES = (*FORMATS, *FLOATS)
+
+
+def is_fp8(dtype: torch.dtype) -> bool:
+    """Whether a dtype is one of the FP8 formats a pool can hold."""
+    return dtype in FORMATS
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_pool_dtype(dtype: torch.dtype, name: str) -> None:
+    """Raise TypeError unless a pool may hold `dtype`."""
+    if dtype not in POOL_DTYPES:
+        accepted = ", ".join(dtype_name(d) for d in POOL_DTYPES)
+        raise TypeError(
+            f"{name} has dtype {dtype_name(dtype) if isinstance(dtype, torch.dtype) else dtype!r}; accepted: {accepted}"
+        )
+
+
+def format_of(dtype: torch.dtype, name: str = "dtype") -> Fp8Format:
+    """The format of an FP8 dtype.
+
+    Raises:
+        TypeError: `dtype` is not FP8.
+    """
+    if dtype not in FORMATS:
+        accepted = ", ".join(dtype_name(d) for d in FORMATS)
+        raise TypeError(f"{name} is {dtype}; accepted: {accepted}")
+    return FORMATS[dtype]
+
+
+def code_max(dtype: torch.dtype) -> float:
+    """The largest magnitude that a computed scale maps onto: the format's maximum, or 1 in a pool that isn't FP8."""
+    return FORMATS[dtype].max if dtype in FORMATS else 1.0
+
+
+def quantize(x: Tensor, scale: Tensor | float | None, dtype: torch.dtype) -> Tensor:
+    """Store values in a pool's dtype: divide by the scale, clamp to ±max, round to nearest even.
+
+    Args:
+        x: values, any shape, floating point.
+        scale: FP32, broadcastable against `x`; None divides by nothing.
+        dtype: an FP8 dtype, or bfloat16, float16, float32, which are rounded to and not clamped.
+
+    Returns:
+        A tensor of `dtype`, shaped like `x`. NaN stays NaN; infinities become ±max.
+    """
+    check_pool_dtype(dtype, "dtype")
+    values = x.float() if scale is None else x.float() / scale
+    if dtype in FORMATS:
+        values = values.clamp(-FORMATS[dtype].max, FORMATS[dtype].max)
+    return values.to(dtype)
+
+
+def dequantize(codes: Tensor, scale: Tensor | float | None, out_dtype: torch.dtype) -> Tensor:
+    """What stored values mean: `(codes.float() * scale).to(out_dtype)`.
+
+    Args:
+        codes: any pool dtype, any shape.
+        scale: FP32, broadcastable against `codes`; None multiplies by nothing.
+        out_dtype: a floating-point dtype.
+    """
+    values = codes.float()
+    return (values if scale is None else values * scale).to(out_dtype)
+
+
+def computed_scale(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scale that maps the largest finite magnitude of each row onto the format's maximum.
+
+    Args:
+        x: values `[..., dim]`.
+        dtype: the pool's dtype.
+
+    Returns:
+        FP32 `[...]`, never below `SCALE_FLOOR`, never NaN or infinite: what isn't finite in a row doesn't count.
+    """
+    magnitude = x.float().abs()
+    magnitude = torch.where(magnitude <= torch.finfo(torch.float32).max, magnitude, 0.0)
+    largest = magnitude.amax(-1) if x.shape[-1] else magnitude.new_zeros(x.shape[:-1])
+    return (largest / code_max(dtype)).clamp_min(SCALE_FLOOR)
+
+
+def decode(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """The value of each FP8 code, with integer operations and one multiplication.
+
+    Args:
+        codes: uint8, any shape and strides.
+        dtype: the FP8 dtype the codes are in.
+
+    Returns:
+        FP32, shaped like `codes`, contiguous; equal to `codes.view(dtype).float()`, NaN for NaN.
+    """
+    fmt = format_of(dtype)
+    signed = codes.view(torch.int8).to(torch.int16, memory_format=torch.contiguous_format)
+    if fmt is E5M2:  # the upper half of an FP16, infinities and NaNs too
+        return signed.bitwise_left_shift_(8).view(torch.float16).float()
+    # The sign was extended over the upper byte, so one shift puts it in place and the mask clears its copy.
+    half = signed.bitwise_left_shift_(7).bitwise_and_(-0x4080)  # 0xBF80
+    values = half.view(torch.float16).float().mul_(2.0 ** (15 - fmt.bias))
+    if fmt.fnuz:
+        if values.numel() and bool((codes == fmt.nan_code).any()):
+            values.masked_fill_(codes == fmt.nan_code, math.nan)
+    elif values.numel():
+        beyond = fmt.max * 15 / 14  # what 0x7F would be if it were a number: 1.875 instead of 1.75
+        low, high = values.aminmax()
+        if bool((low <= -beyond) | (high >= beyond)):
+            values.masked_fill_(values.abs() >= beyond, math.nan)
+    return values
+
+
+def decode_table(dtype: torch.dtype) -> Tensor:
+    """The values of all 256 codes of an FP8 format, FP32 `[256]`; index it with a code."""
+    return decode(torch.arange(256, dtype=torch.uint8), dtype)

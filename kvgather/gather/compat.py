@@ -1,0 +1,150 @@
+"""`cp_mha_gather_cache`, argument for argument as inference engines call it, on the fixed gather."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..formats.checks import check_choice, check_int, check_tensor
+from ..formats.layout import Geometry, group
+from ..formats.scale import classify
+from ..plan import GatherPlan
+from .dispatch import gather_named
+
+_LAYOUTS = ("NHD", "SHUFFLE", "HND")
+
+
+def cp_mha_gather_cache(
+    key_cache: Tensor,
+    value_cache: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_tables: Tensor,
+    k_scales: Tensor | float | None,
+    v_scales: Tensor | float | None,
+    cu_seqlens_kv: Tensor,
+    token_to_batch: Tensor | None,
+    seq_starts: Tensor | None,
+    dequant: bool,
+    kv_cache_layout: str,
+    total_tokens: int,
+    per_token_quant: bool = True,
+) -> None:
+    """Fill `key` and `value` with the cached tokens of a batch.
+
+    The contract of the engines, except where that contract was the bug: `per_token_quant` is advice, and it is the
+    scale's shape that decides. One element is per-tensor whatever the flag says, `[heads]` is per-head, K and V may
+    differ, and anything else that the flag and the cache do not both agree with raises.
+
+    Args:
+        key_cache, value_cache: pools in `kv_cache_layout`. In SHUFFLE also as engines keep them, with the shape of NHD,
+            `[blocks, page, heads, dim]`, and SHUFFLE's bytes in each block.
+        key, value: `[total_tokens, heads, dim]`, filled in place; one float dtype.
+        block_tables: `[batch, max_blocks]` int32 or int64.
+        k_scales, v_scales: a float, or FP32 of one element, `[heads]` or `[blocks, heads, page]`; not used without
+            `dequant`.
+        cu_seqlens_kv: `[batch + 1]` prefix sums of the tokens to gather.
+        token_to_batch: `[total_tokens]`, the sequence of each token. `cu_seqlens_kv` says the same, and is what is used.
+        seq_starts: `[batch]`, the position at which the gather of each sequence begins; None is 0.
+        dequant: whether to multiply by the scales.
+        kv_cache_layout: "NHD", "SHUFFLE" or "HND".
+        total_tokens: tokens to gather, `cu_seqlens_kv[-1]`; nothing waits for the GPU.
+        per_token_quant: whether the scales are per (block, head, slot).
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; nothing was launched.
+
+    Source: the function of this name in the AITER attention backends of vLLM and ATOM.
+    """
+    check_choice(kv_cache_layout, "kv_cache_layout", _LAYOUTS)
+    for name, flag in (("dequant", dequant), ("per_token_quant", per_token_quant)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} is {type(flag).__name__} {flag!r:.60}; accepted: True or False")
+    total_tokens = check_int(total_tokens, "total_tokens")
+    for name, tensor in (
+        ("key_cache", key_cache),
+        ("value_cache", value_cache),
+        ("key", key),
+        ("value", value),
+    ):
+        check_tensor(tensor, name)
+    if token_to_batch is not None:
+        check_tensor(
+            token_to_batch,
+            "token_to_batch",
+            ndim=1,
+            dtypes=(torch.int32, torch.int64),
+            device=key_cache.device,
+        )
+        if token_to_batch.shape[0] < total_tokens:
+            raise ValueError(
+                f"token_to_batch has shape {list(token_to_batch.shape)}; accepted: at least [{total_tokens}]"
+            )
+    if kv_cache_layout == "SHUFFLE" and key_cache.ndim == value_cache.ndim == 4:
+        key_cache, value_cache = _shuffled_view(key_cache, "key"), _shuffled_view(value_cache, "value")
+    geometry = Geometry.of(key_cache, value_cache, kv_cache_layout)
+    if dequant:
+        _check_flag(k_scales, "k_scales", geometry, per_token_quant)
+        _check_flag(v_scales, "v_scales", geometry, per_token_quant)
+    plan = GatherPlan.build(
+        block_tables,
+        cu_seqlens_kv,
+        page_size=geometry.page_size,
+        num_blocks=geometry.num_blocks,
+        total_tokens=total_tokens,
+        seq_starts=seq_starts,
+    )
+    gather_named(
+        key_cache,
+        value_cache,
+        plan,
+        kv_cache_layout,
+        k_scales if dequant else None,
+        v_scales if dequant else None,
+        None,
+        None,
+        key.dtype,
+        (key, value),
+        "auto",
+        out_names=("key", "value"),
+        scale_names=("k_scales", "v_scales"),
+        dtype_name_of="key's dtype",
+    )
+
+
+def _check_flag(scale: Tensor | float | None, name: str, geometry: Geometry, per_token_quant: bool) -> None:
+    """Raise unless the scale's shape is one that an engine may pass with this flag."""
+    if scale is None:
+        raise ValueError(f"{name} is None; accepted with dequant=True: a scale")
+    if not isinstance(scale, (Tensor, float, int)) or isinstance(scale, bool):
+        raise TypeError(f"{name} is {type(scale).__name__} {scale!r:.60}; accepted: a tensor or a float")
+    blocks, heads, page = geometry.num_blocks, geometry.num_kv_heads, geometry.page_size
+    kind = classify(scale, name, num_blocks=blocks, num_heads=heads, page_size=page)
+    if kind == "per-page-head" or (kind == "per-token-head" and not per_token_quant):
+        shape = list(scale.shape) if isinstance(scale, Tensor) else []
+        raise ValueError(
+            f"{name} has shape {shape}, {kind}, with per_token_quant={per_token_quant}; accepted for {heads} heads, "
+            f"{blocks} blocks, page {page}: one element (per-tensor), [{heads}], and [{blocks}, {heads}, {page}] with "
+            "per_token_quant=True"
+        )
+
+
+def _shuffled_view(pool: Tensor, which: str) -> Tensor:
+    """SHUFFLE's five axes over a pool that was allocated with NHD's four; each block is one run of bytes."""
+    blocks, page, heads, dim = pool.shape
+    x = group(pool.element_size())
+    if pool[:1].numel() and not pool[0].is_contiguous():
+        raise ValueError(
+            f"{which}_cache has strides {list(pool.stride())}; accepted for SHUFFLE in 4 dimensions: blocks whose "
+            "elements are contiguous"
+        )
+    if dim % x or page % x:
+        raise ValueError(
+            f"{which}_cache has page {page} and head_dim {dim}; accepted in SHUFFLE with {pool.element_size()}-byte "
+            f"elements: multiples of {x}"
+        )
+    inner = (heads, dim // x, page, x) if which == "key" else (heads, page // x, dim, x)
+    strides = [1]
+    for size in reversed(inner[1:]):
+        strides.insert(0, strides[0] * size)
+    return pool.as_strided((blocks, *inner), (pool.stride(0), *strides))

@@ -1,0 +1,188 @@
+"""`gather`: check once, choose a backend, run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..device import require_triton, triton_available
+from ..formats.checks import check_choice, check_tensor, dtype_name, extent
+from ..formats.fp8 import FLOATS
+from ..formats.layout import Geometry
+from ..formats.scale import resolve
+from ..plan import GatherPlan
+from . import ops
+
+BACKENDS = ("auto", "triton", "torch")
+
+
+def gather(
+    key_cache: Tensor,
+    value_cache: Tensor,
+    plan: GatherPlan,
+    *,
+    layout: str = "NHD",
+    k_scale: Tensor | float | None = None,
+    v_scale: Tensor | float | None = None,
+    k_kind: str | None = None,
+    v_kind: str | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    out: Sequence[Tensor] | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Gather the K and V of a batch out of a paged cache into dense rows.
+
+    Args:
+        key_cache, value_cache: pools in `layout`; FP8, bfloat16, float16 or float32; any strides.
+        plan: the batch's `GatherPlan`, made for this page size, on this device, for at most this many blocks.
+        layout: "NHD", "HND" or "SHUFFLE".
+        k_scale, v_scale: None, a float, or FP32 `[1]`, `[heads]`, `[blocks, heads]` or `[blocks, heads, page]`; K's and
+            V's may be of different kinds.
+        k_kind, v_kind: the scale's kind, where its shape should not decide (see `kvgather.formats.scale.classify`).
+        out_dtype: bfloat16, float16 or float32; the pool's own dtype copies codes as they are, without a scale.
+        out: (K, V), `[rows, heads, dim]` each with at least `plan.total_tokens` rows, to be filled; dtype `out_dtype`.
+        backend: "triton", "torch", or "auto": Triton on a GPU, torch on a CPU.
+
+    Returns:
+        K `[total_tokens, heads, head_dim]` and V `[total_tokens, heads, v_head_dim]`, or `out`. Every value is exactly
+        `(cache.float() * scale).to(out_dtype)`; rows of a bad block id are NaN; rows past `cu_seqlens_k[-1]` are not
+        written.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; nothing was launched.
+    """
+    return gather_named(
+        key_cache, value_cache, plan, layout, k_scale, v_scale, k_kind, v_kind, out_dtype, out, backend,
+        out_names=("out[0]", "out[1]"), scale_names=("k_scale", "v_scale"), dtype_name_of="out_dtype",
+    )  # fmt: skip
+
+
+def gather_named(
+    key_cache: Tensor,
+    value_cache: Tensor,
+    plan: GatherPlan,
+    layout: str,
+    k_scale: Tensor | float | None,
+    v_scale: Tensor | float | None,
+    k_kind: str | None,
+    v_kind: str | None,
+    out_dtype: torch.dtype,
+    out: Sequence[Tensor] | None,
+    backend: str,
+    *,
+    out_names: tuple[str, str],
+    scale_names: tuple[str, str],
+    dtype_name_of: str,
+) -> tuple[Tensor, Tensor]:
+    """`gather`, with the names that its caller's arguments have in errors."""
+    geometry = Geometry.of(key_cache, value_cache, layout)
+    device = geometry.device
+    sizes = {
+        "num_blocks": geometry.num_blocks,
+        "num_heads": geometry.num_kv_heads,
+        "page_size": geometry.page_size,
+    }
+    k = resolve(k_scale, scale_names[0], **sizes, device=device, kind=k_kind)
+    v = resolve(v_scale, scale_names[1], **sizes, device=device, kind=v_kind)
+    _check_plan(plan, geometry)
+    _check_out_dtype(out_dtype, geometry.dtype, (k.kind, v.kind) != ("none", "none"), dtype_name_of)
+    backend = choose_backend(backend, device)
+
+    key_operand, name = ops.as_operand(key_cache)
+    value_operand, _ = ops.as_operand(value_cache)
+    held_dtype = torch.uint8 if out_dtype.itemsize == 1 else out_dtype
+    if out is None:
+        outs = ops.gather_new(
+            key_operand, value_operand, k.tensor, v.tensor, plan.records,
+            plan.total_tokens, geometry.num_kv_heads, geometry.head_dim, geometry.v_head_dim, held_dtype,
+            layout, name, k.kind, v.kind, backend,
+        )  # fmt: skip
+        return outs[0].view(out_dtype), outs[1].view(out_dtype)
+    k_out, v_out = _check_out(
+        out, geometry, plan.total_tokens, out_dtype, (key_cache, value_cache), out_names
+    )
+    ops.gather_out(
+        key_operand, value_operand, k.tensor, v.tensor, plan.records, k_out.view(held_dtype), v_out.view(held_dtype),
+        layout, name, k.kind, v.kind, backend,
+    )  # fmt: skip
+    return k_out, v_out
+
+
+def choose_backend(backend: str, device: torch.device) -> str:
+    """ "triton" or "torch" for a request and a device.
+
+    Raises:
+        BackendError: Triton was asked for and cannot run on this device.
+    """
+    check_choice(backend, "backend", BACKENDS)
+    if backend == "auto":
+        backend = "triton" if device.type == "cuda" and triton_available() else "torch"
+    if backend == "triton":
+        require_triton(device)
+    return backend
+
+
+def _check_plan(plan: GatherPlan, geometry: Geometry) -> None:
+    if not isinstance(plan, GatherPlan):
+        raise TypeError(f"plan is {type(plan).__name__}; accepted: a GatherPlan, from GatherPlan.build(...)")
+    if plan.page_size != geometry.page_size:
+        raise ValueError(
+            f"plan was made for page_size {plan.page_size}; accepted: the cache's, {geometry.page_size}"
+        )
+    if plan.num_blocks > geometry.num_blocks:
+        raise ValueError(
+            f"plan was made for a pool of {plan.num_blocks} blocks; accepted: at most the cache's {geometry.num_blocks}"
+        )
+    if plan.device != geometry.device:
+        raise ValueError(f"plan is on {plan.device}; accepted: the cache's device, {geometry.device}")
+
+
+def _check_out_dtype(out_dtype: torch.dtype, pool_dtype: torch.dtype, scaled: bool, name: str) -> None:
+    if out_dtype in FLOATS or (out_dtype == pool_dtype and not scaled):
+        return
+    accepted = ", ".join(dtype_name(d) for d in FLOATS)
+    raise TypeError(
+        f"{name} is {dtype_name(out_dtype)}; accepted: {accepted}, or without scales {dtype_name(pool_dtype)}"
+    )
+
+
+def _check_out(
+    out: Sequence[Tensor],
+    geometry: Geometry,
+    total_tokens: int,
+    dtype: torch.dtype,
+    pools: tuple[Tensor, Tensor],
+    names: tuple[str, str],
+) -> tuple[Tensor, Tensor]:
+    if not isinstance(out, (tuple, list)) or len(out) != 2:
+        raise TypeError(f"out is {type(out).__name__}; accepted: a pair of tensors (K, V)")
+    for name, tensor, dim in zip(names, out, (geometry.head_dim, geometry.v_head_dim), strict=True):
+        check_tensor(tensor, name, ndim=3, dtypes=(dtype,), device=geometry.device)
+        if tensor.shape[0] < total_tokens or tensor.shape[1:] != (geometry.num_kv_heads, dim):
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}; accepted: at least {total_tokens} rows of "
+                f"[{geometry.num_kv_heads}, {dim}]"
+            )
+        reached = 0
+        for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda s: s[1]):
+            if size > 1 and stride <= reached:
+                raise ValueError(
+                    f"{name} has strides {list(tensor.stride())}; accepted: rows that do not overlap"
+                )
+            reached += (size - 1) * stride
+    for name, tensor, others in ((names[0], out[0], (*pools, out[1])), (names[1], out[1], pools)):
+        if any(_share_memory(tensor, other) for other in others):
+            raise ValueError(
+                f"{name} shares memory with a cache or the other output; accepted: memory of its own"
+            )
+    return out[0], out[1]
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    if torch.compiler.is_compiling() or a.numel() == 0 or b.numel() == 0:
+        return False
+    return a.data_ptr() < b.data_ptr() + extent(b) * b.element_size() and b.data_ptr() < (
+        a.data_ptr() + extent(a) * a.element_size()
+    )

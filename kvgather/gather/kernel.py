@@ -1,0 +1,366 @@
+"""The page-tiled gather: one program moves a tile of one page, of K and of V, into dense rows.
+
+The program reads one record of the plan and never the block table. Its addresses are built from the strides the
+tensors have; a per-tensor scale has none, so there is no stride to go wrong. Inside a page offsets are 32-bit, across
+pages and rows they are 64-bit.
+
+A tile is `[SLOTS, UNITS, UNIT]`: UNIT is the largest power of two that divides head_dim, so that head dims such as 80
+and 192 waste no lanes, and a unit is a head's dim range of that size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..device import fp8_support, interpreting
+from ..formats.fp8 import FORMATS
+from ..formats.layout import PoolStrides, Which, as_nhd
+from ..formats.scale import Scale
+
+
+@triton.jit
+def decode_fp8(codes, FORMAT: tl.constexpr, BIAS: tl.constexpr, HARDWARE: tl.constexpr):
+    """FP32 values of uint8 codes, exact for all 256 of each format."""
+    if FORMAT == "e5m2":
+        if HARDWARE:
+            values = codes.to(tl.float8e5, bitcast=True).to(tl.float32)
+        else:
+            values = (codes.to(tl.uint16) << 8).to(tl.float16, bitcast=True).to(tl.float32)
+    elif HARDWARE:
+        if FORMAT == "e4m3fn":
+            values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        else:
+            values = codes.to(tl.float8e4b8, bitcast=True).to(tl.float32)
+    else:
+        wide = codes.to(tl.uint32)
+        bits = ((wide & 0x80) << 24) | ((wide & 0x7F) << 20)  # an FP32 that is 2^(127 - bias) times too small
+        values = bits.to(tl.float32, bitcast=True) * (2.0 ** (127 - BIAS))
+        if FORMAT == "e4m3fn":
+            values = tl.where((wide & 0x7F) == 0x7F, float("nan"), values)
+        else:
+            values = tl.where(wide == 0x80, float("nan"), values)
+    return values
+
+
+@triton.jit
+def widen(held, FORMAT: tl.constexpr, BIAS: tl.constexpr, HARDWARE: tl.constexpr):
+    """FP32 values of what a pool holds: FP8 codes as uint8, or floats."""
+    if FORMAT != "":
+        return decode_fp8(held, FORMAT, BIAS, HARDWARE)
+    if held.dtype == tl.bfloat16:
+        return (held.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return held.to(tl.float32)
+
+
+@triton.jit
+def round_to(values, dtype: tl.constexpr, BY_HAND: tl.constexpr):
+    """Round FP32 to nearest even; by hand where the interpreter would truncate to bfloat16."""
+    if BY_HAND and dtype == tl.bfloat16:
+        bits = values.to(tl.uint32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        nearest = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, nearest)
+        return nearest.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return values.to(dtype)
+
+
+@triton.jit
+def _load_tile(
+    pool_ptr, scale_ptr, block, slot0, unit0,
+    stride_block, stride_head, stride_slot_group, stride_slot, stride_dim_group, stride_dim,
+    stride_scale_block, stride_scale_head, stride_scale_slot,
+    PAGE: tl.constexpr, DIM: tl.constexpr, HEADS: tl.constexpr,
+    SLOTS: tl.constexpr, UNITS: tl.constexpr, UNIT: tl.constexpr, TILES: tl.constexpr,
+    SLOTS_PER_GROUP: tl.constexpr, DIMS_PER_GROUP: tl.constexpr,
+    KIND: tl.constexpr, FORMAT: tl.constexpr, BIAS: tl.constexpr, HARDWARE: tl.constexpr, BY_HAND: tl.constexpr,
+    OUT_DTYPE: tl.constexpr, RAW: tl.constexpr, NAN_CODE: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Values of one tile of one page, scaled and rounded, `[SLOTS, UNITS, UNIT]`; NaN when block is −1."""
+    slot = slot0 + tl.arange(0, SLOTS)
+    unit = unit0 + tl.arange(0, UNITS)
+    if WIDE:
+        slot = slot.to(tl.int64)
+        unit = unit.to(tl.int64)
+    head = unit // (DIM // UNIT)
+    dim = ((unit % (DIM // UNIT)) * UNIT)[:, None] + tl.arange(0, UNIT)[None, :]  # [UNITS, UNIT]
+    if SLOTS_PER_GROUP > 1:  # V of SHUFFLE
+        slot_offset = (slot // SLOTS_PER_GROUP) * stride_slot_group + (slot % SLOTS_PER_GROUP) * stride_slot
+    else:
+        slot_offset = slot * stride_slot_group
+    if DIMS_PER_GROUP > 1:  # K of SHUFFLE
+        dim_offset = (dim // DIMS_PER_GROUP) * stride_dim_group + (dim % DIMS_PER_GROUP) * stride_dim
+    else:
+        dim_offset = dim * stride_dim_group
+    inside = slot_offset[:, None, None] + (head * stride_head)[None, :, None] + dim_offset[None, :, :]
+    page_ptr = pool_ptr + tl.maximum(block, 0) * stride_block
+    exact: tl.constexpr = PAGE % SLOTS == 0 and HEADS * (DIM // UNIT) == UNITS * TILES
+    present = (slot < PAGE)[:, None] & (unit < HEADS * (DIM // UNIT))[None, :]  # [SLOTS, UNITS]
+    if exact:
+        held = tl.load(page_ptr + inside)
+    elif FORMAT == "" and not RAW:
+        held = tl.load(page_ptr + inside, mask=present[:, :, None], other=0.0)
+    else:
+        held = tl.load(page_ptr + inside, mask=present[:, :, None], other=0)
+    if RAW:  # bits as integers
+        return tl.where(block < 0, NAN_CODE, held).to(OUT_DTYPE)
+    values = widen(held, FORMAT, BIAS, HARDWARE)
+    if KIND == "none":
+        values = tl.where(block < 0, float("nan"), values)
+    elif KIND == "per-tensor":
+        values = values * tl.where(block < 0, float("nan"), tl.load(scale_ptr))
+    else:
+        scale_page_ptr = scale_ptr + tl.maximum(block, 0) * stride_scale_block
+        if KIND == "per-token-head":
+            offset = slot[:, None] * stride_scale_slot + (head * stride_scale_head)[None, :]  # [SLOTS, UNITS]
+            scale = tl.load(scale_page_ptr + offset, mask=present, other=1.0)
+        else:  # per-head, or per-page-head
+            scale = tl.load(
+                scale_page_ptr + head * stride_scale_head, mask=unit < HEADS * (DIM // UNIT), other=1.0
+            )[None, :]
+        values = values * tl.where(block < 0, float("nan"), scale)[:, :, None]
+    return round_to(values, OUT_DTYPE, BY_HAND)
+
+
+@triton.jit
+def _store_tile(
+    out_ptr, values, first_row, rows, begin, slot0, unit0,
+    stride_row, stride_head, stride_dim,
+    DIM: tl.constexpr, HEADS: tl.constexpr, SLOTS: tl.constexpr, UNITS: tl.constexpr, UNIT: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """Store the tile's slots that belong to the record, one row each."""
+    slot = slot0 + tl.arange(0, SLOTS)
+    unit = unit0 + tl.arange(0, UNITS)
+    wanted = (slot >= begin) & (slot < begin + rows)
+    mask = wanted[:, None] & (unit < HEADS * (DIM // UNIT))[None, :]  # [SLOTS, UNITS]
+    if WIDE:
+        slot = slot.to(tl.int64)
+        unit = unit.to(tl.int64)
+    head = unit // (DIM // UNIT)
+    dim = ((unit % (DIM // UNIT)) * UNIT)[:, None] + tl.arange(0, UNIT)[None, :]
+    offset = (slot * stride_row)[:, None, None] + (head[:, None] * stride_head + dim * stride_dim)[None, :, :]
+    page_ptr = out_ptr + (first_row - begin).to(tl.int64) * stride_row
+    tl.store(page_ptr + offset, values, mask=mask[:, :, None])
+
+
+@triton.jit
+def gather_kernel(
+    record_ptr,  # [programs, 4] int32: block or -1, first row, rows, offset of the first row in the page
+    k_ptr, k_scale_ptr, k_out_ptr,
+    v_ptr, v_scale_ptr, v_out_ptr,
+    stride_k_block, stride_k_head, stride_k_slot_group, stride_k_slot, stride_k_dim_group, stride_k_dim,
+    stride_v_block, stride_v_head, stride_v_slot_group, stride_v_slot, stride_v_dim_group, stride_v_dim,
+    stride_k_scale_block, stride_k_scale_head, stride_k_scale_slot,
+    stride_v_scale_block, stride_v_scale_head, stride_v_scale_slot,
+    stride_k_out_row, stride_k_out_head, stride_k_out_dim,
+    stride_v_out_row, stride_v_out_head, stride_v_out_dim,
+    PAGE: tl.constexpr, HEADS: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr,
+    SLOTS: tl.constexpr, K_UNITS: tl.constexpr, K_UNIT: tl.constexpr, V_UNITS: tl.constexpr, V_UNIT: tl.constexpr,
+    TILES: tl.constexpr,
+    V_SLOTS_PER_GROUP: tl.constexpr, K_DIMS_PER_GROUP: tl.constexpr,
+    K_KIND: tl.constexpr, V_KIND: tl.constexpr,
+    FORMAT: tl.constexpr, BIAS: tl.constexpr, HARDWARE: tl.constexpr, BY_HAND: tl.constexpr,
+    K_RAW: tl.constexpr, V_RAW: tl.constexpr, NAN_CODE: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    record_ptr += tl.program_id(0).to(tl.int64) * 4
+    rows = tl.load(record_ptr + 2)
+    if rows == 0:
+        return
+    block = tl.load(record_ptr).to(tl.int64)
+    first_row = tl.load(record_ptr + 1)
+    begin = tl.load(record_ptr + 3)
+    slot0 = tl.program_id(2) * SLOTS
+    if (slot0 >= begin + rows) | (slot0 + SLOTS <= begin):
+        return
+    tile = tl.program_id(1)
+    # A tile past the last unit of K (or V) loads and stores nothing; both loads are issued before the first store.
+    k = _load_tile(
+        k_ptr, k_scale_ptr, block, slot0, tile * K_UNITS,
+        stride_k_block, stride_k_head, stride_k_slot_group, stride_k_slot, stride_k_dim_group, stride_k_dim,
+        stride_k_scale_block, stride_k_scale_head, stride_k_scale_slot,
+        PAGE, K_DIM, HEADS, SLOTS, K_UNITS, K_UNIT, TILES, 1, K_DIMS_PER_GROUP,
+        K_KIND, FORMAT, BIAS, HARDWARE, BY_HAND, k_out_ptr.dtype.element_ty, K_RAW, NAN_CODE, WIDE,
+    )  # fmt: skip
+    v = _load_tile(
+        v_ptr, v_scale_ptr, block, slot0, tile * V_UNITS,
+        stride_v_block, stride_v_head, stride_v_slot_group, stride_v_slot, stride_v_dim_group, stride_v_dim,
+        stride_v_scale_block, stride_v_scale_head, stride_v_scale_slot,
+        PAGE, V_DIM, HEADS, SLOTS, V_UNITS, V_UNIT, TILES, V_SLOTS_PER_GROUP, 1,
+        V_KIND, FORMAT, BIAS, HARDWARE, BY_HAND, v_out_ptr.dtype.element_ty, V_RAW, NAN_CODE, WIDE,
+    )  # fmt: skip
+    _store_tile(
+        k_out_ptr, k, first_row, rows, begin, slot0, tile * K_UNITS,
+        stride_k_out_row, stride_k_out_head, stride_k_out_dim, K_DIM, HEADS, SLOTS, K_UNITS, K_UNIT, WIDE,
+    )  # fmt: skip
+    _store_tile(
+        v_out_ptr, v, first_row, rows, begin, slot0, tile * V_UNITS,
+        stride_v_out_row, stride_v_out_head, stride_v_out_dim, V_DIM, HEADS, SLOTS, V_UNITS, V_UNIT, WIDE,
+    )  # fmt: skip
+
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+_NAN_BITS = {torch.bfloat16: 0x7FC0, torch.float16: 0x7E00, torch.float32: 0x7FC00000}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How the work is cut: a program moves `slots` slots of `k_units` units of K and `v_units` units of V."""
+
+    slots: int
+    k_units: int
+    v_units: int
+    num_warps: int
+
+
+def _unit(dim: int) -> int:
+    """The largest power of two that divides dim, 128 at most."""
+    return min(dim & -dim, 128)
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def choose_tile(layout: str, page_size: int, num_heads: int, k_dim: int, v_dim: int, itemsize: int) -> Tile:
+    """The tile for a geometry, by shape alone; no result depends on it.
+
+    NHD keeps all heads of a token together, because they are one run of bytes. HND and SHUFFLE keep a head's slots
+    together, because a page of a head is one run.
+    """
+    elements = (8192 if layout == "NHD" else 4096) // max(1, itemsize // 2)
+    widest = max(k_dim, v_dim)
+    page = _power_of_two(page_size)
+    if layout == "NHD":
+        heads = min(_power_of_two(num_heads), max(1, elements // _power_of_two(widest)))
+        slots = max(1, min(page, elements // (heads * _power_of_two(widest))))
+    else:
+        slots = max(1, min(page, 64, elements // min(_power_of_two(widest), elements)))
+        heads = max(1, min(_power_of_two(num_heads), elements // (slots * _power_of_two(widest))))
+    k_units, v_units = (
+        min(_power_of_two(num_heads * dim // _unit(dim)), _power_of_two(heads * dim // _unit(dim)))
+        for dim in (k_dim, v_dim)
+    )
+    return Tile(slots, k_units, v_units, num_warps=4)
+
+
+def _widest_offset(pool: Tensor, scale: Tensor | None, out: Tensor, page_size: int) -> int:
+    """The largest offset inside one page, in elements, that a launch computes."""
+    offsets = [sum((n - 1) * s for n, s in zip(pool.shape[1:], pool.stride()[1:], strict=True))]
+    offsets.append(
+        page_size * out.stride(0)
+        + sum((n - 1) * s for n, s in zip(out.shape[1:], out.stride()[1:], strict=True))
+    )
+    if scale is not None and scale.ndim == 3:
+        offsets.append(sum((n - 1) * s for n, s in zip(scale.shape[1:], scale.stride()[1:], strict=True)))
+    return max(offsets)
+
+
+def _kernel_kind(scale: Scale) -> str:
+    return "per-head" if scale.kind == "per-page-head" else scale.kind  # they differ in stride_block alone
+
+
+@contextlib.contextmanager
+def launching(pool: Tensor, interpreted: bool) -> Iterator[None]:
+    """The pool's GPU is the current one; in the interpreter NumPy overflows to infinity in silence, as a GPU does."""
+    if interpreted:
+        import numpy as np
+
+        with np.errstate(all="ignore"):
+            yield
+    else:
+        with torch.cuda.device(pool.device):
+            yield
+
+
+def launch(
+    key_cache: Tensor,
+    value_cache: Tensor,
+    layout: str,
+    dtype: torch.dtype,
+    k_scale: Scale,
+    v_scale: Scale,
+    records: Tensor,
+    k_out: Tensor,
+    v_out: Tensor,
+) -> None:
+    """Launch the kernel; everything was checked by the caller.
+
+    Args:
+        key_cache, value_cache: pools in `layout`, any strides, at least one block; FP8 as uint8.
+        dtype: what the pools hold, an FP8 dtype where they came as uint8.
+        k_scale, v_scale: resolved scales.
+        records: `[n, 4]` int32 of a `GatherPlan`.
+        k_out, v_out: `[rows, heads, dim]`, any strides, one float dtype; uint8 to copy FP8 codes as they are.
+    """
+    if len(records) == 0:
+        return
+    fmt = FORMATS.get(dtype)
+    page_size, num_heads, k_dim = as_nhd(key_cache[:0], layout, "key").shape[1:]
+    v_dim = v_out.shape[2]
+    tile = choose_tile(layout, page_size, num_heads, k_dim, v_dim, dtype.itemsize)
+    k_unit, v_unit = _unit(k_dim), _unit(v_dim)
+    tiles = max(
+        triton.cdiv(num_heads * k_dim // k_unit, tile.k_units),
+        triton.cdiv(num_heads * v_dim // v_unit, tile.v_units),
+    )
+    interpreted = interpreting()
+    hardware = not interpreted and (fmt is None or fp8_support(key_cache.device)[dtype] == "hardware")
+    wide = max(
+        _widest_offset(key_cache, k_scale.tensor, k_out, page_size),
+        _widest_offset(value_cache, v_scale.tensor, v_out, page_size),
+    )
+    raws = [
+        s.kind == "none" and o.dtype == p.dtype
+        for p, s, o in ((key_cache, k_scale, k_out), (value_cache, v_scale, v_out))
+    ]
+    arguments: list[Any] = [records]
+    strides: list[int] = []
+    pools: tuple[tuple[Tensor, Which, Scale, Tensor], ...]
+    pools = ((key_cache, "key", k_scale, k_out), (value_cache, "value", v_scale, v_out))
+    for (pool, which, scale, out), raw in zip(pools, raws, strict=True):
+        held, target = (
+            (pool.view(_BITS[dtype.itemsize]), out.view(_BITS[dtype.itemsize])) if raw else (pool, out)
+        )
+        arguments += [held, records if scale.tensor is None else scale.tensor, target]  # no scale: never read
+        s = PoolStrides.of(pool, layout, which)
+        strides += [s.block, s.head, s.slot_group, s.slot, s.dim_group, s.dim]
+    for scale in (k_scale, v_scale):
+        strides += [scale.stride_block, scale.stride_head, scale.stride_slot]
+    grid = (len(records), tiles, triton.cdiv(page_size, tile.slots))
+    with launching(key_cache, interpreted):
+        gather_kernel[grid](
+            *arguments,
+            *strides,
+            *k_out.stride(),
+            *v_out.stride(),
+            PAGE=page_size,
+            HEADS=num_heads,
+            K_DIM=k_dim,
+            V_DIM=v_dim,
+            SLOTS=tile.slots,
+            K_UNITS=tile.k_units,
+            K_UNIT=k_unit,
+            V_UNITS=tile.v_units,
+            V_UNIT=v_unit,
+            TILES=tiles,
+            V_SLOTS_PER_GROUP=PoolStrides.of(value_cache, layout, "value").slots_per_group,
+            K_DIMS_PER_GROUP=PoolStrides.of(key_cache, layout, "key").dims_per_group,
+            K_KIND=_kernel_kind(k_scale),
+            V_KIND=_kernel_kind(v_scale),
+            FORMAT="" if fmt is None else fmt.name,
+            BIAS=0 if fmt is None else fmt.bias,
+            HARDWARE=hardware,
+            BY_HAND=interpreted,
+            K_RAW=raws[0],
+            V_RAW=raws[1],
+            NAN_CODE=_NAN_BITS[dtype] if fmt is None else fmt.nan_code,
+            WIDE=wide >= 2**31,
+            num_warps=tile.num_warps,
+        )

@@ -1,0 +1,146 @@
+"""The gather as two PyTorch operators, so that opcheck, torch.compile and CUDA graphs know it.
+
+FP8 travels as uint8 with the format's name beside it, and a scale as its tensor and its kind. What reaches an
+operator was checked before, by `dispatch.gather`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..formats.checks import dtype_name
+from ..formats.scale import Scale
+from .reference import gather_pool
+
+
+def _run(
+    key_cache: Tensor,
+    value_cache: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    records: Tensor,
+    k_out: Tensor,
+    v_out: Tensor,
+    layout: str,
+    pool_dtype: str,
+    k_kind: str,
+    v_kind: str,
+    backend: str,
+) -> None:
+    dtype: torch.dtype = getattr(torch, pool_dtype)
+    scales = Scale.of(k_kind, k_scale), Scale.of(v_kind, v_scale)
+    if backend == "triton" and key_cache.shape[0]:
+        from .kernel import launch
+
+        launch(key_cache, value_cache, layout, dtype, *scales, records, k_out, v_out)
+        return
+    for pool, which, scale, out in (
+        (key_cache, "key", scales[0], k_out),
+        (value_cache, "value", scales[1], v_out),
+    ):
+        raw = scale.kind == "none" and out.dtype == pool.dtype
+        gather_pool(
+            pool.view(dtype),
+            layout,
+            "key" if which == "key" else "value",
+            scale,
+            records,
+            out.view(dtype) if raw else out,
+        )
+
+
+@torch.library.custom_op("kvgather::gather_out", mutates_args=("k_out", "v_out"))
+def gather_out(
+    key_cache: Tensor,
+    value_cache: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    records: Tensor,
+    k_out: Tensor,
+    v_out: Tensor,
+    layout: str,
+    pool_dtype: str,
+    k_kind: str,
+    v_kind: str,
+    backend: str,
+) -> None:
+    """Fill `k_out` and `v_out`; rows that no record names stay as they are."""
+    _run(
+        key_cache, value_cache, k_scale, v_scale, records, k_out, v_out, layout, pool_dtype, k_kind, v_kind, backend
+    )  # fmt: skip
+
+
+@gather_out.register_fake
+def _(
+    key_cache: Tensor,
+    value_cache: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    records: Tensor,
+    k_out: Tensor,
+    v_out: Tensor,
+    layout: str,
+    pool_dtype: str,
+    k_kind: str,
+    v_kind: str,
+    backend: str,
+) -> None:
+    return None
+
+
+@torch.library.custom_op("kvgather::gather", mutates_args=())
+def gather_new(
+    key_cache: Tensor,
+    value_cache: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    records: Tensor,
+    total_tokens: int,
+    num_heads: int,
+    k_dim: int,
+    v_dim: int,
+    out_dtype: torch.dtype,
+    layout: str,
+    pool_dtype: str,
+    k_kind: str,
+    v_kind: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """New K and V of `total_tokens` rows; rows that no record names are uninitialised."""
+    k_out = key_cache.new_empty((total_tokens, num_heads, k_dim), dtype=out_dtype)
+    v_out = value_cache.new_empty((total_tokens, num_heads, v_dim), dtype=out_dtype)
+    _run(
+        key_cache, value_cache, k_scale, v_scale, records, k_out, v_out, layout, pool_dtype, k_kind, v_kind, backend
+    )  # fmt: skip
+    return k_out, v_out
+
+
+@gather_new.register_fake
+def _(
+    key_cache: Tensor,
+    value_cache: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    records: Tensor,
+    total_tokens: int,
+    num_heads: int,
+    k_dim: int,
+    v_dim: int,
+    out_dtype: torch.dtype,
+    layout: str,
+    pool_dtype: str,
+    k_kind: str,
+    v_kind: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return (
+        key_cache.new_empty((total_tokens, num_heads, k_dim), dtype=out_dtype),
+        value_cache.new_empty((total_tokens, num_heads, v_dim), dtype=out_dtype),
+    )
+
+
+def as_operand(pool: Tensor) -> tuple[Tensor, str]:
+    """A pool as the operators take it: FP8 as uint8, and the name of the dtype it holds."""
+    name = dtype_name(pool.dtype)
+    return (pool.view(torch.uint8), name) if pool.dtype.itemsize == 1 else (pool, name)

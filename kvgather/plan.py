@@ -1,0 +1,173 @@
+"""GatherPlan: the page tiles of one batch, checked once per forward and shared by every layer.
+
+A record is one page of one sequence: which block it is in, where its rows go, how many there are. The gather reads
+records and nothing else, so a block table with a bad id in it can make rows of NaN but never an address outside the
+pool.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .formats.checks import check_int, check_tensor
+
+_INDEX_DTYPES = (torch.int32, torch.int64)
+
+
+class PlanError(ValueError):
+    """The block table or the offsets a plan was built from are wrong; the message says where."""
+
+
+@dataclass(frozen=True)
+class GatherPlan:
+    """Checked page records of one batch.
+
+    Attributes:
+        records: `[capacity, 4]` int32, contiguous: (block id or −1, first output row, rows, offset in the page of the
+            first row). Records beyond the batch's pages have 0 rows.
+        total_tokens: rows the output must have; a capacity if it is larger than `cu_seqlens_k[-1]`.
+        page_size, num_blocks: of the pool the plan was checked for.
+    """
+
+    records: Tensor
+    total_tokens: int
+    page_size: int
+    num_blocks: int
+    _origin: Tensor  # [capacity, 3] int64: sequence, column, and the id the table holds there (−1 if there is none)
+    _given_offsets: Tensor  # [batch + 1] int64, as they came
+    _used_offsets: Tensor  # [batch + 1] int64, clamped
+
+    @property
+    def device(self) -> torch.device:
+        return self.records.device
+
+    @classmethod
+    def build(
+        cls,
+        block_table: Tensor,
+        cu_seqlens_k: Tensor,
+        *,
+        page_size: int,
+        num_blocks: int,
+        total_tokens: int | None = None,
+        seq_starts: Tensor | None = None,
+    ) -> GatherPlan:
+        """Turn a block table into checked records, on its device.
+
+        Args:
+            block_table: `[batch, max_blocks]` int32 or int64. Entries past a sequence's length may hold anything.
+            cu_seqlens_k: `[batch + 1]` int32 or int64: prefix sums of the tokens to gather, starting at 0.
+            page_size: tokens per block.
+            num_blocks: blocks of the pool; ids must be below it.
+            total_tokens: rows of the output, at least `cu_seqlens_k[-1]`. When given, nothing waits for the device,
+                and the call can be captured in a CUDA graph; when None, `cu_seqlens_k[-1]` is read.
+            seq_starts: `[batch]` int32 or int64: position at which the gather of each sequence begins; None is 0.
+
+        Returns:
+            A plan. Bad contents do not raise here: an id outside the pool, or a position outside the table, becomes
+            −1 and its rows come out NaN; offsets that fall or pass `total_tokens` are clamped. `check()` reports them.
+
+        Raises:
+            TypeError, ValueError: an argument has the wrong type, rank, size or device.
+        """
+        check_tensor(block_table, "block_table", ndim=2, dtypes=_INDEX_DTYPES)
+        device = block_table.device
+        batch, columns = block_table.shape
+        check_tensor(cu_seqlens_k, "cu_seqlens_k", ndim=1, dtypes=_INDEX_DTYPES, device=device)
+        if cu_seqlens_k.shape[0] != batch + 1:
+            raise ValueError(
+                f"cu_seqlens_k has shape {list(cu_seqlens_k.shape)}; accepted for {batch} sequences: [{batch + 1}]"
+            )
+        if seq_starts is not None:
+            check_tensor(seq_starts, "seq_starts", ndim=1, dtypes=_INDEX_DTYPES, device=device)
+            if seq_starts.shape[0] != batch:
+                raise ValueError(
+                    f"seq_starts has shape {list(seq_starts.shape)}; accepted for {batch} sequences: [{batch}]"
+                )
+        page_size = check_int(page_size, "page_size", minimum=1)
+        num_blocks = check_int(num_blocks, "num_blocks")
+        if total_tokens is None:
+            total_tokens = _read_total(cu_seqlens_k, rows=batch * columns * page_size)
+        total_tokens = check_int(total_tokens, "total_tokens")
+        capacity = -(-total_tokens // page_size) + 2 * batch if batch and total_tokens else 0
+
+        given = cu_seqlens_k.long()
+        used = given.cummax(0).values.clamp(0, total_tokens)  # [batch + 1]
+        lengths = used.diff()  # [batch]
+        starts = torch.zeros_like(lengths) if seq_starts is None else seq_starts.long()
+        first_offset = torch.where(starts < 0, 0, starts) % page_size  # [batch], of each sequence's first row
+        pages = torch.where(lengths > 0, (first_offset + lengths + page_size - 1) // page_size, 0)  # [batch]
+        pages_before = pages.cumsum(0)  # [batch], own pages included
+
+        tile = torch.arange(capacity, device=device)
+        sequence = torch.searchsorted(
+            pages_before, tile, right=True
+        )  # [capacity]; batch where there is no page
+        in_use = sequence < batch
+        sequence = sequence.clamp(max=max(batch - 1, 0))
+        if capacity:
+            nth = tile - (pages_before - pages)[sequence]  # which page of its sequence
+            begin = torch.where(nth == 0, first_offset[sequence], 0)
+            done = torch.where(nth == 0, 0, nth * page_size - first_offset[sequence])  # rows of earlier pages
+            rows = torch.minimum(page_size - begin, lengths[sequence] - done)
+            column = torch.div(starts[sequence], page_size, rounding_mode="floor") + nth
+            present = in_use & (starts[sequence] >= 0) & (column < columns)
+            there = column.clamp(0, max(columns - 1, 0))
+            ids = block_table[sequence, there].long() if columns else torch.full_like(column, -1)
+            good = present & (ids >= 0) & (ids < num_blocks)
+            block = torch.where(good, ids, -1)
+            ids = torch.where(present, ids, -1)
+            rows = torch.where(in_use, rows, 0)
+            first_row = torch.where(in_use, used[:-1][sequence] + done, 0)
+            records = torch.stack((block, first_row, rows, begin), 1).int()
+            origin = torch.stack((sequence, column, ids), 1)
+        else:
+            records = torch.empty((0, 4), dtype=torch.int32, device=device)
+            origin = torch.empty((0, 3), dtype=torch.int64, device=device)
+        return cls(records, total_tokens, page_size, num_blocks, origin, given, used)
+
+    def check(self) -> None:
+        """Raise if the plan was built from a bad block table or bad offsets; waits for the device.
+
+        Raises:
+            PlanError: with the sequence and the column of the first bad entry, or the first bad offset.
+        """
+        given, used = self._given_offsets, self._used_offsets
+        bad_offsets = (given != used).nonzero()
+        if len(bad_offsets):
+            at = int(bad_offsets[0])
+            before = f", after {int(given[at - 1])}" if at else ""
+            raise PlanError(
+                f"cu_seqlens_k[{at}] is {int(given[at])}{before}; accepted: offsets that begin at 0, never fall, and "
+                f"end at or below total_tokens, {self.total_tokens}"
+            )
+        if int(given[0]) != 0:
+            raise PlanError(f"cu_seqlens_k[0] is {int(given[0])}; accepted: 0")
+        bad = ((self.records[:, 0] < 0) & (self.records[:, 2] > 0)).nonzero()
+        if len(bad) == 0:
+            return
+        sequence, column, block_id = (int(n) for n in self._origin[bad[0, 0]])
+        where = f"block_table[{sequence}, {column}] (sequence {sequence}, column {column})"
+        if column < 0:
+            raise PlanError(
+                f"{where} is before the sequence: seq_starts[{sequence}] is negative; accepted: 0 and above"
+            )
+        raise PlanError(
+            f"{where} is {block_id}, or past the table's end; accepted: block ids 0 to {self.num_blocks - 1} in every "
+            "column that the sequence's tokens reach"
+        )
+
+
+def _read_total(cu_seqlens_k: Tensor, rows: int) -> int:
+    """cu_seqlens_k[-1]. Tokens past the table are the plan's to report, but a total that is far past everything the
+    table could hold is garbage, and would only take the machine's memory."""
+    total = int(cu_seqlens_k[-1])
+    limit = min(max(4 * rows, 2**20), 2**31 - 1)
+    if not 0 <= total <= limit:
+        raise ValueError(
+            f"cu_seqlens_k[-1] is {total}; accepted for a block table of {rows} positions: 0 to {limit}"
+        )
+    return total
