@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvgather.device import require_triton
+from kvgather.device import interpreting, require_triton
+from kvgather.gather.kernel import launching
 
 LAYOUTS = ("NHD", "SHUFFLE")
 
@@ -129,30 +130,30 @@ def cp_mha_gather_cache(
     v_dim = value.shape[2]
     if total_tokens == 0:
         return
-    gather_one_head_kernel[(total_tokens, num_heads)](
-        key_cache,
-        value_cache,
-        key,
-        value,
-        block_tables,
-        k_scales,
-        v_scales,
-        cu_seqlens_kv,
-        token_to_batch,
-        seq_starts,
-        num_heads,
-        page_size,
-        block_tables.stride(0),
-        K_DIM=k_dim,
-        V_DIM=v_dim,
-        K_LANES=triton.next_power_of_2(k_dim),
-        V_LANES=triton.next_power_of_2(v_dim),
-        X=16 // key_cache.element_size(),
-        SHUFFLE=shuffle,
-        DEQUANT=dequant,
-        PER_TOKEN=per_token_quant,
-        num_warps=1,
-    )
+    with launching(key_cache, interpreting()):
+        gather_one_head_kernel[(total_tokens, num_heads)](
+            key_cache,
+            value_cache,
+            key,
+            value,
+            block_tables,
+            k_scales,
+            v_scales,
+            cu_seqlens_kv,
+            token_to_batch,
+            seq_starts,
+            num_heads,
+            page_size,
+            block_tables.stride(0),
+            K_DIM=k_dim,
+            V_DIM=v_dim,
+            K_LANES=triton.next_power_of_2(k_dim),
+            V_LANES=triton.next_power_of_2(v_dim),
+            X=16 // key_cache.element_size(),
+            SHUFFLE=shuffle,
+            DEQUANT=dequant,
+            PER_TOKEN=per_token_quant,
+        )
 
 
 def cp_mha_gather_cache_shipped_fix(
