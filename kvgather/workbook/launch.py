@@ -47,7 +47,7 @@ def copy_notebooks(root: Path) -> list[str]:
         root: the repository; `root/notebooks` is read, `root/my-notebooks` is made or added to.
 
     Returns:
-        What was done, one sentence a file; empty when nothing was.
+        What was done, in sentences; empty when nothing was.
 
     Raises:
         LaunchError: the copy cannot be written.
@@ -64,8 +64,8 @@ def copy_notebooks(root: Path) -> list[str]:
 
 def _copy_changed(originals: Path, copies: Path) -> list[str]:
     record = copies / RECORD
-    seen: dict[str, str] = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
-    done = []
+    seen = _read_record(record)
+    done, copied = [], 0
     for original in sorted(path for path in originals.rglob("*") if path.is_file()):
         name = original.relative_to(originals)
         if any(part.startswith((".", "__")) for part in name.parts):
@@ -73,7 +73,7 @@ def _copy_changed(originals: Path, copies: Path) -> list[str]:
         digest = hashlib.sha256(original.read_bytes()).hexdigest()
         copy = copies / name
         if not copy.exists():
-            done.append(f"{COPIES}/{name.as_posix()} is your copy; the original stays as it is")
+            copied += 1
         elif seen.get(name.as_posix()) == digest:
             continue
         elif hashlib.sha256(copy.read_bytes()).hexdigest() != digest:
@@ -85,7 +85,21 @@ def _copy_changed(originals: Path, copies: Path) -> list[str]:
         seen[name.as_posix()] = digest
         # After each file, so that an interrupted copy offers nothing twice.
         record.write_text(json.dumps(seen, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    if copied:
+        files = "1 file" if copied == 1 else f"{copied} files"
+        done.insert(0, f"{files} copied from {ORIGINALS}/ to {COPIES}/, which is yours to write in")
     return done
+
+
+def _read_record(record: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(record.read_text(encoding="utf-8")))
+    except (
+        FileNotFoundError,
+        TypeError,
+        ValueError,
+    ):  # a damaged one only means that a chapter may be offered twice
+        return {}
 
 
 def _free_name(copy: Path) -> Path:
