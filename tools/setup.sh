@@ -73,6 +73,10 @@ install() { .venv/bin/python -m pip install $quiet --disable-pip-version-check "
 # Without isolation, so that the build backend too is the one that constraints.txt pins.
 install -c constraints.txt hatchling editables
 if [ "$torch" = own ]; then
+    # PYTHON may itself be a virtual environment, whose packages --system-site-packages does not show.
+    folder=$("$python" -c 'import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))')
+    printf '%s\n' "$folder" >"$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/own-torch.pth"
+    say "using torch $(.venv/bin/python -c 'import torch; print(torch.__version__)') from $folder"
     grep -vE '^(torch|triton)==' constraints.txt >.venv/constraints.txt
     .venv/bin/python tools/requirements.py "$extras" >.venv/requirements.txt
     install -c .venv/constraints.txt -r .venv/requirements.txt
