@@ -54,21 +54,21 @@ class PagedKVCache:
             TypeError, ValueError: an argument is wrong.
         """
         check_pool_dtype(dtype, "dtype")
-        sizes = [
-            check_int(num_blocks, "num_blocks"),
-            check_int(page_size, "page_size", minimum=1),
-            check_int(num_kv_heads, "num_kv_heads", minimum=1),
-        ]
+        blocks = check_int(num_blocks, "num_blocks")
+        page = check_int(page_size, "page_size", minimum=1)
+        heads = check_int(num_kv_heads, "num_kv_heads", minimum=1)
         k_dim = check_int(head_dim, "head_dim", minimum=1)
         v_dim = k_dim if v_head_dim is None else check_int(v_head_dim, "v_head_dim", minimum=1)
         where = torch.device(device if device is not None else "cuda" if has_gpu() else "cpu")
         kinds = _pair_of_kinds(scale)
-        key_cache = torch.zeros(key_shape(layout, *sizes, k_dim, dtype.itemsize), dtype=dtype, device=where)
+        key_cache = torch.zeros(
+            key_shape(layout, blocks, page, heads, k_dim, dtype.itemsize), dtype=dtype, device=where
+        )
         value_cache = torch.zeros(
-            value_shape(layout, *sizes, v_dim, dtype.itemsize), dtype=dtype, device=where
+            value_shape(layout, blocks, page, heads, v_dim, dtype.itemsize), dtype=dtype, device=where
         )
         scales = [
-            torch.ones(kind_shape(kind, sizes[0], sizes[2], sizes[1]) or (1,), device=where)
+            torch.ones(kind_shape(kind, blocks, heads, page) or (1,), device=where)
             if given is None and kind != "none"
             else given
             for kind, given in zip(kinds, (k_scale, v_scale), strict=True)
@@ -125,9 +125,7 @@ class PagedKVCache:
             )
             for name, scale, kind in zip("kv", scales, kinds, strict=True)
         )
-        self._too_large = torch.full(
-            (1,), -1, dtype=torch.int64, device=g.device
-        )  # the largest slot refused so far
+        self._too_large = torch.full((1,), -1, dtype=torch.int64, device=g.device)  # the largest slot refused so far
 
     @property
     def layout(self) -> str:
@@ -182,9 +180,7 @@ class PagedKVCache:
         for name, tensor, dim in (("k", k, g.head_dim), ("v", v, g.v_head_dim)):
             check_tensor(tensor, name, ndim=3, dtypes=FLOATS, device=g.device)
             if tensor.shape[1:] != (g.num_kv_heads, dim):
-                raise ValueError(
-                    f"{name} has shape {list(tensor.shape)}; accepted: [n, {g.num_kv_heads}, {dim}]"
-                )
+                raise ValueError(f"{name} has shape {list(tensor.shape)}; accepted: [n, {g.num_kv_heads}, {dim}]")
         check_tensor(slots, "slots", ndim=1, dtypes=(torch.int32, torch.int64), device=g.device)
         if not len(k) == len(v) == len(slots):
             raise ValueError(
@@ -219,9 +215,7 @@ class PagedKVCache:
         """
         largest = int(self._too_large)
         if largest >= 0:
-            raise SlotError(
-                f"slots held {largest}; accepted: below {self.num_slots}, or negative for padding"
-            )
+            raise SlotError(f"slots held {largest}; accepted: below {self.num_slots}, or negative for padding")
         for name, scale in zip(("k_scale", "v_scale"), self._scales, strict=True):
             check_values(scale, name)
 
@@ -231,6 +225,4 @@ def _pair_of_kinds(scale: object) -> tuple[str, str]:
         return check_choice(scale, "scale", KINDS), scale
     if isinstance(scale, (tuple, list)) and len(scale) == 2:
         return check_choice(scale[0], "scale[0]", KINDS), check_choice(scale[1], "scale[1]", KINDS)
-    raise TypeError(
-        f"scale is {scale!r:.60}; accepted: a kind, or a pair (K's kind, V's kind), of {', '.join(KINDS)}"
-    )
+    raise TypeError(f"scale is {scale!r:.60}; accepted: a kind, or a pair (K's kind, V's kind), of {', '.join(KINDS)}")

@@ -44,7 +44,7 @@ _interpret_by_default()
 
 def interpreting() -> bool:
     """Whether kernels decorated now would run in Triton's interpreter, Triton's own library included."""
-    if not triton_available():
+    if not triton_available() or importlib.util.find_spec("numpy") is None:  # the interpreter is built on NumPy
         return False
     import triton.language as tl
     from triton import knobs
@@ -65,9 +65,7 @@ def require_triton(device: torch.device) -> None:
             tensors are on a CPU while kernels are compiled for a GPU.
     """
     if not triton_available():
-        raise BackendError(
-            'backend="triton" needs triton, which is not installed here; accepted: "torch" or "auto"'
-        )
+        raise BackendError('backend="triton" needs triton, which is not installed here; accepted: "torch" or "auto"')
     if interpreting():
         return
     if device.type == "cuda":

@@ -103,9 +103,7 @@ class GatherPlan:
         pages_before = pages.cumsum(0)  # [batch], own pages included
 
         tile = torch.arange(capacity, device=device)
-        sequence = torch.searchsorted(
-            pages_before, tile, right=True
-        )  # [capacity]; batch where there is no page
+        sequence = torch.searchsorted(pages_before, tile, right=True)  # [capacity]; batch where there is no page
         in_use = sequence < batch
         sequence = sequence.clamp(max=max(batch - 1, 0))
         if capacity:
@@ -167,7 +165,5 @@ def _read_total(cu_seqlens_k: Tensor, rows: int) -> int:
     total = int(cu_seqlens_k[-1])
     limit = min(max(4 * rows, 2**20), 2**31 - 1)
     if not 0 <= total <= limit:
-        raise ValueError(
-            f"cu_seqlens_k[-1] is {total}; accepted for a block table of {rows} positions: 0 to {limit}"
-        )
+        raise ValueError(f"cu_seqlens_k[-1] is {total}; accepted for a block table of {rows} positions: 0 to {limit}")
     return total

@@ -63,13 +63,10 @@ def write_pool(
 ) -> None:
     """Quantize `rows` `[n, heads, dim]` and put row i into (block[i], slot[i]) of one pool; indices are int64 `[n]`."""
     if scale.kind == "per-token-head":
-        factor = computed_scale(rows, pool.dtype)  # [n, heads]
         assert scale.tensor is not None
-        scale.tensor[block, :, slot] = factor
-    else:
-        heads = torch.arange(rows.shape[1], device=pool.device)
-        given = scale.at(block[:, None], heads, slot[:, None])
-        factor = given if given is None or given.ndim == 0 else given.expand(rows.shape[:2])
+        scale.tensor[block, :, slot] = computed_scale(rows, pool.dtype)  # [n, heads]
+    heads = torch.arange(rows.shape[1], device=pool.device)
+    factor = scale.at(block[:, None], heads, slot[:, None])  # [n, heads] or less
     codes = quantize(rows, factor if factor is None or factor.ndim == 0 else factor[..., None], pool.dtype)
     if pool.dtype in FORMATS:
         codes, pool = codes.view(torch.uint8), pool.view(torch.uint8)
@@ -95,6 +92,4 @@ def _check_slots(slots: Tensor, num_slots: int) -> None:
     twice = ((ordered[1:] == ordered[:-1]) & (ordered[1:] >= 0)).nonzero()
     if len(twice):
         first, second = sorted(int(i) for i in order[int(twice[0]) : int(twice[0]) + 2])
-        raise SlotError(
-            f"slots[{first}] and slots[{second}] are both {int(slots[first])}; accepted: each slot once"
-        )
+        raise SlotError(f"slots[{first}] and slots[{second}] are both {int(slots[first])}; accepted: each slot once")

@@ -32,9 +32,7 @@ def encode_fp8(
     magnitude = tl.where(nan | (magnitude > MAX), MAX, magnitude)
     dropped: tl.constexpr = 23 - MANTISSA
     wide = magnitude.to(tl.uint32, bitcast=True)
-    normal = ((wide + ((wide >> dropped) & 1) + ((1 << (dropped - 1)) - 1)) >> dropped) - (
-        (127 - BIAS) << MANTISSA
-    )
+    normal = ((wide + ((wide >> dropped) & 1) + ((1 << (dropped - 1)) - 1)) >> dropped) - ((127 - BIAS) << MANTISSA)
     # Added to this, a subnormal's unit is the last bit of the sum's mantissa, so the addition rounds it.
     anchor: tl.constexpr = 2.0 ** (24 - BIAS - MANTISSA)
     subnormal = (magnitude + anchor).to(tl.uint32, bitcast=True) - ((127 + 24 - BIAS - MANTISSA) << 23)
@@ -59,9 +57,7 @@ def _write_rows(
     head = (head0 + tl.arange(0, HEADS)).to(tl.int64)
     dim = tl.arange(0, DIMS).to(tl.int64)
     mask = (head < NUM_HEADS)[:, None] & (dim < DIM)[None, :]  # [HEADS, DIMS]
-    source = (
-        row_ptr + token * stride_row_token + head[:, None] * stride_row_head + dim[None, :] * stride_row_dim
-    )
+    source = row_ptr + token * stride_row_token + head[:, None] * stride_row_head + dim[None, :] * stride_row_dim
     held = tl.load(source, mask=mask, other=0.0)
     if held.dtype == tl.bfloat16:
         values = (held.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)

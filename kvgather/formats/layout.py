@@ -32,9 +32,7 @@ def group(itemsize: int) -> int:
 def _check_shuffle(page_size: int, head_dim: int, itemsize: int, which: Which) -> None:
     x = group(itemsize)
     if which == "key" and head_dim % x:
-        raise ValueError(
-            f"head_dim is {head_dim}; accepted in SHUFFLE with {itemsize}-byte elements: multiples of {x}"
-        )
+        raise ValueError(f"head_dim is {head_dim}; accepted in SHUFFLE with {itemsize}-byte elements: multiples of {x}")
     if page_size % x:
         raise ValueError(
             f"page_size is {page_size}; accepted in SHUFFLE with {itemsize}-byte elements: multiples of {x}"
@@ -177,9 +175,7 @@ class Geometry:
                 f"{dtype_name(key_cache.dtype)}"
             )
         if value_cache.device != key_cache.device:
-            raise ValueError(
-                f"value_cache is on {value_cache.device}; accepted: {key_cache.device}, as key_cache"
-            )
+            raise ValueError(f"value_cache is on {value_cache.device}; accepted: {key_cache.device}, as key_cache")
         return cls(layout, blocks, page, heads, k_dim, v_dim, key_cache.dtype, key_cache.device)
 
 
@@ -190,9 +186,7 @@ def _read_sizes(pool: Tensor, layout: str, which: Which) -> tuple[int, int, int,
     accepted = {
         "NHD": "[blocks, page, heads, dim]",
         "HND": "[blocks, heads, page, dim]",
-        "SHUFFLE": f"[blocks, heads, dim/{x}, page, {x}]"
-        if which == "key"
-        else f"[blocks, heads, page/{x}, dim, {x}]",
+        "SHUFFLE": f"[blocks, heads, dim/{x}, page, {x}]" if which == "key" else f"[blocks, heads, page/{x}, dim, {x}]",
     }[layout]
     fits = len(shape) == (5 if layout == "SHUFFLE" else 4) and min(shape[1:]) > 0
     if not fits or (layout == "SHUFFLE" and shape[4] != x):
@@ -251,9 +245,7 @@ def convert(pool: Tensor, src: str, dst: str, which: Which) -> Tensor:
     return moved.clone(memory_format=torch.contiguous_format)
 
 
-def element_offset(
-    pool: Tensor, layout: str, which: Which, block: int, head: int, slot: int, dim: int
-) -> int:
+def element_offset(pool: Tensor, layout: str, which: Which, block: int, head: int, slot: int, dim: int) -> int:
     """Where one element lies, counted in elements from the pool's first.
 
     Args:

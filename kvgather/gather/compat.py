@@ -44,7 +44,7 @@ def cp_mha_gather_cache(
         k_scales, v_scales: a float, or FP32 of one element, `[heads]` or `[blocks, heads, page]`; not used without
             `dequant`.
         cu_seqlens_kv: `[batch + 1]` prefix sums of the tokens to gather.
-        token_to_batch: `[total_tokens]`, the sequence of each token. `cu_seqlens_kv` says the same, and is what is used.
+        token_to_batch: `[total_tokens]`, each token's sequence. `cu_seqlens_kv` says the same, and is what is used.
         seq_starts: `[batch]`, the position at which the gather of each sequence begins; None is 0.
         dequant: whether to multiply by the scales.
         kv_cache_layout: "NHD", "SHUFFLE" or "HND".

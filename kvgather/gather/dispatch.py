@@ -100,9 +100,7 @@ def gather_named(
             layout, name, k.kind, v.kind, backend,
         )  # fmt: skip
         return outs[0].view(out_dtype), outs[1].view(out_dtype)
-    k_out, v_out = _check_out(
-        out, geometry, plan.total_tokens, out_dtype, (key_cache, value_cache), out_names
-    )
+    k_out, v_out = _check_out(out, geometry, plan.total_tokens, out_dtype, (key_cache, value_cache), out_names)
     ops.gather_out(
         key_operand, value_operand, k.tensor, v.tensor, plan.records, k_out.view(held_dtype), v_out.view(held_dtype),
         layout, name, k.kind, v.kind, backend,
@@ -128,9 +126,7 @@ def _check_plan(plan: GatherPlan, geometry: Geometry) -> None:
     if not isinstance(plan, GatherPlan):
         raise TypeError(f"plan is {type(plan).__name__}; accepted: a GatherPlan, from GatherPlan.build(...)")
     if plan.page_size != geometry.page_size:
-        raise ValueError(
-            f"plan was made for page_size {plan.page_size}; accepted: the cache's, {geometry.page_size}"
-        )
+        raise ValueError(f"plan was made for page_size {plan.page_size}; accepted: the cache's, {geometry.page_size}")
     if plan.num_blocks > geometry.num_blocks:
         raise ValueError(
             f"plan was made for a pool of {plan.num_blocks} blocks; accepted: at most the cache's {geometry.num_blocks}"
@@ -168,15 +164,11 @@ def _check_out(
         reached = 0
         for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda s: s[1]):
             if size > 1 and stride <= reached:
-                raise ValueError(
-                    f"{name} has strides {list(tensor.stride())}; accepted: rows that do not overlap"
-                )
+                raise ValueError(f"{name} has strides {list(tensor.stride())}; accepted: rows that do not overlap")
             reached += (size - 1) * stride
     for name, tensor, others in ((names[0], out[0], (*pools, out[1])), (names[1], out[1], pools)):
         if any(_share_memory(tensor, other) for other in others):
-            raise ValueError(
-                f"{name} shares memory with a cache or the other output; accepted: memory of its own"
-            )
+            raise ValueError(f"{name} shares memory with a cache or the other output; accepted: memory of its own")
     return out[0], out[1]
 
 

@@ -121,9 +121,9 @@ def _load_tile(
             offset = slot[:, None] * stride_scale_slot + (head * stride_scale_head)[None, :]  # [SLOTS, UNITS]
             scale = tl.load(scale_page_ptr + offset, mask=present, other=1.0)
         else:  # per-head, or per-page-head
-            scale = tl.load(
-                scale_page_ptr + head * stride_scale_head, mask=unit < HEADS * (DIM // UNIT), other=1.0
-            )[None, :]
+            scale = tl.load(scale_page_ptr + head * stride_scale_head, mask=unit < HEADS * (DIM // UNIT), other=1.0)[
+                None, :
+            ]
         values = values * tl.where(block < 0, float("nan"), scale)[:, :, None]
     return round_to(values, OUT_DTYPE, BY_HAND)
 
@@ -254,8 +254,7 @@ def _widest_offset(pool: Tensor, scale: Tensor | None, out: Tensor, page_size: i
     """The largest offset inside one page, in elements, that a launch computes."""
     offsets = [sum((n - 1) * s for n, s in zip(pool.shape[1:], pool.stride()[1:], strict=True))]
     offsets.append(
-        page_size * out.stride(0)
-        + sum((n - 1) * s for n, s in zip(out.shape[1:], out.stride()[1:], strict=True))
+        page_size * out.stride(0) + sum((n - 1) * s for n, s in zip(out.shape[1:], out.stride()[1:], strict=True))
     )
     if scale is not None and scale.ndim == 3:
         offsets.append(sum((n - 1) * s for n, s in zip(scale.shape[1:], scale.stride()[1:], strict=True)))
@@ -316,18 +315,14 @@ def launch(
         _widest_offset(key_cache, k_scale.tensor, k_out, page_size),
         _widest_offset(value_cache, v_scale.tensor, v_out, page_size),
     )
-    raws = [
-        s.kind == "none" and o.dtype == p.dtype
-        for p, s, o in ((key_cache, k_scale, k_out), (value_cache, v_scale, v_out))
-    ]
+    raws: list[bool] = []
     arguments: list[Any] = [records]
     strides: list[int] = []
     pools: tuple[tuple[Tensor, Which, Scale, Tensor], ...]
     pools = ((key_cache, "key", k_scale, k_out), (value_cache, "value", v_scale, v_out))
-    for (pool, which, scale, out), raw in zip(pools, raws, strict=True):
-        held, target = (
-            (pool.view(_BITS[dtype.itemsize]), out.view(_BITS[dtype.itemsize])) if raw else (pool, out)
-        )
+    for pool, which, scale, out in pools:
+        raws.append(scale.kind == "none" and out.dtype == pool.dtype)
+        held, target = (t.view(_BITS[dtype.itemsize]) if raws[-1] else t for t in (pool, out))
         arguments += [held, records if scale.tensor is None else scale.tensor, target]  # no scale: never read
         s = PoolStrides.of(pool, layout, which)
         strides += [s.block, s.head, s.slot_group, s.slot, s.dim_group, s.dim]

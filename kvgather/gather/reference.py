@@ -15,9 +15,7 @@ from ..formats.fp8 import FORMATS, decode
 from ..formats.layout import Which, as_nhd
 from ..formats.scale import Scale
 
-_CHUNK_ELEMENTS = (
-    1 << 20
-)  # 1 MiB of codes, 4 MiB of FP32: 16 ms for 33 M elements, 53 ms with chunks of 64 Ki
+_CHUNK_ELEMENTS = 1 << 20  # 1 MiB of codes, 4 MiB of FP32: 16 ms for 33 M elements, 53 ms with chunks of 64 Ki
 
 
 def gather_pool(pool: Tensor, layout: str, which: Which, scale: Scale, records: Tensor, out: Tensor) -> None:
@@ -37,9 +35,7 @@ def gather_pool(pool: Tensor, layout: str, which: Which, scale: Scale, records: 
     per_chunk = max(1, _CHUNK_ELEMENTS // max(1, page_size * out.shape[1] * out.shape[2]))
     for part in records.split(per_chunk):
         block, first_row, rows, begin = part.unbind(1)
-        values = _pages(
-            pool, layout, which, scale, block, raw=out.dtype == pool.dtype and scale.kind == "none"
-        )
+        values = _pages(pool, layout, which, scale, block, raw=out.dtype == pool.dtype and scale.kind == "none")
         first, last = int(first_row[0]), int(first_row[-1] + rows[-1])
         flat = values.flatten(0, 1)  # [pages * page, heads, dim]
         if last - first != flat.shape[0]:
@@ -50,7 +46,7 @@ def gather_pool(pool: Tensor, layout: str, which: Which, scale: Scale, records: 
 
 
 def _pages(pool: Tensor, layout: str, which: Which, scale: Scale, block: Tensor, raw: bool) -> Tensor:
-    """Values of whole pages, `[pages, page, heads, dim]`: FP32, or the pool's own dtype when `raw`; NaN for block −1."""
+    """Values of whole pages, `[pages, page, heads, dim]`: FP32, or the pool's dtype when `raw`; NaN for block −1."""
     fmt = FORMATS.get(pool.dtype)
     held = pool if fmt is None else pool.view(torch.uint8)
     bad = block < 0
@@ -66,9 +62,7 @@ def _pages(pool: Tensor, layout: str, which: Which, scale: Scale, block: Tensor,
     if scale.tensor is not None:
         heads = torch.arange(values.shape[2], device=pool.device)
         slots = torch.arange(values.shape[1], device=pool.device)
-        factor = scale.at(
-            block.clamp_min(0)[:, None, None], heads, slots[:, None]
-        )  # [pages, page, heads] or less
+        factor = scale.at(block.clamp_min(0)[:, None, None], heads, slots[:, None])  # [pages, page, heads] or less
         if factor is not None:
             values.mul_(factor if factor.ndim == 0 else factor[..., None])
     if any_bad:
