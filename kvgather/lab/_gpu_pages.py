@@ -18,9 +18,7 @@ class _Driver:
 
     def __init__(self) -> None:
         self.hip = torch.version.hip is not None
-        package, install = (
-            ("hip.hip", "hip-python") if self.hip else ("cuda.bindings.driver", "cuda-bindings")
-        )
+        package, install = ("hip.hip", "hip-python") if self.hip else ("cuda.bindings.driver", "cuda-bindings")
         try:
             self.module: Any = importlib.import_module(package)
         except ImportError as error:

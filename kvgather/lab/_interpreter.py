@@ -69,9 +69,7 @@ class Launch:
         return name, (address - start).view(np.int64)
 
 
-Record = Callable[
-    [Launch, str, NDArray[np.uint64], int, NDArray[np.bool_], tuple[str, int]], NDArray[np.bool_]
-]
+Record = Callable[[Launch, str, NDArray[np.uint64], int, NDArray[np.bool_], tuple[str, int]], NDArray[np.bool_]]
 
 
 @dataclass
@@ -96,9 +94,7 @@ def _import_interpreter() -> tuple[Any, Any]:
         import triton
         from triton.runtime import interpreter
     except ImportError as error:
-        raise TraceError(
-            f"a trace needs triton and its interpreter, which cannot be imported here: {error}"
-        ) from error
+        raise TraceError(f"a trace needs triton and its interpreter, which cannot be imported here: {error}") from error
     builder = getattr(interpreter, "InterpreterBuilder", None)
     wanted = {
         "create_masked_load": "ptrs mask other",
@@ -109,15 +105,11 @@ def _import_interpreter() -> tuple[Any, Any]:
     missing = [
         f"InterpreterBuilder.{name}({', '.join(arguments.split())}, …)"
         for name, arguments in wanted.items()
-        if list(inspect.signature(getattr(builder, name, lambda: None)).parameters)[1:][
-            : len(arguments.split())
-        ]
+        if list(inspect.signature(getattr(builder, name, lambda: None)).parameters)[1:][: len(arguments.split())]
         != arguments.split()
     ]
     missing += [
-        name
-        for name in ("_implicit_cvt", "TensorHandle", "InterpretedFunction")
-        if not hasattr(interpreter, name)
+        name for name in ("_implicit_cvt", "TensorHandle", "InterpretedFunction") if not hasattr(interpreter, name)
     ]
     if not hasattr(getattr(interpreter, "GridExecutor", None), "_init_args_hst"):
         missing.append("GridExecutor._init_args_hst")
@@ -187,16 +179,12 @@ def hooked(recorder: Recorder) -> Iterator[None]:
         launch.program = tuple(int(i) for i in self.grid_idx[: len(launch.grid)])
         width = max(1, pointer.get_element_ty().primitive_bitwidth // 8)
         skip = recorder.record(launch, kind, tagged, width, lanes.copy(), _source(package))
-        bare = np.where(
-            tagged >> np.uint64(TAG_SHIFT) == 0, tagged, (tagged & ADDRESS_MASK) - np.uint64(BIAS)
-        )
+        bare = np.where(tagged >> np.uint64(TAG_SHIFT) == 0, tagged, (tagged & ADDRESS_MASK) - np.uint64(BIAS))
         return handle(bare, pointer.dtype), lanes & ~skip
 
     def masked_load(self: Any, ptrs: Any, mask: Any, other: Any, *rest: Any, **named: Any) -> Any:
         bare, lanes = check(self, "load", ptrs, mask)
-        result = original["create_masked_load"](
-            self, bare, _mask(handle, interpreter, lanes), other, *rest, **named
-        )
+        result = original["create_masked_load"](self, bare, _mask(handle, interpreter, lanes), other, *rest, **named)
         skipped = np.asarray(_data(mask, handle), dtype=bool) & ~lanes
         if skipped.any():  # the kernel's own `other` is for lanes that it switched off itself
             result.data = np.where(skipped, np.zeros_like(result.data), result.data)
@@ -204,15 +192,11 @@ def hooked(recorder: Recorder) -> Iterator[None]:
 
     def masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any, **named: Any) -> Any:
         bare, lanes = check(self, "store", ptrs, mask)
-        return original["create_masked_store"](
-            self, bare, value, _mask(handle, interpreter, lanes), *rest, **named
-        )
+        return original["create_masked_store"](self, bare, value, _mask(handle, interpreter, lanes), *rest, **named)
 
     def atomic_rmw(self: Any, op: Any, ptr: Any, val: Any, mask: Any, *rest: Any, **named: Any) -> Any:
         bare, lanes = check(self, "atomic", ptr, mask)
-        return original["create_atomic_rmw"](
-            self, op, bare, val, _mask(handle, interpreter, lanes), *rest, **named
-        )
+        return original["create_atomic_rmw"](self, op, bare, val, _mask(handle, interpreter, lanes), *rest, **named)
 
     def atomic_cas(self: Any, ptr: Any, cmp: Any, val: Any, *rest: Any, **named: Any) -> Any:
         bare, lanes = check(self, "atomic", ptr, np.ones(ptr.data.shape, bool))

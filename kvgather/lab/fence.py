@@ -85,9 +85,7 @@ def round_up(nbytes: int, unit: int) -> int:
 def _cpu_bytes(nbytes: int, side: str, guard_bytes: int) -> Tensor:
     """`nbytes` of uint8 in an anonymous mapping of their own, one side of which is PROT_NONE."""
     if sys.platform == "win32":
-        raise FenceError(
-            "a fence on a CPU needs mprotect, which Windows does not have; accepted: Linux, macOS"
-        )
+        raise FenceError("a fence on a CPU needs mprotect, which Windows does not have; accepted: Linux, macOS")
     body, guard = round_up(nbytes, mmap.PAGESIZE), round_up(guard_bytes, mmap.PAGESIZE)
     pages = mmap.mmap(-1, body + guard, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     base = ctypes.addressof(ctypes.c_char.from_buffer(pages))

@@ -78,9 +78,7 @@ class Violation:
 
     def __str__(self) -> str:
         program = ", ".join(map(str, self.program)) + ("," if len(self.program) == 1 else "")
-        return (
-            f"{self.argument}: element {self.element} of {self.size}, line {self.line}, program ({program})"
-        )
+        return f"{self.argument}: element {self.element} of {self.size}, line {self.line}, program ({program})"
 
 
 @dataclass
@@ -143,8 +141,7 @@ class Trace:
             int64 offsets in bytes from the argument's `data_ptr()`.
         """
         touched = [
-            (a.bytes[a.mask][:, None] + np.arange(a.width)).ravel()
-            for a in self.select(argument, program, kind)
+            (a.bytes[a.mask][:, None] + np.arange(a.width)).ravel() for a in self.select(argument, program, kind)
         ]
         return np.unique(np.concatenate(touched)) if touched else np.zeros(0, np.int64)
 
@@ -180,9 +177,7 @@ def trace(*, strict: bool = False, skip_outside: bool = True) -> Iterator[Trace]
     ) -> NDArray[np.bool_]:
         argument, offset = launch.locate(address)
         tensor = launch.arguments.get(argument)
-        outside = (
-            np.zeros(mask.shape, bool) if tensor is None else mask & _outside(tensor, offset, width, strict)
-        )
+        outside = np.zeros(mask.shape, bool) if tensor is None else mask & _outside(tensor, offset, width, strict)
         result.accesses.append(
             Access(
                 kernel=launch.kernel,

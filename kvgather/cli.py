@@ -1,0 +1,113 @@
+"""The command line: `kvgather doctor`, `kvgather crash`; also as `python -m kvgather`.
+
+Exit status of every command: 0 as it should be, 1 not as it should be, 2 wrong usage (or what was asked for cannot run
+here), 3 the command itself failed, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Commands = Any  # what add_subparsers returns has no public name
+OK, NOT_AS_EXPECTED, USAGE, FAILED, INTERRUPTED = 0, 1, 2, 3, 130
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """What this machine can run."""
+    from .device import doctor as look
+
+    print(look())
+    return OK
+
+
+def crash(arguments: argparse.Namespace) -> int:
+    """Run the crash cases, print what became of each, and compare with what should."""
+    from .lab import crash as lab
+
+    cases = arguments.case or lab.names(arguments.device)
+    for name in cases:
+        if name not in lab.CASES:
+            raise lab.CrashError(f"--case is {name!r}; accepted: {', '.join(lab.CASES)}")
+    outcomes = []
+    width = max(map(len, cases))
+    for outcome in lab.run_all(cases, timeout=arguments.timeout):
+        outcomes.append(outcome)
+        print(f"{outcome.case:<{width}}  {lab.describe(outcome)}", flush=True)
+    if arguments.json:
+        lab.save(outcomes, arguments.json)
+    if all(outcome.as_expected for outcome in outcomes):
+        print(f"all {len(outcomes)} outcomes are as expected")
+        return OK
+    return FAILED if any(outcome.kind in ("failed", "timeout") for outcome in outcomes) else NOT_AS_EXPECTED
+
+
+def _add_doctor(commands: Commands) -> None:
+    parser = commands.add_parser("doctor", help="say what this machine can run, and how")
+    parser.set_defaults(run=doctor)
+
+
+def _add_crash(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "crash",
+        help="repeat the crash in child processes, and show that it is fixed",
+        description="Runs the gather as it was, with the fix as it was shipped, and as it is, with a scale that is "
+        "guarded (followed by memory that faults) or not, each in a child process of its own.",
+        epilog="exit status: 0 every outcome is as expected; 1 some are not; 2 wrong usage, or no such device here; "
+        "3 a child failed for another reason or ran out of time; 130 interrupted",
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda", "all"), default="all", help="default: all there are")
+    parser.add_argument("--case", action="append", metavar="NAME", help="only this case; may be given several times")
+    parser.add_argument("--json", metavar="FILE", help="also write the outcomes to FILE")
+    parser.add_argument("--timeout", type=_seconds, default=120.0, metavar="SECONDS", help="per case; default: 120")
+    parser.set_defaults(run=crash)
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a time; accepted: seconds above 0")
+    return seconds
+
+
+COMMANDS: tuple[Callable[[Commands], None], ...] = (_add_doctor, _add_crash)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are one line on stderr."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        self.exit(USAGE, f"{self.prog}: {message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the arguments, without the program's name; None takes the process's.
+
+    Returns:
+        The exit status.
+    """
+    parser = _Parser(prog="kvgather", description="Gather a paged FP8 KV cache; see what went wrong before.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+    for add in COMMANDS:
+        add(commands)
+    arguments = parser.parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except (ValueError, TypeError) as error:
+        print(f"kvgather: {error}", file=sys.stderr)
+        return USAGE
+    except OSError as error:
+        print(f"kvgather: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("kvgather: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
