@@ -2,8 +2,9 @@
 # Makes .venv, or brings it up to date, or finds that nothing changed. `make` calls it from the repository root.
 #
 #   PYTHON   the Python to use; without it the first of python3, python3.11 … python3.14 that fits
-#   TORCH    "pinned": torch and triton from constraints.txt; "own": the torch that PYTHON already has.
-#            Without it: as .venv was made; a new one is pinned.
+#   TORCH    "pinned": torch and triton from constraints.txt; "own": the torch that PYTHON already has
+#
+# Both are remembered in .venv, so that they need to be said once.
 set -eu
 
 say() { printf 'kvgather: %s\n' "$*" >&2; }
@@ -12,31 +13,36 @@ fail() { say "$*"; exit 1; }
 [ -f pyproject.toml ] || fail "run this from the repository root, where pyproject.toml is"
 [ -w . ] || fail "this folder cannot be written to, and .venv belongs in it: make a clone where you may write"
 
-torch=${TORCH:-}
-if [ -z "$torch" ]; then
-    torch=pinned
-    ! grep -q 'include-system-site-packages = true' .venv/pyvenv.cfg 2>/dev/null || torch=own
-fi
+remembered() { sed -n "$1p" .venv/chosen 2>/dev/null || true; }
+torch=${TORCH:-$(remembered 1)}
+torch=${torch:-pinned}
 case $torch in pinned|own) ;; *) fail "TORCH=$torch is neither 'pinned' nor 'own'" ;; esac
 
 extras=notebooks,test
 ! command -v nvidia-smi >/dev/null 2>&1 || extras=$extras,nvidia
 
 # The folder is part of the key because a moved clone must be installed again.
-key=$({ pwd; echo "$torch $extras ${PYTHON:-}"; cat pyproject.toml constraints.txt tools/setup.sh; } | cksum)
-if [ "$key" = "$(cat .venv/ready 2>/dev/null)" ] && .venv/bin/python -c '' 2>/dev/null; then
+key=$({ pwd; echo "$torch $extras"; cat pyproject.toml constraints.txt tools/setup.sh; } | cksum)
+python=$(remembered 2)
+if [ "$key" = "$(cat .venv/ready 2>/dev/null)" ] && [ "${PYTHON:-$python}" = "$python" ] &&
+    .venv/bin/python -c '' 2>/dev/null; then
     exit 0
 fi
 
 fits() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null; }
 
+# A Python that was asked for is the only candidate.
+if [ -n "${PYTHON:-}" ]; then
+    set -- "$PYTHON"
+else
+    set -- ${python:+"$python"} python3 python3.11 python3.12 python3.13 python3.14
+fi
 python=
-for candidate in ${PYTHON:+"$PYTHON"} python3 python3.11 python3.12 python3.13 python3.14; do
+for candidate in "$@"; do
     if fits "$candidate"; then
         python=$candidate
         break
     fi
-    [ -z "${PYTHON:-}" ] || break
 done
 if [ -z "$python" ]; then
     candidate=${PYTHON:-python3}
@@ -53,9 +59,7 @@ fi
 # An environment of the other mode, of another Python or with a lost Python is made anew; any other is updated.
 wanted=$("$python" -c 'import sys; print(*sys.version_info[:2])')
 present=$(.venv/bin/python -c 'import sys; print(*sys.version_info[:2])' 2>/dev/null) || present=none
-site=false
-[ "$torch" != own ] || site=true
-if [ "$wanted" != "$present" ] || ! grep -q "include-system-site-packages = $site" .venv/pyvenv.cfg; then
+if [ "$wanted" != "$present" ] || [ "$torch" != "$(remembered 1)" ]; then
     say "making .venv with $("$python" --version)"
     if [ "$torch" = own ]; then
         "$python" -m venv --clear --system-site-packages .venv
@@ -64,6 +68,7 @@ if [ "$wanted" != "$present" ] || ! grep -q "include-system-site-packages = $sit
     fi
 fi
 rm -f .venv/ready
+printf '%s\n' "$torch" "$python" >.venv/chosen
 
 say "installing into .venv (the first time takes a few minutes)"
 # A person sees pip's progress; a log has only what went wrong.
