@@ -20,7 +20,7 @@ LAYOUTS = ("NHD", "SHUFFLE")
 
 
 @triton.jit
-def gather_one_head_kernel(  # type: ignore[no-untyped-def]
+def gather_one_head_kernel(
     key_cache_ptr,  # NHD [blocks, page, heads, dim]; SHUFFLE [blocks, heads, dim/x, page, x]
     value_cache_ptr,  # NHD [blocks, page, heads, dim]; SHUFFLE [blocks, heads, page/x, dim, x]
     key_ptr,  # [tokens, heads, dim]

@@ -1,0 +1,79 @@
+"""The gather as it was: right when it is told the truth, and it believes what it is told."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvgather.lab import before_fix
+
+pytestmark = pytest.mark.triton
+LAYOUTS = ("NHD", "SHUFFLE")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16])
+@pytest.mark.parametrize("per_token", [True, False])
+def test_exact_when_the_flag_tells_the_truth(call, layout, dtype, per_token):
+    scale = torch.rand(6, 2, 16) + 0.5 if per_token else torch.tensor([0.75])
+    case = call(layout, dtype, scale)
+    before_fix.cp_mha_gather_cache(**case.arguments, per_token_quant=per_token)
+    for got, want in zip(case.got, case.want, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_without_dequant_no_scale_is_read(call):
+    case = call("NHD", torch.bfloat16, torch.tensor([float("nan")]), dequant=False)
+    before_fix.cp_mha_gather_cache(**(case.arguments | {"k_scales": None, "v_scales": None}))
+    assert torch.equal(case.got[0], case.want[0])
+
+
+def test_the_default_flag_reads_a_scalar_as_if_it_had_a_row_per_token(call):
+    arena = torch.arange(256, dtype=torch.float32)  # mapped memory behind the scalar: element i holds i
+    arena[0] = 0.5
+    case = call("SHUFFLE", torch.float8_e4m3fn, arena[:1])
+    before_fix.cp_mha_gather_cache(**case.arguments)
+    block, slot, head = 4, 15, 1
+    element = (block * 2 + head) * 16 + slot
+    assert torch.equal(case.got[0][0, head], case.want[0][0, head] / 0.5 * element)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_shipped_fix_is_exact_for_scalars_whatever_the_flag(call, layout):
+    for flag in (True, False):
+        case = call(layout, torch.float8_e4m3fn, torch.tensor([0.5]))
+        before_fix.cp_mha_gather_cache_shipped_fix(**case.arguments, per_token_quant=flag)
+        assert torch.equal(case.got[0], case.want[0])
+        assert torch.equal(case.got[1], case.want[1])
+
+
+def test_the_shipped_fix_refuses_one_scalar_and_one_not(call):
+    case = call("NHD", torch.float8_e4m3fn, torch.tensor([0.5]), torch.ones(6, 2, 16))
+    with pytest.raises(ValueError, match=r"k_scales has 1 elements, v_scales 192; accepted"):
+        before_fix.cp_mha_gather_cache_shipped_fix(**case.arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kv_cache_layout": "HND"}, "kv_cache_layout is 'HND'; accepted: NHD, SHUFFLE"),
+        ({"k_scales": None}, "k_scales or v_scales is None"),
+        ({"key_cache": torch.zeros(6, 16, 2, 32)[..., ::2]}, "not contiguous"),
+    ],
+)
+def test_wrong_arguments(call, change, message):
+    case = call("NHD", torch.float8_e4m3fn, torch.tensor([0.5]))
+    with pytest.raises(ValueError, match=message):
+        before_fix.cp_mha_gather_cache(**(case.arguments | change))
+
+
+def test_no_tokens_launches_nothing(call):
+    case = call("NHD", torch.float8_e4m3fn, torch.tensor([0.5]))
+    before_fix.cp_mha_gather_cache(**(case.arguments | {"total_tokens": 0}))
+    assert not case.got[0].any()
+
+
+def test_token_to_batch_skips_empty_sequences():
+    found = before_fix.token_to_batch(torch.tensor([0, 2, 2, 3], dtype=torch.int32))
+    assert found.tolist() == [0, 0, 2]
+    assert found.dtype == torch.int32

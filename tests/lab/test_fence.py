@@ -1,0 +1,136 @@
+"""Fences: exact adjacency, death on the first byte outside, and nothing left behind."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvgather.lab import fence
+from kvgather.lab.fence import FenceError, fenced
+
+needs_mprotect = pytest.mark.skipif(sys.platform == "win32", reason="needs mprotect")
+needs_proc = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc/self/maps")
+DTYPES = [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8, torch.bool, torch.int64]
+
+
+def protection(address: int) -> str:
+    """Such as "rw-p", or "" where nothing is mapped."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        low, high = (int(part, 16) for part in line.split()[0].split("-"))
+        if low <= address < high:
+            return line.split()[1]
+    return ""
+
+
+@needs_proc
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(), (1,), (3, 5), (5000,)])
+@pytest.mark.parametrize("side", fence.SIDES)
+def test_values_are_kept_and_the_guard_is_adjacent(dtype, shape, side):
+    value = (torch.arange(torch.Size(shape).numel()) % 2).reshape(shape).to(dtype)
+    copy = fenced(value, side=side)
+    assert copy.dtype == dtype
+    assert copy.shape == value.shape
+    assert torch.equal(copy.float(), value.float())
+    first, last = copy.data_ptr(), copy.data_ptr() + copy.numel() * copy.element_size() - 1
+    assert protection(first).startswith("rw")
+    assert protection(last).startswith("rw")
+    outside = last + 1 if side == "after" else first - 1
+    assert protection(outside).startswith("---")
+    assert protection(outside + (1 if side == "after" else -1) * (fence.GUARD_BYTES - 1)).startswith("---")
+
+
+@needs_mprotect
+def test_numbers_strides_and_gradients():
+    assert torch.equal(fenced(0.5), torch.tensor([0.5]))
+    strided = torch.arange(12).reshape(3, 4).T
+    assert torch.equal(fenced(strided), strided)
+    assert fenced(strided).is_contiguous()
+    assert not fenced(torch.ones(2, requires_grad=True)).requires_grad
+
+
+def test_no_elements():
+    empty = fenced(torch.zeros(0, 3, dtype=torch.float16))
+    assert empty.shape == (0, 3)
+    assert empty.data_ptr() == 0
+
+
+@needs_proc
+def test_the_mapping_goes_with_the_last_view():
+    first = fenced(torch.arange(8.0))
+    address = first.data_ptr()
+    view = first[4:].view(torch.int32)
+    del first
+    gc.collect()
+    assert protection(address).startswith("rw")
+    assert view.shape == (4,)
+    del view
+    gc.collect()
+    assert protection(address) == ""
+
+
+@needs_mprotect
+@pytest.mark.parametrize("side", fence.SIDES)
+@pytest.mark.parametrize("outside", [False, True])
+def test_the_first_byte_outside_kills_the_process(side, outside):
+    code = f"""
+import ctypes, torch
+from kvgather.lab.fence import fenced
+t = fenced(torch.zeros(3, dtype=torch.uint8), side={side!r})
+inside, step = (t.data_ptr() + 2, 1) if {side!r} == "after" else (t.data_ptr(), -1)
+print(ctypes.c_uint8.from_address(inside + step * {int(outside)}).value)
+"""
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert child.returncode == (-11 if outside else 0), child.stderr
+    assert child.stdout == ("" if outside else "0\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"side": "left"}, "side is 'left'; accepted: 'after', 'before'"),
+        ({"guard_bytes": 0}, "guard_bytes is 0; accepted: 1 or more"),
+        ({"device": "meta"}, "device is meta; accepted"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(FenceError, match=message):
+        fenced(torch.ones(1), **arguments)
+
+
+def test_no_gpu_is_said_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(FenceError, match="device is cuda, and torch sees no GPU here"):
+        fenced(torch.ones(1), "cuda")
+
+
+def test_a_missing_driver_binding_is_said_so(monkeypatch):
+    def missing(*arguments: object) -> None:
+        raise ImportError("the package cuda-bindings is needed")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(fence, "GpuPages", missing)
+    with pytest.raises(FenceError, match="a fence on cuda cannot be built: the package cuda-bindings is needed"):
+        fenced(torch.ones(1), "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("side", fence.SIDES)
+def test_values_are_kept_on_a_gpu_and_memory_comes_back(side):
+    value = torch.randn(3, 5).to(torch.float8_e4m3fn)
+    torch.cuda.synchronize()
+    free = torch.cuda.mem_get_info()[0]
+    copies = [fenced(value, "cuda", side) for _ in range(8)]
+    assert all(torch.equal(copy.cpu().float(), value.float()) for copy in copies)
+    end = copies[0].data_ptr() + (15 if side == "after" else 0)
+    assert end % 2**21 == 0
+    del copies
+    gc.collect()
+    torch.cuda.synchronize()
+    assert torch.cuda.mem_get_info()[0] >= free
