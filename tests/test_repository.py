@@ -166,7 +166,7 @@ LAYERS = [
     {"serving"},
 ]
 WRITTEN_WITH = {"scatter": "cache", "scatter_kernel": "cache"}  # what cache.write is made of
-ON_TOP = {"lab", "bench", "workbook", "cli"}
+ON_TOP = {"__main__", "lab", "bench", "workbook", "cli"}
 MODULES = sorted((ROOT / "kvgather").rglob("*.py"))
 
 
