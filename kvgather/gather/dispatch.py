@@ -93,18 +93,19 @@ def gather_named(
     key_operand, name = ops.as_operand(key_cache)
     value_operand, _ = ops.as_operand(value_cache)
     held_dtype = torch.uint8 if out_dtype.itemsize == 1 else out_dtype
-    if out is None:
-        outs = ops.gather_new(
-            key_operand, value_operand, k.tensor, v.tensor, plan.records,
-            plan.total_tokens, geometry.num_kv_heads, geometry.head_dim, geometry.v_head_dim, held_dtype,
-            layout, name, k.kind, v.kind, backend,
-        )  # fmt: skip
+    pools = (key_operand, value_operand, k.tensor, v.tensor, plan.records)
+    meaning = (layout, name, k.kind, v.kind, backend)
+    rows, heads = plan.total_tokens, geometry.num_kv_heads
+    if out is None and torch.compiler.is_compiling():
+        outs = ops.gather_new(*pools, rows, heads, geometry.head_dim, geometry.v_head_dim, held_dtype, *meaning)
         return outs[0].view(out_dtype), outs[1].view(out_dtype)
-    k_out, v_out = _check_out(out, geometry, plan.total_tokens, out_dtype, (key_cache, value_cache), out_names)
-    ops.gather_out(
-        key_operand, value_operand, k.tensor, v.tensor, plan.records, k_out.view(held_dtype), v_out.view(held_dtype),
-        layout, name, k.kind, v.kind, backend,
-    )  # fmt: skip
+    if out is None:
+        k_out = key_cache.new_empty((rows, heads, geometry.head_dim), dtype=out_dtype)
+        v_out = value_cache.new_empty((rows, heads, geometry.v_head_dim), dtype=out_dtype)
+    else:
+        k_out, v_out = _check_out(out, geometry, rows, out_dtype, (key_cache, value_cache), out_names)
+    run = ops.gather_out if torch.compiler.is_compiling() else ops.run
+    run(*pools, k_out.view(held_dtype), v_out.view(held_dtype), *meaning)
     return k_out, v_out
 
 

@@ -250,19 +250,9 @@ def choose_tile(layout: str, page_size: int, num_heads: int, k_dim: int, v_dim: 
     return Tile(slots, k_units, v_units, num_warps=4)
 
 
-def _widest_offset(pool: Tensor, scale: Tensor | None, out: Tensor, page_size: int) -> int:
-    """The largest offset inside one page, in elements, that a launch computes."""
-    offsets = [sum((n - 1) * s for n, s in zip(pool.shape[1:], pool.stride()[1:], strict=True))]
-    offsets.append(
-        page_size * out.stride(0) + sum((n - 1) * s for n, s in zip(out.shape[1:], out.stride()[1:], strict=True))
-    )
-    if scale is not None and scale.ndim == 3:
-        offsets.append(sum((n - 1) * s for n, s in zip(scale.shape[1:], scale.stride()[1:], strict=True)))
-    return max(offsets)
-
-
-def _kernel_kind(scale: Scale) -> str:
-    return "per-head" if scale.kind == "per-page-head" else scale.kind  # they differ in stride_block alone
+def _inner_extent(tensor: Tensor) -> int:
+    """The largest offset inside the first axis, in elements."""
+    return sum((size - 1) * stride for size, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
 
 
 @contextlib.contextmanager
@@ -276,6 +266,103 @@ def launching(pool: Tensor, interpreted: bool) -> Iterator[None]:
     else:
         with torch.cuda.device(pool.device):
             yield
+
+
+@dataclass(frozen=True)
+class _Side:
+    """K's or V's part of a launch: where it is read from, what it is multiplied by, where it goes."""
+
+    which: Which
+    pool: Tensor
+    scale: Scale
+    out: Tensor
+
+    @property
+    def raw(self) -> bool:
+        return self.scale.kind == "none" and self.out.dtype == self.pool.dtype
+
+    def signature(self) -> tuple[object, ...]:
+        """Everything that `_prepare` reads; two launches with equal signatures differ in their addresses alone."""
+        scale = self.scale
+        return (
+            self.pool.shape, self.pool.stride(), self.out.shape[1:], self.out.stride(), self.out.dtype,
+            scale.kind, scale.stride_block, scale.stride_head, scale.stride_slot,
+        )  # fmt: skip
+
+    def pointers(self, records: Tensor, itemsize: int) -> tuple[Tensor, Tensor, Tensor]:
+        scale = records if self.scale.tensor is None else self.scale.tensor  # without a scale it is never read
+        if not self.raw:
+            return self.pool, scale, self.out
+        return self.pool.view(_BITS[itemsize]), scale, self.out.view(_BITS[itemsize])
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What a launch needs besides addresses."""
+
+    strides: tuple[int, ...]
+    tiles: int
+    slot_tiles: int
+    constants: dict[str, Any]
+
+
+_PREPARED: dict[object, _Prepared] = {}
+
+
+def _prepare(k: _Side, v: _Side, layout: str, dtype: torch.dtype, interpreted: bool) -> _Prepared:
+    fmt = FORMATS.get(dtype)
+    page_size, num_heads, k_dim = as_nhd(k.pool[:0], layout, "key").shape[1:]
+    v_dim = v.out.shape[2]
+    tile = choose_tile(layout, page_size, num_heads, k_dim, v_dim, dtype.itemsize)
+    k_unit, v_unit = _unit(k_dim), _unit(v_dim)
+    tiles = max(
+        triton.cdiv(num_heads * k_dim // k_unit, tile.k_units),
+        triton.cdiv(num_heads * v_dim // v_unit, tile.v_units),
+    )
+    pool_strides: list[int] = []
+    scale_strides: list[int] = []
+    widest = 0
+    for side in (k, v):
+        s, scale = PoolStrides.of(side.pool, layout, side.which), side.scale
+        pool_strides += [s.block, s.head, s.slot_group, s.slot, s.dim_group, s.dim]
+        scale_strides += [scale.stride_block, scale.stride_head, scale.stride_slot]
+        widest = max(
+            widest,
+            _inner_extent(side.pool),
+            _inner_extent(side.out) + page_size * side.out.stride(0),
+            num_heads * scale.stride_head + page_size * scale.stride_slot,
+        )
+    constants = {
+        "PAGE": page_size,
+        "HEADS": num_heads,
+        "K_DIM": k_dim,
+        "V_DIM": v_dim,
+        "SLOTS": tile.slots,
+        "K_UNITS": tile.k_units,
+        "K_UNIT": k_unit,
+        "V_UNITS": tile.v_units,
+        "V_UNIT": v_unit,
+        "TILES": tiles,
+        "V_SLOTS_PER_GROUP": PoolStrides.of(v.pool, layout, "value").slots_per_group,
+        "K_DIMS_PER_GROUP": PoolStrides.of(k.pool, layout, "key").dims_per_group,
+        "K_KIND": _kernel_kind(k.scale),
+        "V_KIND": _kernel_kind(v.scale),
+        "FORMAT": "" if fmt is None else fmt.name,
+        "BIAS": 0 if fmt is None else fmt.bias,
+        "HARDWARE": not interpreted and (fmt is None or fp8_support(k.pool.device)[dtype] == "hardware"),
+        "BY_HAND": interpreted,
+        "K_RAW": k.raw,
+        "V_RAW": v.raw,
+        "NAN_CODE": _NAN_BITS[dtype] if fmt is None else fmt.nan_code,
+        "WIDE": widest >= 2**31,
+        "num_warps": tile.num_warps,
+    }
+    strides = (*pool_strides, *scale_strides, *k.out.stride(), *v.out.stride())
+    return _Prepared(strides, tiles, triton.cdiv(page_size, tile.slots), constants)
+
+
+def _kernel_kind(scale: Scale) -> str:
+    return "per-head" if scale.kind == "per-page-head" else scale.kind  # they differ in stride_block alone
 
 
 def launch(
@@ -300,62 +387,16 @@ def launch(
     """
     if len(records) == 0:
         return
-    fmt = FORMATS.get(dtype)
-    page_size, num_heads, k_dim = as_nhd(key_cache[:0], layout, "key").shape[1:]
-    v_dim = v_out.shape[2]
-    tile = choose_tile(layout, page_size, num_heads, k_dim, v_dim, dtype.itemsize)
-    k_unit, v_unit = _unit(k_dim), _unit(v_dim)
-    tiles = max(
-        triton.cdiv(num_heads * k_dim // k_unit, tile.k_units),
-        triton.cdiv(num_heads * v_dim // v_unit, tile.v_units),
-    )
+    k, v = _Side("key", key_cache, k_scale, k_out), _Side("value", value_cache, v_scale, v_out)
     interpreted = interpreting()
-    hardware = not interpreted and (fmt is None or fp8_support(key_cache.device)[dtype] == "hardware")
-    wide = max(
-        _widest_offset(key_cache, k_scale.tensor, k_out, page_size),
-        _widest_offset(value_cache, v_scale.tensor, v_out, page_size),
-    )
-    raws: list[bool] = []
-    arguments: list[Any] = [records]
-    strides: list[int] = []
-    pools: tuple[tuple[Tensor, Which, Scale, Tensor], ...]
-    pools = ((key_cache, "key", k_scale, k_out), (value_cache, "value", v_scale, v_out))
-    for pool, which, scale, out in pools:
-        raws.append(scale.kind == "none" and out.dtype == pool.dtype)
-        held, target = (t.view(_BITS[dtype.itemsize]) if raws[-1] else t for t in (pool, out))
-        arguments += [held, records if scale.tensor is None else scale.tensor, target]  # no scale: never read
-        s = PoolStrides.of(pool, layout, which)
-        strides += [s.block, s.head, s.slot_group, s.slot, s.dim_group, s.dim]
-    for scale in (k_scale, v_scale):
-        strides += [scale.stride_block, scale.stride_head, scale.stride_slot]
-    grid = (len(records), tiles, triton.cdiv(page_size, tile.slots))
+    key = (layout, dtype, interpreted, key_cache.device, k.signature(), v.signature())
+    prepared = _PREPARED.get(key)
+    if prepared is None:
+        if len(_PREPARED) >= 1024:
+            _PREPARED.clear()
+        prepared = _PREPARED[key] = _prepare(k, v, layout, dtype, interpreted)
+    pointers = (*k.pointers(records, dtype.itemsize), *v.pointers(records, dtype.itemsize))
     with launching(key_cache, interpreted):
-        gather_kernel[grid](
-            *arguments,
-            *strides,
-            *k_out.stride(),
-            *v_out.stride(),
-            PAGE=page_size,
-            HEADS=num_heads,
-            K_DIM=k_dim,
-            V_DIM=v_dim,
-            SLOTS=tile.slots,
-            K_UNITS=tile.k_units,
-            K_UNIT=k_unit,
-            V_UNITS=tile.v_units,
-            V_UNIT=v_unit,
-            TILES=tiles,
-            V_SLOTS_PER_GROUP=PoolStrides.of(value_cache, layout, "value").slots_per_group,
-            K_DIMS_PER_GROUP=PoolStrides.of(key_cache, layout, "key").dims_per_group,
-            K_KIND=_kernel_kind(k_scale),
-            V_KIND=_kernel_kind(v_scale),
-            FORMAT="" if fmt is None else fmt.name,
-            BIAS=0 if fmt is None else fmt.bias,
-            HARDWARE=hardware,
-            BY_HAND=interpreted,
-            K_RAW=raws[0],
-            V_RAW=raws[1],
-            NAN_CODE=_NAN_BITS[dtype] if fmt is None else fmt.nan_code,
-            WIDE=wide >= 2**31,
-            num_warps=tile.num_warps,
+        gather_kernel[(len(records), prepared.tiles, prepared.slot_tiles)](
+            records, *pointers, *prepared.strides, **prepared.constants
         )

@@ -1,4 +1,4 @@
-"""The gather as two PyTorch operators, so that opcheck, torch.compile and CUDA graphs know it.
+"""The gather as two PyTorch operators, so that opcheck and torch.compile know it.
 
 FP8 travels as uint8 with the format's name beside it, and a scale as its tensor and its kind. What reaches an
 operator was checked before, by `dispatch.gather`.
@@ -14,7 +14,7 @@ from ..formats.scale import Scale
 from .reference import gather_pool
 
 
-def _run(
+def run(
     key_cache: Tensor,
     value_cache: Tensor,
     k_scale: Tensor | None,
@@ -28,6 +28,7 @@ def _run(
     v_kind: str,
     backend: str,
 ) -> None:
+    """What both operators do. Without torch.compile it is called as it is: an operator costs more than a launch."""
     dtype: torch.dtype = getattr(torch, pool_dtype)
     scales = Scale.of(k_kind, k_scale), Scale.of(v_kind, v_scale)
     if backend == "triton" and key_cache.shape[0]:
@@ -66,7 +67,7 @@ def gather_out(
     backend: str,
 ) -> None:
     """Fill `k_out` and `v_out`; rows that no record names stay as they are."""
-    _run(
+    run(
         key_cache, value_cache, k_scale, v_scale, records, k_out, v_out, layout, pool_dtype, k_kind, v_kind, backend
     )  # fmt: skip
 
@@ -110,7 +111,7 @@ def gather_new(
     """New K and V of `total_tokens` rows; rows that no record names are uninitialised."""
     k_out = key_cache.new_empty((total_tokens, num_heads, k_dim), dtype=out_dtype)
     v_out = value_cache.new_empty((total_tokens, num_heads, v_dim), dtype=out_dtype)
-    _run(
+    run(
         key_cache, value_cache, k_scale, v_scale, records, k_out, v_out, layout, pool_dtype, k_kind, v_kind, backend
     )  # fmt: skip
     return k_out, v_out
