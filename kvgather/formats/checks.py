@@ -43,6 +43,8 @@ def check_tensor(
 
 def extent(tensor: Tensor) -> int:
     """Elements from the first to the last one that a tensor's strides can reach, both counted; 0 if it is empty."""
+    if tensor.is_contiguous():  # most are, and this is a quarter of the time
+        return tensor.numel()
     if tensor.numel() == 0:
         return 0
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

@@ -162,20 +162,29 @@ def _check_out(
                 f"{name} has shape {list(tensor.shape)}; accepted: at least {total_tokens} rows of "
                 f"[{geometry.num_kv_heads}, {dim}]"
             )
-        reached = 0
-        for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda s: s[1]):
-            if size > 1 and stride <= reached:
-                raise ValueError(f"{name} has strides {list(tensor.stride())}; accepted: rows that do not overlap")
-            reached += (size - 1) * stride
-    for name, tensor, others in ((names[0], out[0], (*pools, out[1])), (names[1], out[1], pools)):
-        if any(_share_memory(tensor, other) for other in others):
-            raise ValueError(f"{name} shares memory with a cache or the other output; accepted: memory of its own")
+        if not tensor.is_contiguous() and _overlaps_itself(tensor):
+            raise ValueError(f"{name} has strides {list(tensor.stride())}; accepted: rows that do not overlap")
+    if not torch.compiler.is_compiling():
+        held = [_addresses(pool) for pool in pools]
+        for name, tensor in zip(names, out, strict=True):
+            begin, end = _addresses(tensor)
+            if any(begin < other_end and other_begin < end for other_begin, other_end in held):
+                raise ValueError(f"{name} shares memory with a cache or the other output; accepted: memory of its own")
+            held.append((begin, end))
     return out[0], out[1]
 
 
-def _share_memory(a: Tensor, b: Tensor) -> bool:
-    if torch.compiler.is_compiling() or a.numel() == 0 or b.numel() == 0:
-        return False
-    return a.data_ptr() < b.data_ptr() + extent(b) * b.element_size() and b.data_ptr() < (
-        a.data_ptr() + extent(a) * a.element_size()
-    )
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements may have one address."""
+    reached = 0
+    for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda axis: axis[1]):
+        if size > 1 and stride <= reached:
+            return True
+        reached += (size - 1) * stride
+    return False
+
+
+def _addresses(tensor: Tensor) -> tuple[int, int]:
+    """The first byte of a tensor, and the one after its last."""
+    begin = tensor.data_ptr()
+    return begin, begin + extent(tensor) * tensor.element_size()
