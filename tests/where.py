@@ -1,0 +1,16 @@
+"""Where a test's kernels run: in Triton's interpreter on a CPU, compiled on a GPU, each where there is one."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvgather.device import interpreting
+
+interpreted = pytest.mark.skipif(
+    not interpreting(), reason="needs Triton's interpreter, and kernels are compiled here; the GPU's twin runs"
+)
+CPU = pytest.param("cpu", marks=[pytest.mark.triton, interpreted])
+GPU = pytest.param("cuda", marks=[pytest.mark.triton, pytest.mark.gpu])
+
+on_each_device = pytest.mark.parametrize("where", [CPU, GPU])
+"""The test takes `where`, and runs for "cpu" and for "cuda"."""
