@@ -1,0 +1,168 @@
+"""Crash cases: what becomes of real children on a CPU, and of children that die in other ways."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kvgather.lab import before_fix, crash
+from kvgather.lab.crash import CASES, CrashError, Outcome
+
+pytestmark = pytest.mark.triton
+LIVE = ["before/guarded/cpu", "before/unguarded/cpu", "shipped-fix/per-head/guarded/cpu", "after/guarded/cpu"]
+
+
+@pytest.fixture(scope="module")
+def live():
+    if sys.platform == "win32":
+        pytest.skip("a fence on a CPU needs mprotect")
+    return {outcome.case: outcome for outcome in crash.run_all(LIVE)}
+
+
+def test_every_live_outcome_is_as_expected(live):
+    assert list(live) == LIVE
+    assert [outcome.as_expected for outcome in live.values()] == [True] * len(LIVE), live
+
+
+@pytest.mark.parametrize("name", ["before/guarded/cpu", "shipped-fix/per-head/guarded/cpu"])
+def test_a_guarded_scale_stops_the_kernel_at_its_line(live, name):
+    outcome = live[name]
+    assert (outcome.kind, outcome.exit_code) == ("segfault", -11)
+    assert outcome.file == "kvgather/lab/before_fix.py"
+    assert outcome.source == "k_scale = tl.load(k_scale_ptr + scale_at)"
+    assert Path(before_fix.__file__).read_text().splitlines()[outcome.line - 1].strip() == outcome.source
+    assert str(outcome) == f"segfault (exit -11) at {outcome.file}:{outcome.line}"
+
+
+def test_an_unguarded_scale_is_silent_and_repeats(live):
+    outcome = live["before/unguarded/cpu"]
+    assert (outcome.kind, outcome.exit_code) == ("silent corruption", 0)
+    # The arena's element i holds i, so sequence 0 used scales of at least 20 * 2 * 16 = 640 instead of 0.5.
+    assert 640 / 0.5 - 1 < outcome.relative_error < (31 * 2 + 1) * 16 / 0.5 + 32
+
+
+def test_outcomes_say_where_and_when(live):
+    outcome = live["after/guarded/cpu"]
+    assert (outcome.kind, outcome.exit_code, outcome.relative_error) == ("ok", 0, 0.0)
+    assert "interpreter" in outcome.device
+    assert outcome.torch == torch.__version__
+    assert outcome.triton[0].isdigit()
+    assert len(outcome.date) == 10
+
+
+def test_no_core_file_is_left(live):
+    assert not list(Path.cwd().glob("core*"))
+
+
+def test_the_table_of_expectations():
+    assert len(CASES) == 20
+    expected = {name: case.expected for name, case in CASES.items()}
+    assert expected["before/guarded/cpu"] == ("segfault",)
+    assert expected["before/unguarded/cpu"] == ("silent corruption",)
+    assert "illegal access" in expected["before/guarded/cuda"]
+    assert "silent corruption" not in expected["before/guarded/cuda"]
+    assert {"silent corruption", "illegal access"} <= set(expected["before/unguarded/cuda"])
+    assert all(kinds == ("ok",) for name, kinds in expected.items() if name.startswith("after"))
+    assert expected["shipped-fix/guarded/cpu"] == ("ok",)
+    assert expected["shipped-fix/per-head/guarded/cpu"] == ("segfault",)
+
+
+def child(code: int, stdout: str = "", stderr: str = "") -> object:
+    return lambda *_, **__: SimpleNamespace(returncode=code, stdout=stdout, stderr=stderr)
+
+
+@pytest.mark.parametrize(
+    ("code", "stdout", "stderr", "kind", "text"),
+    [
+        (-signal.SIGABRT, '{"device": "MI300X"}', "Memory access fault by GPU node-1", "abort", "abort (exit -6)"),
+        (-9, "", "", "failed", "failed: exit -9 with no output"),
+        (1, "", "Traceback\nImportError: no torch\n\n", "failed", "failed: ImportError: no torch"),
+        (1, '{"kind": "illegal access", "message": "CUDA error: an illegal"}', "", "illegal access", "illegal access"),
+        (0, '{"kind": "silent corruption", "relative_error": "inf"}', "", "silent corruption", None),
+        (0xC0000005, "", "", "segfault", "segfault (exit 3221225477)"),
+    ],
+    ids=["abort", "killed", "import error", "illegal access", "infinite error", "windows"],
+)
+def test_how_a_child_can_end(monkeypatch, code, stdout, stderr, kind, text):
+    monkeypatch.setattr(crash.subprocess, "run", child(code, stdout, stderr))
+    outcome = crash.run("before/guarded/cpu")
+    assert outcome.kind == kind
+    assert outcome.exit_code == code
+    assert str(outcome) == (text or "silent corruption, relative error inf")
+
+
+def test_a_child_that_hangs_is_killed():
+    outcome = crash.run("before/guarded/cpu", timeout=0.2)
+    assert (outcome.kind, outcome.exit_code, outcome.as_expected) == ("timeout", None, False)
+    assert str(outcome) == "timeout: no answer in 0.2 s"
+
+
+def test_the_last_words_of_the_kernel_are_the_innermost_of_this_package():
+    kernel = before_fix.__file__
+    text = "\n".join(
+        [
+            "Fatal Python error: Segmentation fault",
+            "Current thread 0x1 (most recent call first):",
+            '  File "/t/triton/runtime/interpreter.py", line 5 in create_masked_load',
+            f'  File "{kernel}", line 1 in gather_one_head_kernel',
+            f'  File "{kernel}", line 2 in cp_mha_gather_cache',
+        ]
+    )
+    assert crash._place(text) == {
+        "file": "kvgather/lab/before_fix.py",
+        "line": 1,
+        "source": Path(kernel).read_text().splitlines()[0],
+    }
+    assert crash._place("nothing") == {}
+
+
+def test_wrong_names(monkeypatch):
+    monkeypatch.setattr(crash, "has_gpu", lambda: False)
+    with pytest.raises(CrashError, match="case is 'x'; accepted: before/guarded/cpu"):
+        crash.run("x")
+    with pytest.raises(CrashError, match="needs a GPU"):
+        crash.run("before/guarded/cuda")
+    with pytest.raises(CrashError, match="torch sees no GPU"):
+        crash.names("cuda")
+    with pytest.raises(CrashError, match="accepted: 'cpu', 'cuda', 'all'"):
+        crash.names("tpu")
+    assert all(name.endswith("/cpu") for name in crash.names("all"))
+    monkeypatch.setattr(crash, "has_gpu", lambda: True)
+    assert len(crash.names("all")) == 20
+    assert len(crash.names("cuda")) == 10
+
+
+def test_saved_outcomes_come_back(tmp_path):
+    path = tmp_path / "crash.json"
+    outcomes = [
+        Outcome("before/guarded/cuda", "illegal access", 1, message="CUDA error", device="H100", date="2026-01-01"),
+        Outcome("before/unguarded/cuda", "silent corruption", 0, float("inf")),
+    ]
+    assert crash.recorded(path) == {}
+    crash.save(outcomes, path)
+    json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert crash.recorded(path) == {o.case: o for o in outcomes}
+    path.write_text('{"outcomes": [{"case": "x"}]}')
+    with pytest.raises(CrashError, match="holds no recorded outcomes"):
+        crash.recorded(path)
+
+
+def test_what_is_committed_is_as_expected():
+    found = crash.recorded()
+    if not found:
+        pytest.skip("no outcomes of a GPU are committed")
+    assert {name for name in CASES if name.endswith("/cuda")} <= set(found)
+    assert all(o.as_expected and o.device and o.date and o.torch and o.triton for o in found.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [name for name in CASES if name.endswith("/cuda")])
+def test_on_a_gpu(name):
+    outcome = crash.run(name)
+    assert outcome.as_expected, f"{outcome}"
