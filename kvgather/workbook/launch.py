@@ -133,8 +133,8 @@ def lab_arguments(root: Path, *, browser: bool, extra: Sequence[str] = ()) -> li
         f"--LabApp.default_url=/lab/tree/{first_chapter(root)}",
         "--LabApp.news_url=None",
         "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
-        "--LabApp.log_level=WARN",
-        "--ServerApp.log_level=WARN",
+        "--LabApp.log_level=ERROR",  # the address is logged as CRITICAL
+        "--ServerApp.log_level=ERROR",
         "--ServerApp.answer_yes=True",  # one Ctrl-C ends it, with no question
     ]
     if not browser:
@@ -193,17 +193,24 @@ def run_lab(arguments: list[str]) -> int:
         The exit status.
     """
     try:
+        import zmq
+        from jupyter_client.manager import KernelManager
         from jupyterlab.labapp import LabApp
     except ImportError:
-        print(
-            "kvgather: JupyterLab is not installed; accepted: `pip install -e .[notebooks]`", file=sys.stderr
-        )
+        print("kvgather: JupyterLab is not installed; accepted: `pip install -e .[notebooks]`", file=sys.stderr)
         return 1
     # The kernels of this environment, not a user's own of the same name.
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
+    if hasattr(KernelManager, "transport_encryption") and zmq.has("curve"):
+        # Else every kernel that starts warns that its messages on this machine are not encrypted.
+        arguments = ["--KernelManager.transport_encryption=auto", *arguments]
     LabApp.launch_instance(arguments)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # JupyterLab is shut down by now, but a page that was open leaves a thread for which Python would wait for ever.
+    os._exit(status)

@@ -63,17 +63,13 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     clone = tmp_path_factory.mktemp("a clone") / "kv gather"
     for part in ("kvgather", "notebooks", "benchmarks"):
         if (ROOT / part).is_dir():
-            shutil.copytree(
-                ROOT / part, clone / part, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_*")
-            )
+            shutil.copytree(ROOT / part, clone / part, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_*"))
     home = clone.parent / "home"
     home.mkdir()
     # Nothing of the machine's own Jupyter settings, and the clone's package rather than the installed one.
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("JUPYTER", "IPYTHON"))}
     environment = {**kept, "HOME": str(home), "PYTHONPATH": str(clone), "PYTHONUNBUFFERED": "1"}
-    with (
-        socket.socket() as taken
-    ):  # the port that JupyterLab would like best, so that it has to look for another
+    with socket.socket() as taken:  # the port that JupyterLab would like best, so that it has to look for another
         try:
             taken.bind(("127.0.0.1", 8888))
             taken.listen()
@@ -100,9 +96,10 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
             if process.poll() is None:
                 process.send_signal(signal.SIGINT)
             try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
+                process.wait(30)  # one Ctrl-C ends it, also after a page was open
+            finally:
                 process.kill()
+                process.wait()
             reader.join(10)
             assert process.stdout
             process.stdout.close()
