@@ -1,0 +1,84 @@
+"""Checks of chapter 04: a slot kernel, a masked row kernel, and the bytes of V in SHUFFLE."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from kvgather.formats.layout import byte_offset, value_shape
+from kvgather.lab.trace import trace
+from kvgather.workbook.checks import NotYet, Wrong, exercise, expect
+
+PAGE = 4
+
+
+@exercise(
+    "04.1",
+    correct="every token found its slot, and nothing outside a tensor was read",
+    not_yet="every token gets slot −1; replace the line",
+)
+def slots_kernel(kernel: Any) -> None:
+    lengths, starts = [5, 0, 6], [3, 0, 6]
+    block_table = torch.tensor([[7, 2, 5], [1, 4, 8], [9, 3, 6]], dtype=torch.int32)
+    cu_seqlens = torch.tensor([0, 5, 5, 11], dtype=torch.int32)
+    batch = torch.tensor([0] * 5 + [2] * 6, dtype=torch.int32)
+    want = [
+        int(block_table[b, (starts[b] + i) // PAGE]) * PAGE + (starts[b] + i) % PAGE
+        for b, n in enumerate(lengths)
+        for i in range(n)
+    ]
+    slots = torch.full((len(want),), -1, dtype=torch.int32)
+    seq_starts = torch.tensor(starts, dtype=torch.int32)
+    with trace() as t:
+        kernel[(len(want),)](slots, batch, cu_seqlens, seq_starts, block_table, block_table.stride(0), PAGE)
+    if bool((slots == -1).all()) and not list(t.select("block_tables_ptr")):
+        raise NotYet
+    _no_violation(t)
+    expect(want, slots, f"slots (page {PAGE}, seq_starts {starts}, lengths {lengths})")
+
+
+@exercise(
+    "04.2",
+    correct="24 lanes work, 8 rest, and every row ends where the next begins",
+    not_yet="no lane is switched on; which ones hold a number of the row?",
+)
+def rows_kernel(kernel: Any) -> None:
+    dim, lanes = 24, 32
+    pool = torch.arange(6 * dim, dtype=torch.float32).reshape(6, dim)
+    slots = torch.tensor([5, 0, 3], dtype=torch.int32)
+    out = torch.full((3, dim), -1.0)
+    with trace() as t:
+        kernel[(3,)](out, pool, slots, DIM=dim, LANES=lanes)
+    pool_accesses = [a for a in t.accesses if a.argument in ("out_ptr", "pool_ptr")]
+    if not any(a.mask.any() for a in pool_accesses):
+        raise NotYet
+    _no_violation(t)
+    for access in pool_accesses:
+        if int(access.mask.sum()) > dim:
+            raise Wrong(
+                f"program {access.program[0]}: a {access.kind} of {access.argument} has {int(access.mask.sum())} "
+                f"lanes switched on; a row has {dim} numbers, and the rest belong to its neighbour"
+            )
+    expect(pool[slots.long()], out, "rows")
+
+
+@exercise("04.3", correct="those are the bytes that the trace shows")
+def value_bytes(answer: Callable[..., Any]) -> None:
+    for blocks, heads, page, dim in ((3, 2, 16, 32), (2, 3, 32, 16)):
+        pool = torch.empty(value_shape("SHUFFLE", blocks, page, heads, dim, 1), dtype=torch.uint8)
+        for block, head, slot in ((0, 0, 0), (1, 1, 3), (blocks - 1, heads - 1, page - 2)):
+            want = [byte_offset(pool, "SHUFFLE", "value", block, head, slot, d) for d in range(dim)]
+            got = answer(block, head, slot, heads, page, dim)
+            expect(want, got, f"block {block}, head {head}, slot {slot} of {heads} heads, page {page}, head_dim {dim}")
+
+
+def _no_violation(t: Any) -> None:
+    if t.violations:
+        v = t.violations[0]
+        program = ", ".join(map(str, v.program))
+        raise Wrong(
+            f"program {program}: a {v.kind} of {v.argument} at element {v.element}; it has {v.size} "
+            f"({len(t.violations)} such accesses)"
+        )
