@@ -1,27 +1,48 @@
-"""`make lab` as a reader meets it: the page is up, the first chapter opens, cells run, a widget answers."""
+"""`make lab` as a reader meets it: the page is up, every chapter opens and runs, a widget answers."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from selenium.webdriver.common.by import By
 
-from tests.browser.conftest import Lab, wait_for
+from tests.browser.conftest import ROOT, Lab, wait_for
 
-# What the page knows about the open notebook: for each code cell, whether it ran and what errors it shows.
-CELLS = """
+CHAPTERS = [path.name for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))]
+
+# What the page knows about the open notebook, once its kernel is there: its name, its cells' errors, its widgets.
+NOTEBOOK = """
 const panel = window.jupyterapp && window.jupyterapp.shell.currentWidget;
 if (!panel || !panel.content || !panel.content.widgets || !panel.sessionContext) return null;
-if (!panel.sessionContext.isReady) return null;
-return panel.content.widgets.filter(cell => cell.model.type === 'code').map(cell => ({
-    count: cell.model.executionCount,
-    errors: cell.model.outputs.toJSON().filter(o => o.output_type === 'error').map(o => o.evalue),
-}));
+if (!panel.sessionContext.isReady || !panel.sessionContext.session) return null;
+const outputs = panel.content.widgets.map(cell => cell.model.outputs ? cell.model.outputs.toJSON() : []);
+return {
+    path: panel.context.path,
+    errors: outputs.flat().filter(output => output.output_type === 'error').map(output => output.evalue),
+    widget: outputs.findIndex(some => some.some(
+        output => output.data && 'application/vnd.jupyter.widget-view+json' in output.data)),
+};
+"""
+RUN_ALL = """
+const done = arguments[arguments.length - 1];
+window.jupyterapp.commands.execute('notebook:run-all-cells').then(() => done('ran'), error => done(String(error)));
+"""
+SHOW_CELL = "window.jupyterapp.shell.currentWidget.content.scrollToItem(arguments[0], 'start');"
+END_KERNEL = """
+const done = arguments[arguments.length - 1];
+window.jupyterapp.shell.currentWidget.sessionContext.shutdown().then(() => done(), () => done());
 """
 
 
-def headings(browser: Any) -> list[str]:
-    return [element.text for element in browser.find_elements(By.CSS_SELECTOR, ".jp-RenderedMarkdown h1")]
+def open_notebook(browser: Any, address: str, path: str) -> None:
+    browser.get(address)
+
+    def is_open() -> bool:
+        notebook = browser.execute_script(NOTEBOOK)
+        return notebook is not None and notebook["path"] == path
+
+    wait_for(f"{path} and its kernel", is_open)
 
 
 def test_lab_says_what_the_machine_can_do_and_where_it_is(lab: Lab, first_chapter: str) -> None:
@@ -34,9 +55,36 @@ def test_lab_says_what_the_machine_can_do_and_where_it_is(lab: Lab, first_chapte
     ).read_bytes()
 
 
-def test_lab_opens_on_the_first_chapter(lab: Lab, browser: Any) -> None:
-    browser.get(lab.address)
-    wait_for("the lab page", lambda: browser.find_elements(By.ID, "jp-main-dock-panel"))
-    shown = wait_for("the first chapter", lambda: headings(browser))
-    assert shown[0].startswith("00"), shown
-    wait_for("its kernel", lambda: browser.execute_script(CELLS))
+def test_lab_opens_on_the_first_chapter(lab: Lab, browser: Any, first_chapter: str) -> None:
+    open_notebook(browser, lab.address, first_chapter)
+    shown = wait_for(
+        "its title", lambda: [h1.text for h1 in browser.find_elements(By.CSS_SELECTOR, ".jp-RenderedMarkdown h1")]
+    )
+    number = first_chapter.split("/")[1].split("_")[0]
+    assert shown[0].startswith(f"{number} · ")
+    browser.execute_async_script(END_KERNEL)
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_every_cell_of_a_chapter_runs(lab: Lab, browser: Any, chapter: str) -> None:
+    path = f"my-notebooks/{chapter}"
+    open_notebook(browser, lab.open(path), path)
+    browser.set_script_timeout(150)
+    assert browser.execute_async_script(RUN_ALL) == "ran"
+    notebook = browser.execute_script(NOTEBOOK)
+    assert notebook["errors"] == []
+    if chapter.startswith("01"):
+        assert_widget_answers(browser, notebook["widget"])
+    browser.execute_async_script(END_KERNEL)
+
+
+def assert_widget_answers(browser: Any, cell: int) -> None:
+    """Press `run` of the pool's widget: the kernel draws the pool anew, and the page shows it."""
+    assert cell >= 0, "no cell of this chapter shows a widget"
+    browser.execute_script(SHOW_CELL, cell)
+    picture = wait_for("the widget", lambda: browser.find_elements(By.CSS_SELECTOR, "img.jupyter-widgets"))[0]
+    button = browser.find_elements(By.CSS_SELECTOR, "button.jupyter-widgets.jupyter-button")[0]
+    assert button.text == "run"
+    before = picture.get_attribute("src")
+    browser.execute_script("arguments[0].click()", button)
+    wait_for("the widget's answer", lambda: picture.get_attribute("src") != before)
