@@ -7,9 +7,7 @@ import torch
 from kvgather import device
 
 # The same examples on every run; a GPU-less machine under load is slow, which is no failure.
-hypothesis.settings.register_profile(
-    "kvgather", derandomize=True, deadline=None, database=None, max_examples=50
-)
+hypothesis.settings.register_profile("kvgather", derandomize=True, deadline=None, database=None, max_examples=50)
 hypothesis.settings.load_profile("kvgather")
 
 
