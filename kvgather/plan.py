@@ -94,7 +94,7 @@ class GatherPlan:
         total_tokens = check_int(total_tokens, "total_tokens")
         capacity = -(-total_tokens // page_size) + 2 * batch if batch and total_tokens else 0
 
-        given = cu_seqlens_k.long()
+        given = cu_seqlens_k.to(torch.int64, copy=True)  # the caller may reuse its buffer before check()
         used = given.cummax(0).values.clamp(0, total_tokens)  # [batch + 1]
         lengths = used.diff()  # [batch]
         starts = torch.zeros_like(lengths) if seq_starts is None else seq_starts.long()
@@ -112,7 +112,8 @@ class GatherPlan:
             done = torch.where(nth == 0, 0, nth * page_size - first_offset[sequence])  # rows of earlier pages
             rows = torch.minimum(page_size - begin, lengths[sequence] - done)
             column = torch.div(starts[sequence], page_size, rounding_mode="floor") + nth
-            present = in_use & (starts[sequence] >= 0) & (column < columns)
+            # A start near 2^63 can wrap around to a negative column.
+            present = in_use & (starts[sequence] >= 0) & (column >= 0) & (column < columns)
             there = column.clamp(0, max(columns - 1, 0))
             ids = block_table[sequence, there].long() if columns else torch.full_like(column, -1)
             good = present & (ids >= 0) & (ids < num_blocks)
