@@ -139,31 +139,37 @@ def computed_scale(x: Tensor, dtype: torch.dtype) -> Tensor:
     return (largest / code_max(dtype)).clamp_min(SCALE_FLOOR)
 
 
-def decode(codes: Tensor, dtype: torch.dtype) -> Tensor:
-    """The value of each FP8 code, with integer operations and one multiplication.
+def decode(codes: Tensor, dtype: torch.dtype, factor: float = 1.0) -> Tensor:
+    """The value of each FP8 code times a factor, with integer operations and one multiplication.
 
     Args:
         codes: uint8, any shape and strides.
         dtype: the FP8 dtype the codes are in.
+        factor: a number that FP32 can hold; folding it in here saves a pass over the result.
 
     Returns:
-        FP32, shaped like `codes`, contiguous; equal to `codes.view(dtype).float()`, NaN for NaN.
+        FP32, shaped like `codes`, contiguous; equal to `codes.view(dtype).float() * factor`, NaN for NaN.
     """
     fmt = format_of(dtype)
-    signed = codes.view(torch.int8).to(torch.int16, memory_format=torch.contiguous_format)
+    codes = codes.contiguous()
+    signed = codes.view(torch.int8).to(torch.int16)
     if fmt is E5M2:  # the upper half of an FP16, infinities and NaNs too
-        return signed.bitwise_left_shift_(8).view(torch.float16).float()
+        return signed.bitwise_left_shift_(8).view(torch.float16).float().mul_(factor)
     # The sign was extended over the upper byte, so one shift puts it in place and the mask clears its copy.
     half = signed.bitwise_left_shift_(7).bitwise_and_(-0x4080)  # 0xBF80
-    values = half.view(torch.float16).float().mul_(2.0 ** (15 - fmt.bias))
+    values = half.view(torch.float16).float()
+    unit = 2.0 ** (15 - fmt.bias)
+    if unit * factor <= torch.finfo(torch.float32).max:
+        values.mul_(unit * factor)  # a power of two: rounds as the two products one after the other would
+    else:
+        values.mul_(unit).mul_(factor)
     if fmt.fnuz:
-        if values.numel() and bool((codes == fmt.nan_code).any()):
-            values.masked_fill_(codes == fmt.nan_code, math.nan)
-    elif values.numel():
-        beyond = fmt.max * 15 / 14  # what 0x7F would be if it were a number: 1.875 instead of 1.75
-        low, high = values.aminmax()
-        if bool((low <= -beyond) | (high >= beyond)):
-            values.masked_fill_(values.abs() >= beyond, math.nan)
+        has_nan = codes.numel() > 0 and int(codes.view(torch.int8).amin()) == -128
+    else:
+        has_nan = codes.numel() > 0 and int((codes + codes).amax()) == 0xFE  # the sum drops the sign
+    if has_nan:
+        nan = codes == fmt.nan_code if fmt.fnuz else (codes + codes) == 0xFE
+        values.masked_fill_(nan, math.nan)
     return values
 
 

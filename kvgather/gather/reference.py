@@ -58,13 +58,14 @@ def _pages(pool: Tensor, layout: str, which: Which, scale: Scale, block: Tensor,
         if any_bad:
             pages[bad] = math.nan if fmt is None else fmt.nan_code
         return pages.contiguous().view(pool.dtype)
-    values = pages.float() if fmt is None else decode(pages, pool.dtype)
-    if scale.tensor is not None:
+    uniform = float(scale.tensor) if scale.kind == "per-tensor" and scale.tensor is not None else 1.0
+    values = pages.float().mul_(uniform) if fmt is None else decode(pages, pool.dtype, uniform)
+    if scale.kind not in ("none", "per-tensor"):
         heads = torch.arange(values.shape[2], device=pool.device)
         slots = torch.arange(values.shape[1], device=pool.device)
         factor = scale.at(block.clamp_min(0)[:, None, None], heads, slots[:, None])  # [pages, page, heads] or less
-        if factor is not None:
-            values.mul_(factor if factor.ndim == 0 else factor[..., None])
+        assert factor is not None
+        values.mul_(factor[..., None])
     if any_bad:
         values[bad] = math.nan
     return values
