@@ -68,6 +68,13 @@ def test_all_codes_decode_as_torch_decodes_them(fmt: Fp8Format) -> None:
 
 
 @every_format
+@pytest.mark.parametrize("factor", [1.0, 0.3, 1e-38, 1.2e-41, 3e38, 2.0**127, math.inf, math.nan])
+def test_a_factor_is_one_multiplication(fmt: Fp8Format, factor: float) -> None:
+    factor = torch.tensor(factor).item()  # as FP32 holds it
+    assert same_bits(fp8.decode(CODES, fmt.dtype, factor), CODES.view(fmt.dtype).float() * torch.tensor(factor))
+
+
+@every_format
 def test_formats_describe_themselves(fmt: Fp8Format) -> None:
     finite = [value for value in fp8.decode_table(fmt.dtype).tolist() if math.isfinite(value)]
     assert fmt.max == max(finite)
