@@ -1,0 +1,90 @@
+"""Plausible wrong answers of chapter 06, and what the check must say to each."""
+
+FLAG = "def honest_flag(k_scale, v_scale, num_blocks, num_heads, page_size):\n"
+STRIDES = "def strides_of(scale, num_blocks, num_heads, page_size):\n"
+
+WRONG = {
+    "06.1": [
+        # the shipped fix without its refusal
+        (
+            FLAG + "    return not (k_scale.numel() == 1 and v_scale.numel() == 1)\n",
+            "K [1] and V [6, 2, 16]: expected a ValueError, got True",
+        ),
+        # the shipped fix: per-head still passes as per token
+        (
+            FLAG
+            + "    if (k_scale.numel() == 1) != (v_scale.numel() == 1):\n"
+            + "        raise ValueError('mixed')\n"
+            + "    return k_scale.numel() > 1\n",
+            "K [2] and V [2]: expected a ValueError, got True",
+        ),
+        # enough elements instead of the right shape
+        (
+            FLAG
+            + "    sizes = {k_scale.numel(), v_scale.numel()}\n"
+            + "    if sizes == {1}:\n"
+            + "        return False\n"
+            + "    if sizes == {num_blocks * num_heads * page_size}:\n"
+            + "        return True\n"
+            + "    raise ValueError('neither')\n",
+            "K [16, 2, 6] and V [16, 2, 6]: expected a ValueError, got True",
+        ),
+        # only K is looked at
+        (
+            FLAG
+            + "    if k_scale.numel() == 1:\n"
+            + "        return False\n"
+            + "    if k_scale.shape == (num_blocks, num_heads, page_size):\n"
+            + "        return True\n"
+            + "    raise ValueError('neither')\n",
+            "K [1] and V [6, 2, 16]: expected a ValueError, got False",
+        ),
+    ],
+    "06.2": [
+        # the strides of a contiguous [blocks, heads, page], whatever came: the bug
+        (
+            STRIDES + "    return num_heads * page_size, page_size, 1\n",
+            "a scale of one element, [1]: at index 0: expected 0, got 32",
+        ),
+        # right shapes, contiguous strides assumed
+        (
+            STRIDES
+            + "    known = {(num_heads,): (0, 1, 0), (num_blocks, num_heads): (num_heads, 1, 0)}\n"
+            + "    known[num_blocks, num_heads, page_size] = (num_heads * page_size, page_size, 1)\n"
+            + "    if scale.numel() == 1:\n"
+            + "        return 0, 0, 0\n"
+            + "    if tuple(scale.shape) not in known:\n"
+            + "        raise ValueError('unknown')\n"
+            + "    return known[tuple(scale.shape)]\n",
+            "a scale of [2], every third of a longer tensor: at index 1: expected 3, got 1",
+        ),
+        # the rank decides, and the sizes are not looked at
+        (
+            STRIDES
+            + "    if scale.numel() == 1:\n"
+            + "        return 0, 0, 0\n"
+            + "    if scale.ndim == 1:\n"
+            + "        return 0, scale.stride(0), 0\n"
+            + "    return (*scale.stride(), 0)[:3]\n",
+            "a scale of shape [7]: expected a ValueError, got (0, 1, 0)",
+        ),
+        # one element only when its shape is [1]
+        (
+            STRIDES
+            + "    if scale.shape == (1,):\n"
+            + "        return 0, 0, 0\n"
+            + "    if scale.shape == (num_heads,):\n"
+            + "        return 0, scale.stride(0), 0\n"
+            + "    if scale.shape == (num_blocks, num_heads):\n"
+            + "        return *scale.stride(), 0\n"
+            + "    return scale.stride()\n",
+            "a scale of one element, []",
+        ),
+    ],
+    "06.3": [
+        ("escaping_shape = (2,)\n", "(2,) has 1 axes: the rule refuses it"),
+        ("escaping_shape = (6, 2, 16)\n", "(6, 2, 16) passes the rule, and the kernel read nothing outside"),
+        ("escaping_shape = (1, 1, 1)\n", "(1, 1, 1) has one element: the rule answers False"),
+        ("escaping_shape = (16, 2, 6)\n", "(16, 2, 6) passes the rule, and the kernel read nothing outside"),
+    ],
+}
