@@ -5,7 +5,6 @@ Prints one JSON object a line: first where it runs, then, if it is still alive, 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import platform
@@ -19,6 +18,7 @@ import kvgather
 from kvgather.formats.fp8 import quantize
 from kvgather.formats.layout import convert
 from kvgather.lab import before_fix
+from kvgather.lab.crash import leave_no_core
 from kvgather.lab.fence import fenced
 
 LAYOUT, PAGE_SIZE, NUM_HEADS, HEAD_DIM, NUM_BLOCKS = "SHUFFLE", 16, 2, 16, 32
@@ -102,10 +102,7 @@ def run(kernel: str, scale: str, placement: str, device: str) -> dict[str, Any]:
 
 def main() -> None:
     kernel, scale, placement, device = sys.argv[1:]
-    with contextlib.suppress(ImportError, OSError, ValueError):
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    leave_no_core()
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU ({platform.machine()}), Triton's interpreter"
     print(json.dumps({"device": name, "torch": torch.__version__}), flush=True)
     try:

@@ -12,6 +12,7 @@ Cases with a per-head scale have its name in theirs: "shipped-fix/per-head/guard
 
 from __future__ import annotations
 
+import contextlib
 import json
 import linecache
 import os
@@ -119,6 +120,7 @@ class Outcome:
 
     @property
     def as_expected(self) -> bool:
+        """Whether the table of cases expects this kind."""
         return self.kind in CASES[self.case].expected
 
     def __str__(self) -> str:
@@ -165,17 +167,40 @@ def run(case: Case | str, *, timeout: float = 120.0) -> Outcome:
     case = CASES[name]
     if case.device == "cuda" and not has_gpu():
         raise CrashError(f"case {name!r} needs a GPU, and torch sees none here; accepted: the cases that end in /cpu")
+    return run_child(
+        "kvgather.lab._crash_child",
+        case.kernel,
+        case.scale,
+        case.placement,
+        case.device,
+        name=name,
+        device=case.device,
+        timeout=timeout,
+    )
+
+
+def run_child(module: str, *arguments: str, name: str = "", device: str = "cpu", timeout: float = 120.0) -> Outcome:
+    """Run `python -m module arguments…` in a child process, and say what became of it.
+
+    The child may print JSON objects, one a line; their keys go into the outcome. Without one that has a "kind", a
+    child that ends with status 0 is ok.
+
+    Args:
+        module, arguments: what to run.
+        name: the outcome's `case`; the module's name if empty.
+        device: "cpu" hides every GPU and switches Triton's interpreter on; "cuda" leaves both alone.
+        timeout: seconds that the child may take; it is killed after that.
+    """
     common: dict[str, Any] = {
-        "case": name,
+        "case": name or module,
         "triton": _triton_version(),
         "python": platform.python_version(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
-    command = [sys.executable, "-P", "-X", "faulthandler", "-m", "kvgather.lab._crash_child"]
     try:
         child = subprocess.run(
-            [*command, case.kernel, case.scale, case.placement, case.device],
-            env=_environment(case.device),
+            [sys.executable, "-P", "-X", "faulthandler", "-m", module, *arguments],
+            env=_environment(device),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             encoding="utf-8",
@@ -190,6 +215,8 @@ def run(case: Case | str, *, timeout: float = 120.0) -> Outcome:
     common["exit_code"] = child.returncode
     if "relative_error" in common:
         common["relative_error"] = float(common["relative_error"])
+    if child.returncode == 0:
+        common.setdefault("kind", "ok")
     if child.returncode < 0 or child.returncode == ACCESS_VIOLATION or "kind" not in common:
         common |= _died(child.returncode, child.stderr)
     return Outcome(**common)
@@ -245,6 +272,14 @@ def _place(stderr: str) -> dict[str, Any]:
             source = linecache.getline(file, int(line)).strip()
             return {"file": path.relative_to(ROOT).as_posix(), "line": int(line), "source": source}
     return {}
+
+
+def leave_no_core() -> None:
+    """Called by a child that may crash on purpose: the crash then leaves no core file behind."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def describe(outcome: Outcome) -> str:

@@ -1,0 +1,58 @@
+"""Checks of chapter 05: the element that is read, the fence that proves it, and the mended kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from kvgather.lab.crash import run_child
+from kvgather.lab.planted import ARGUMENTS
+from kvgather.lab.trace import Violation, trace
+from kvgather.workbook.checks import NotYet, Wrong, exercise, expect
+
+
+@exercise("05.1", correct="that is where the kernel looks, whatever the scale is")
+def element_read(answer: Callable[..., Any]) -> None:
+    for heads, page in ((2, 16), (5, 8)):
+        for block, head, slot in ((0, 0, 0), (4, 1, 3), (3, 0, 2), (6, 1, 7)):
+            want = (block * heads + head) * page + slot
+            expect(want, answer(block, head, slot, heads, page), f"block {block}, head {head}, slot {slot}, "
+                   f"{heads} heads, page {page}")  # fmt: skip
+
+
+@exercise(
+    "05.2",
+    correct="the child died on the line that reads element −1",
+    not_yet="name an argument and a side, and the check fences it and runs the kernel in a child process",
+)
+def fence_it(argument: Any, side: Any) -> None:
+    if argument not in ARGUMENTS:
+        raise Wrong(f"argument is {argument!r}; accepted: {', '.join(ARGUMENTS)}")
+    if side not in ("before", "after"):
+        raise Wrong(f"side is {side!r}; accepted: 'before', 'after'")
+    outcome = run_child("kvgather.lab.planted", argument, side)
+    if outcome.kind == "ok":
+        raise Wrong(f"the child ended with exit 0: the kernel touched nothing {side} {argument}")
+    if outcome.kind != "segfault":
+        raise Wrong(f"the child could not tell: {outcome}")
+
+
+@exercise(
+    "05.3",
+    correct="right lengths, and not one access outside",
+    not_yet="the lengths are right, and it still reads cu_seqlens_ptr at element -1",
+)
+def mended(kernel: Any) -> None:
+    lengths = [3, 0, 4, 1, 2]
+    got = torch.full((5,), -1, dtype=torch.int32)
+    cu_seqlens = torch.tensor([0, 3, 3, 7, 8, 10], dtype=torch.int32)
+    with trace() as t:
+        kernel[(1,)](got, cu_seqlens, 5, LANES=8)
+    if [(v.argument, v.element) for v in t.violations] == [("cu_seqlens_ptr", -1)] and got.tolist() == lengths:
+        raise NotYet
+    if t.violations:
+        first: Violation = t.violations[0]
+        raise Wrong(f"a {first.kind} of {first.argument} at element {first.element}; it has {first.size}")
+    expect(lengths, got.tolist(), "lengths of the sequences that begin at [0, 3, 3, 7, 8]")
