@@ -15,7 +15,6 @@ from kvgather.lab.trace import Trace, trace
 from kvgather.workbook.checks import Wrong, exercise, expect
 
 BLOCKS, HEADS, PAGE, DIM = 6, 2, 16, 16
-SIZES = {"num_blocks": BLOCKS, "num_heads": HEADS, "page_size": PAGE}
 BAD_SHAPES = ((7,), (HEADS, BLOCKS), (PAGE, HEADS, BLOCKS), (BLOCKS * HEADS * PAGE,), (1, HEADS, 1))
 
 
@@ -47,7 +46,7 @@ def strides_of(answer: Callable[..., Any]) -> None:
         "[6, 2, 16], a transposed view": wide.transpose(1, 2),
     }
     for name, scale in scales.items():
-        s = resolve(scale, **SIZES, device=scale.device)
+        s = resolve(scale, num_blocks=BLOCKS, num_heads=HEADS, page_size=PAGE, device=scale.device)
         got = answer(scale, BLOCKS, HEADS, PAGE)
         expect((s.stride_block, s.stride_head, s.stride_slot), got, f"a scale of {name}")
     for shape in BAD_SHAPES:
