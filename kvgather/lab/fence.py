@@ -9,7 +9,10 @@ A general tool. Put it around any argument of any Triton kernel, on a CPU under 
 
 An ordinary allocation hides such a read: it is rounded up to pages, segments and arenas that are all mapped,
 so the kernel computes with whatever lies there. The price of a fence is that the process (CPU) or its CUDA
-context (GPU) does not survive: run it in a child process.
+context (GPU) does not survive: run it in a child process. An example that runs, with a kernel that reads one
+element before its tensor (`kvgather.lab.planted`, 20 lines; signal 11, and the kernel's line):
+
+    python -X faulthandler -m kvgather.lab.planted cu_seqlens_ptr before
 """
 
 from __future__ import annotations

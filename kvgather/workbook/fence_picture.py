@@ -34,7 +34,7 @@ def fence_picture(tensor: Tensor, traces: Mapping[str, tuple[Trace, str]], *, be
     for row, (name, touched) in enumerate(loads.items()):
         _strip(axes, row, -before, nbytes, right)
         for start in touched[:: tensor.element_size()]:
-            color = GOOD if start < nbytes else BAD
+            color = GOOD if 0 <= start < nbytes else BAD
             load = Rectangle((start, row + 0.3), tensor.element_size(), 0.4, facecolor=color, edgecolor="white", lw=0.4)
             axes.add_patch(load)
         axes.text(-before - 8, row + 0.5, name, ha="right", va="center", fontsize=9)

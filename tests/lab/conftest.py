@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvgather.device import has_gpu
 from kvgather.formats.fp8 import quantize
 from kvgather.formats.layout import convert
 
+DEVICE = "cuda" if has_gpu() else "cpu"
 BLOCKS, PAGE, HEADS, K_DIM, V_DIM = 6, 16, 2, 16, 24
 TABLE = [[4, 1], [3, 0]]
 LENGTHS = [2, 1]
@@ -38,12 +40,13 @@ def make_call(
     from kvgather.lab.before_fix import token_to_batch
 
     v_scale = k_scale.clone() if v_scale is None else v_scale
+    cpu_scales = (k_scale.cpu(), v_scale.cpu())
     generator = torch.Generator().manual_seed(0)
     pools = [
         quantize(torch.randn(BLOCKS, PAGE, HEADS, dim, generator=generator), None, dtype) for dim in (K_DIM, V_DIM)
     ]
     want = []
-    for pool, scale in zip(pools, (k_scale, v_scale), strict=True):
+    for pool, scale in zip(pools, cpu_scales, strict=True):
         rows = torch.zeros(len(PLACES), HEADS, pool.shape[3])
         for row, (block, slot) in enumerate(PLACES):
             for head in range(HEADS):
@@ -66,7 +69,10 @@ def make_call(
         "kv_cache_layout": layout,
         "total_tokens": 3,
     }
-    return Call(arguments, (want[0], want[1]))
+    arguments = {
+        name: a.to(DEVICE) if isinstance(a, Tensor) and a.device.type == "cpu" else a for name, a in arguments.items()
+    }
+    return Call(arguments, (want[0].to(DEVICE), want[1].to(DEVICE)))
 
 
 @pytest.fixture

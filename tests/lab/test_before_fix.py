@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kvgather.device import has_gpu
 from kvgather.lab import before_fix
 
 pytestmark = pytest.mark.triton
@@ -29,7 +30,8 @@ def test_without_dequant_no_scale_is_read(call):
 
 
 def test_the_default_flag_reads_a_scalar_as_if_it_had_a_row_per_token(call):
-    arena = torch.arange(256, dtype=torch.float32)  # mapped memory behind the scalar: element i holds i
+    device = "cuda" if has_gpu() else "cpu"
+    arena = torch.arange(256, dtype=torch.float32, device=device)  # mapped memory behind the scalar: element i holds i
     arena[0] = 0.5
     case = call("SHUFFLE", torch.float8_e4m3fn, arena[:1])
     before_fix.cp_mha_gather_cache(**case.arguments)
@@ -58,7 +60,7 @@ def test_the_shipped_fix_refuses_one_scalar_and_one_not(call):
     [
         ({"kv_cache_layout": "HND"}, "kv_cache_layout is 'HND'; accepted: NHD, SHUFFLE"),
         ({"k_scales": None}, "k_scales or v_scales is None"),
-        ({"key_cache": torch.zeros(6, 16, 2, 32)[..., ::2]}, "not contiguous"),
+        ({"key_cache": torch.zeros(6, 16, 2, 32)[..., ::2]}, "key_cache or value_cache is not contiguous"),
     ],
 )
 def test_wrong_arguments(call, change, message):

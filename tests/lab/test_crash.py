@@ -97,6 +97,14 @@ def test_how_a_child_can_end(monkeypatch, code, stdout, stderr, kind, text):
     assert str(outcome) == (text or "silent corruption, relative error inf")
 
 
+def test_any_module_can_be_run_in_a_child(monkeypatch):
+    outcome = crash.run_child("kvgather.lab.planted", "cu_seqlens_ptr", "before")
+    assert (outcome.kind, outcome.exit_code, outcome.case) == ("segfault", -11, "kvgather.lab.planted")
+    assert outcome.source == "start = tl.load(cu_seqlens_ptr + i - 1, mask=inside, other=0)"
+    monkeypatch.setattr(crash.subprocess, "run", child(0))
+    assert crash.run_child("anything", name="mine").kind == "ok"
+
+
 def test_a_child_that_hangs_is_killed():
     outcome = crash.run("before/guarded/cpu", timeout=0.2)
     assert (outcome.kind, outcome.exit_code, outcome.as_expected) == ("timeout", None, False)

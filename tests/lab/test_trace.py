@@ -87,7 +87,7 @@ def test_a_right_gather_is_clean_and_touches_the_bytes_of_its_token(call, layout
 
 def test_a_per_head_scale_escapes_the_shipped_fix(call):
     case = call("SHUFFLE", torch.float8_e4m3fn, torch.ones(6, 2, 16))
-    case.arguments |= {"k_scales": torch.ones(2), "v_scales": torch.ones(2)}
+    case.arguments |= {name: torch.ones(2).to(case.arguments[name].device) for name in ("k_scales", "v_scales")}
     with trace() as t:
         before_fix.cp_mha_gather_cache_shipped_fix(**case.arguments)
     assert {(v.argument, v.size) for v in t.violations} == {("k_scale_ptr", 2), ("v_scale_ptr", 2)}
@@ -98,6 +98,7 @@ def test_a_per_head_scale_escapes_the_shipped_fix(call):
 def test_the_gather_of_this_package_is_clean(call, scale):
     case = call("SHUFFLE", torch.float8_e4m3fn, torch.ones(1))
     a = case.arguments
+    scale = scale.to(a["key_cache"].device)
     plan = kvgather.GatherPlan.build(
         a["block_tables"], a["cu_seqlens_kv"], page_size=16, num_blocks=6, total_tokens=3, seq_starts=a["seq_starts"]
     )
