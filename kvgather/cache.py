@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .device import has_gpu
-from .formats.checks import check_choice, check_int, check_tensor
+from .formats.checks import check_choice, check_int, check_tensor, overlaps_itself
 from .formats.fp8 import FLOATS, check_pool_dtype
 from .formats.layout import Geometry, key_shape, value_shape
 from .formats.scale import KINDS, Scale, check_values, kind_shape, resolve
@@ -59,7 +59,7 @@ class PagedKVCache:
         heads = check_int(num_kv_heads, "num_kv_heads", minimum=1)
         k_dim = check_int(head_dim, "head_dim", minimum=1)
         v_dim = k_dim if v_head_dim is None else check_int(v_head_dim, "v_head_dim", minimum=1)
-        where = torch.device(device if device is not None else "cuda" if has_gpu() else "cpu")
+        where = _device(device)
         kinds = _pair_of_kinds(scale)
         key_cache = torch.zeros(
             key_shape(layout, blocks, page, heads, k_dim, dtype.itemsize), dtype=dtype, device=where
@@ -160,6 +160,7 @@ class PagedKVCache:
             f"{g.dtype}, {kinds}, {g.device})"
         )
 
+    @torch.no_grad()  # else K and V that need a gradient would drag their graph into a float pool
     def write(self, k: Tensor, v: Tensor, slots: Tensor, backend: str = "auto") -> None:
         """Quantize new tokens and put each into its slot.
 
@@ -172,7 +173,8 @@ class PagedKVCache:
             backend: "triton", "torch", or "auto": Triton on a GPU, torch on a CPU.
 
         Raises:
-            TypeError, ValueError: an argument is wrong; nothing was written.
+            TypeError, ValueError: an argument is wrong, or two elements of the cache lie at one address; nothing was
+                written.
             SlotError: on a CPU, a slot is past the pool or comes twice. On a GPU that would need a wait: there a slot
                 past the pool is skipped, and `check()` raises. Of two writes to one slot either may win.
         """
@@ -186,9 +188,26 @@ class PagedKVCache:
             raise ValueError(
                 f"k, v and slots have {len(k)}, {len(v)} and {len(slots)} tokens; accepted: as many of each"
             )
+        self._check_writable()
         if len(slots) == 0:
             return
         scatter(self.key_cache, self.value_cache, g, self._scales, k, v, slots, self._too_large, backend)
+
+    def _check_writable(self) -> None:
+        """Raise if two elements that a write sets have one address; to gather from such a cache is fine."""
+        computed = [scale.tensor if scale.kind == "per-token-head" else None for scale in self._scales]
+        for names, pair in (
+            (("key_cache", "value_cache"), (self.key_cache, self.value_cache)),
+            (("k_scale", "v_scale"), computed),
+        ):
+            for name, tensor in zip(names, pair, strict=True):
+                if tensor is not None and overlaps_itself(tensor):
+                    raise ValueError(
+                        f"{name} has strides {list(tensor.stride())}; accepted by write: elements that do not overlap"
+                    )
+            first, second = pair
+            if first is not None and second is not None and first.numel() and first.data_ptr() == second.data_ptr():
+                raise ValueError(f"{names[1]} begins where {names[0]} does; accepted by write: memory of its own")
 
     def gather(
         self, plan: GatherPlan, out_dtype: torch.dtype = torch.bfloat16, out: tuple[Tensor, Tensor] | None = None,
@@ -218,6 +237,22 @@ class PagedKVCache:
             raise SlotError(f"slots held {largest}; accepted: below {self.num_slots}, or negative for padding")
         for name, scale in zip(("k_scale", "v_scale"), self._scales, strict=True):
             check_values(scale, name)
+
+
+def _device(device: object) -> torch.device:
+    """The device that was asked for; the GPU if there is one, else the CPU, for None."""
+    if device is None:
+        return torch.device("cuda" if has_gpu() else "cpu")
+    if not isinstance(device, (str, torch.device)):
+        raise TypeError(f"device is {type(device).__name__} {device!r:.60}; accepted: a torch.device or its name")
+    try:
+        where = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device is {device!r}; accepted: cpu, cuda, cuda:0, …") from None
+    if where.type == "cuda" and not (has_gpu() and (where.index or 0) < torch.cuda.device_count()):
+        count = torch.cuda.device_count() if has_gpu() else 0
+        raise ValueError(f"device is {where}, and torch sees {count} GPUs here; accepted: one of those, or cpu")
+    return where
 
 
 def _pair_of_kinds(scale: object) -> tuple[str, str]:

@@ -50,6 +50,18 @@ def extent(tensor: Tensor) -> int:
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements of a tensor may have one address."""
+    if tensor.is_contiguous():
+        return False
+    reached = 0
+    for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda axis: axis[1]):
+        if size > 1 and stride <= reached:
+            return True
+        reached += (size - 1) * stride
+    return False
+
+
 def check_inside_storage(tensor: Tensor, name: str) -> None:
     """Raise ValueError if a tensor's strides reach past its storage (a storage can be shrunk under its views)."""
     if tensor.is_meta or type(tensor) not in (Tensor, torch.nn.Parameter):

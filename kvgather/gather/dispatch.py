@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..device import require_triton, triton_available
-from ..formats.checks import check_choice, check_tensor, dtype_name, extent
+from ..formats.checks import check_choice, check_tensor, dtype_name, extent, overlaps_itself
 from ..formats.fp8 import FLOATS
 from ..formats.layout import Geometry
 from ..formats.scale import resolve
@@ -162,7 +162,7 @@ def _check_out(
                 f"{name} has shape {list(tensor.shape)}; accepted: at least {total_tokens} rows of "
                 f"[{geometry.num_kv_heads}, {dim}]"
             )
-        if not tensor.is_contiguous() and _overlaps_itself(tensor):
+        if overlaps_itself(tensor):
             raise ValueError(f"{name} has strides {list(tensor.stride())}; accepted: rows that do not overlap")
     if not torch.compiler.is_compiling():
         held = [_addresses(pool) for pool in pools]
@@ -172,16 +172,6 @@ def _check_out(
                 raise ValueError(f"{name} shares memory with a cache or the other output; accepted: memory of its own")
             held.append((begin, end))
     return out[0], out[1]
-
-
-def _overlaps_itself(tensor: Tensor) -> bool:
-    """Whether two elements may have one address."""
-    reached = 0
-    for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda axis: axis[1]):
-        if size > 1 and stride <= reached:
-            return True
-        reached += (size - 1) * stride
-    return False
 
 
 def _addresses(tensor: Tensor) -> tuple[int, int]:
