@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvgather.device import has_gpu
 from kvgather.formats.scale import resolve
 from kvgather.lab import before_fix
 from kvgather.lab.trace import Trace, trace
@@ -84,10 +85,12 @@ def _must_refuse(answer: Callable[..., Any], *arguments: Any, given: str) -> Non
 
 def _run_old_kernel(scale: Tensor) -> Trace:
     """The old kernel on the last slot of every block, told that the scale is per token."""
-    pool, key, value = torch.zeros(BLOCKS, PAGE, HEADS, DIM), *torch.zeros(2, BLOCKS, HEADS, DIM)
-    cu_seqlens = torch.arange(BLOCKS + 1, dtype=torch.int32)
-    table = torch.arange(BLOCKS, dtype=torch.int32)[:, None]
-    starts = torch.full((BLOCKS,), PAGE - 1, dtype=torch.int32)
+    device = "cuda" if has_gpu() else "cpu"  # the launcher refuses CPU tensors where kernels are compiled
+    scale, pool = scale.to(device), torch.zeros(BLOCKS, PAGE, HEADS, DIM, device=device)
+    key, value = torch.zeros(2, BLOCKS, HEADS, DIM, device=device)
+    cu_seqlens = torch.arange(BLOCKS + 1, dtype=torch.int32, device=device)
+    table = torch.arange(BLOCKS, dtype=torch.int32, device=device)[:, None]
+    starts = torch.full((BLOCKS,), PAGE - 1, dtype=torch.int32, device=device)
     with trace() as t:
         before_fix.cp_mha_gather_cache(
             pool, pool, key, value, table, scale, scale, cu_seqlens, before_fix.token_to_batch(cu_seqlens), starts,
