@@ -1,0 +1,156 @@
+"""Checks for the exercises: one verdict per answer, `not yet`, `wrong` or `correct`.
+
+A chapter's checks live in `chNN.py` beside this file, loaded when the first of its exercises is checked:
+
+    @exercise("03.1", correct="that is the byte the kernel loads first")
+    def key_byte(answer):
+        expect(384, answer(1, 0, 0, 0), "the byte of block 1, head 0, slot 0, dim 0")
+
+A check receives what the reader handed in. A plain function arrives wrapped, so that calling it reports a
+skeleton that nobody filled in and an exception in the reader's code as verdicts, never as a traceback.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import traceback
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from kvgather.workbook.checks.compare import first_difference
+
+__all__ = ["NotYet", "Wrong", "check", "exercise", "exercises", "expect", "first_difference"]
+
+
+class NotYet(Exception):
+    """The reader has not written an answer so far."""
+
+
+class Wrong(Exception):
+    """The reader's answer differs from what was asked; the message says where."""
+
+
+@dataclass(frozen=True)
+class _Exercise:
+    judge: Callable[..., str | None]
+    correct: str
+    not_yet: str
+
+
+_REGISTRY: dict[str, _Exercise] = {}
+
+
+def exercise(
+    name: str, *, correct: str = "well done", not_yet: str = "the skeleton is unchanged; fill it in"
+) -> Callable[[Callable[..., str | None]], Callable[..., str | None]]:
+    """Register the decorated function as the check of exercise `name`.
+
+    Args:
+        name: chapter and number, such as "03.1".
+        correct: what a reader who is right gets to read after "correct: ".
+        not_yet: what a reader who has not started gets to read after "not yet: ".
+    """
+
+    def register(judge: Callable[..., str | None]) -> Callable[..., str | None]:
+        _REGISTRY[name] = _Exercise(judge, correct, not_yet)
+        return judge
+
+    return register
+
+
+def exercises(chapter: str) -> list[str]:
+    """The names of the exercises of one chapter ("03"), in order."""
+    module = f"{__name__}.ch{chapter}"
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+    return sorted(name for name in _REGISTRY if name.startswith(f"{chapter}."))
+
+
+def check(name: str, *answers: Any) -> None:
+    """Print the verdict on the reader's answer to one exercise.
+
+    Args:
+        name: chapter and number, such as "03.1".
+        answers: the reader's value or function (an exercise may ask for several).
+
+    Raises:
+        ValueError: no exercise has this name.
+    """
+    known = exercises(name.partition(".")[0])
+    if name not in known:
+        raise ValueError(
+            f"name is {name!r}; accepted in this chapter: {', '.join(known) or 'nothing, it has no checks'}"
+        )
+    print(_verdict(_REGISTRY[name], answers))
+
+
+def expect(expected: Any, got: Any, what: str = "your answer", *, tolerance: float = 0.0) -> None:
+    """Raise `Wrong` with the first difference between `expected` and `got`, if there is one.
+
+    Args:
+        expected: the right answer (tensor, number, string, list, tuple or dict).
+        got: the reader's answer.
+        what: how the message calls the thing compared.
+        tolerance: largest accepted difference of two floats, relative to the expected one (absolute below 1).
+    """
+    if _unfilled(got):
+        raise NotYet
+    difference = first_difference(expected, got, tolerance=tolerance)
+    if difference is not None:
+        raise Wrong(f"{what}: {difference}")
+
+
+def _verdict(entry: _Exercise, answers: tuple[Any, ...]) -> str:
+    if any(_unfilled(answer) for answer in answers):
+        return f"not yet: {entry.not_yet}"
+    try:
+        complaint = entry.judge(*(_guarded(answer) for answer in answers))
+    except NotYet as verdict:
+        return f"not yet: {str(verdict) or entry.not_yet}"
+    except Wrong as verdict:
+        return f"wrong: {verdict}"
+    except Exception as error:
+        return f"wrong: {_one_line(error)}"
+    return f"correct: {entry.correct}" if complaint is None else f"wrong: {complaint}"
+
+
+def _guarded(answer: Any) -> Any:
+    """Wrap a plain function so that an unfilled result ends the check; leave everything else alone."""
+    if not isinstance(answer, types.FunctionType):
+        return answer
+
+    @functools.wraps(answer)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        result = answer(*args, **kwargs)
+        if result is None:
+            raise NotYet(f"{answer.__name__} returned None; does it end with a return?")
+        if _unfilled(result):
+            raise NotYet
+        return result
+
+    return call
+
+
+def _unfilled(value: Any) -> bool:
+    if isinstance(value, list | tuple) and value:
+        return all(_unfilled(item) for item in value)
+    return value is None or value is Ellipsis or value is NotImplemented
+
+
+def _one_line(error: Exception) -> str:
+    """The exception, and the innermost line of the reader's own cell that it went through."""
+    text = str(error).strip().split("\n")[0]
+    message = f"your code raised {type(error).__name__}" + (f": {text}" if text else "")
+    # The file of a cell is a path with "ipykernel" in it, or "<ipython-input-…>".
+    own = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if "ipy" in frame.filename.rsplit("/site-", 1)[-1]
+    ]
+    if not own or not own[-1].line:
+        return message
+    return f"{message}, on line {own[-1].lineno} of your cell: {own[-1].line}"
