@@ -163,14 +163,45 @@ def decode(codes: Tensor, dtype: torch.dtype, factor: float = 1.0) -> Tensor:
         values.mul_(unit * factor)  # a power of two: rounds as the two products one after the other would
     else:
         values.mul_(unit).mul_(factor)
-    if fmt.fnuz:
-        has_nan = codes.numel() > 0 and int(codes.view(torch.int8).amin()) == -128
-    else:
-        has_nan = codes.numel() > 0 and int((codes + codes).amax()) == 0xFE  # the sum drops the sign
-    if has_nan:
-        nan = codes == fmt.nan_code if fmt.fnuz else (codes + codes) == 0xFE
-        values.masked_fill_(nan, math.nan)
+    if _has_special(codes, fmt):
+        values.masked_fill_(codes == fmt.nan_code if fmt.fnuz else (codes + codes) == 0xFE, math.nan)
     return values
+
+
+def decode_into_bfloat16(codes: Tensor, dtype: torch.dtype, factor: float, out: Tensor) -> bool:
+    """Fill `out` with `(codes.view(dtype).float() * factor).to(bfloat16)` in one pass, where that can be done.
+
+    A code's bits also make a BF16 that is a power of two too small, and PyTorch multiplies BF16 by a number in FP32
+    and rounds once. That is two thirds fewer bytes than going through FP32.
+
+    Args:
+        codes: uint8, contiguous, on a CPU.
+        dtype: the FP8 dtype the codes are in.
+        factor: a number that FP32 can hold.
+        out: bfloat16, shaped like `codes`.
+
+    Returns:
+        Whether it was done. It is not if a code is NaN or infinite, the factor is too large to be folded in, or this
+        thread flushes subnormal numbers to zero; `out` is then untouched.
+    """
+    fmt = format_of(dtype)
+    unit = 2.0 ** (127 - fmt.bias)
+    keeps_subnormals = bool(torch.tensor(1e-40) * 1.0 > 0)
+    if not (keeps_subnormals and unit * factor <= torch.finfo(torch.float32).max) or _has_special(codes, fmt):
+        return False
+    shift = 7 - fmt.mantissa_bits
+    bits = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(shift).bitwise_and_((0x7F << shift) - 0x8000)
+    torch.mul(bits.view(torch.bfloat16), unit * factor, out=out)
+    return True
+
+
+def _has_special(codes: Tensor, fmt: Fp8Format) -> bool:
+    """Whether a code is NaN or infinite; looks at bytes, a quarter of the memory that the values are."""
+    if codes.numel() == 0:
+        return False
+    if fmt.fnuz:
+        return int(codes.view(torch.int8).amin()) == -128
+    return int((codes + codes).amax()) >= (0xF8 if fmt.has_inf else 0xFE)  # the sum drops the sign
 
 
 def decode_table(dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..formats.fp8 import FORMATS, decode
+from ..formats.fp8 import FORMATS, decode, decode_into_bfloat16
 from ..formats.layout import Which, as_nhd
 from ..formats.scale import Scale
 
@@ -33,39 +33,58 @@ def gather_pool(pool: Tensor, layout: str, which: Which, scale: Scale, records: 
         return
     page_size = as_nhd(pool[:0], layout, which).shape[1]
     per_chunk = max(1, _CHUNK_ELEMENTS // max(1, page_size * out.shape[1] * out.shape[2]))
+    raw = out.dtype == pool.dtype and scale.kind == "none"
     for part in records.split(per_chunk):
         block, first_row, rows, begin = part.unbind(1)
-        values = _pages(pool, layout, which, scale, block, raw=out.dtype == pool.dtype and scale.kind == "none")
-        first, last = int(first_row[0]), int(first_row[-1] + rows[-1])
+        target = out[int(first_row[0]) : int(first_row[-1] + rows[-1])]
+        pages = _read_pages(pool, layout, which, block)
+        full = len(target) == len(part) * page_size
+        if full and not raw and _uniform_into(pages, pool.dtype, scale, block, target):
+            continue
+        values = pages.view(pool.dtype) if raw else _values(pages, pool.dtype, scale, block)
+        bad = block < 0
+        if raw and pool.dtype in FORMATS:
+            values.view(torch.uint8)[bad] = FORMATS[pool.dtype].nan_code
+        else:
+            values[bad] = math.nan
         flat = values.flatten(0, 1)  # [pages * page, heads, dim]
-        if last - first != flat.shape[0]:
+        if not full:
             slot = torch.arange(page_size, device=out.device)
             inside = (slot >= begin[:, None]) & (slot < (begin + rows)[:, None])  # [pages, page]
             flat = flat[inside.flatten()]
-        out[first:last] = flat
+        target.copy_(flat)
 
 
-def _pages(pool: Tensor, layout: str, which: Which, scale: Scale, block: Tensor, raw: bool) -> Tensor:
-    """Values of whole pages, `[pages, page, heads, dim]`: FP32, or the pool's dtype when `raw`; NaN for block −1."""
-    fmt = FORMATS.get(pool.dtype)
-    held = pool if fmt is None else pool.view(torch.uint8)
-    bad = block < 0
-    any_bad = bool(bad.any())
+def _read_pages(pool: Tensor, layout: str, which: Which, block: Tensor) -> Tensor:
+    """A copy of whole pages, `[pages, page, heads, dim]`, contiguous; FP8 as uint8. For block −1 it is some page."""
+    held = pool.view(torch.uint8) if pool.dtype in FORMATS else pool
     if pool.shape[0] == 0:  # nothing to read: every block is −1
-        held, scale = held.new_zeros((1, *held.shape[1:])), Scale("none", None)
-    pages = as_nhd(held.index_select(0, block.clamp_min(0)), layout, which)
-    if raw:
-        if any_bad:
-            pages[bad] = math.nan if fmt is None else fmt.nan_code
-        return pages.contiguous().view(pool.dtype)
+        held = held.new_zeros((1, *held.shape[1:]))
+    return as_nhd(held.index_select(0, block.clamp_min(0)), layout, which).contiguous()
+
+
+def _values(pages: Tensor, dtype: torch.dtype, scale: Scale, block: Tensor) -> Tensor:
+    """FP32 values of pages, scaled."""
     uniform = float(scale.tensor) if scale.kind == "per-tensor" and scale.tensor is not None else 1.0
-    values = pages.float().mul_(uniform) if fmt is None else decode(pages, pool.dtype, uniform)
-    if scale.kind not in ("none", "per-tensor"):
-        heads = torch.arange(values.shape[2], device=pool.device)
-        slots = torch.arange(values.shape[1], device=pool.device)
+    values = decode(pages, dtype, uniform) if dtype in FORMATS else pages.float().mul_(uniform)
+    if scale.kind not in ("none", "per-tensor") and scale.tensor is not None and len(scale.tensor):
+        heads = torch.arange(values.shape[2], device=pages.device)
+        slots = torch.arange(values.shape[1], device=pages.device)
         factor = scale.at(block.clamp_min(0)[:, None, None], heads, slots[:, None])  # [pages, page, heads] or less
         assert factor is not None
         values.mul_(factor[..., None])
-    if any_bad:
-        values[bad] = math.nan
     return values
+
+
+def _uniform_into(pages: Tensor, dtype: torch.dtype, scale: Scale, block: Tensor, target: Tensor) -> bool:
+    """Fill `target` the short way: FP8 to BF16 with one scale for all, on a CPU. Returns whether it could be done."""
+    if (
+        dtype not in FORMATS
+        or scale.kind not in ("none", "per-tensor")
+        or target.dtype != torch.bfloat16
+        or target.device.type != "cpu"
+        or int(block.min()) < 0
+    ):
+        return False
+    uniform = 1.0 if scale.tensor is None else float(scale.tensor)
+    return decode_into_bfloat16(pages.view(target.shape), dtype, uniform, target)
