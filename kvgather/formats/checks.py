@@ -64,7 +64,7 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 def check_inside_storage(tensor: Tensor, name: str) -> None:
     """Raise ValueError if a tensor's strides reach past its storage (a storage can be shrunk under its views)."""
-    if tensor.is_meta or type(tensor) not in (Tensor, torch.nn.Parameter):
+    if torch.compiler.is_compiling() or tensor.is_meta or type(tensor) not in (Tensor, torch.nn.Parameter):
         return  # fake tensors have no memory to leave
     needed = (tensor.storage_offset() + extent(tensor)) * tensor.element_size() if tensor.numel() else 0
     held = tensor.untyped_storage().nbytes()

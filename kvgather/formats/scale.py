@@ -173,7 +173,7 @@ def resolve(
 
     Returns:
         A `Scale`. A float becomes a one-element tensor. Values are checked where that costs no wait: floats always,
-        per-tensor and per-head tensors on a CPU; `check_values` checks the rest.
+        per-tensor and per-head tensors on a CPU and outside torch.compile; `check_values` checks the rest.
 
     Raises:
         TypeError: not None, a float or an FP32 tensor.
@@ -195,6 +195,6 @@ def resolve(
     if not isinstance(scale, Tensor):
         return Scale(found, torch.full((1,), float(scale), dtype=torch.float32, device=device))
     resolved = Scale.of(found, scale)
-    if scale.device.type == "cpu" and found in ("per-tensor", "per-head"):
+    if scale.device.type == "cpu" and found in ("per-tensor", "per-head") and not torch.compiler.is_compiling():
         check_values(resolved, name)
     return resolved

@@ -118,7 +118,7 @@ def choose_backend(backend: str, device: torch.device) -> str:
     check_choice(backend, "backend", BACKENDS)
     if backend == "auto":
         backend = "triton" if device.type == "cuda" and triton_available() else "torch"
-    if backend == "triton":
+    if backend == "triton" and not torch.compiler.is_compiling():  # the operators ask again when they run
         require_triton(device)
     return backend
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..device import require_triton
 from ..formats.checks import dtype_name
 from ..formats.scale import Scale
 from .reference import gather_pool
@@ -67,6 +68,8 @@ def gather_out(
     backend: str,
 ) -> None:
     """Fill `k_out` and `v_out`; rows that no record names stay as they are."""
+    if backend == "triton":
+        require_triton(key_cache.device)
     run(
         key_cache, value_cache, k_scale, v_scale, records, k_out, v_out, layout, pool_dtype, k_kind, v_kind, backend
     )  # fmt: skip
@@ -109,6 +112,8 @@ def gather_new(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """New K and V of `total_tokens` rows; rows that no record names are uninitialised."""
+    if backend == "triton":
+        require_triton(key_cache.device)
     k_out = key_cache.new_empty((total_tokens, num_heads, k_dim), dtype=out_dtype)
     v_out = value_cache.new_empty((total_tokens, num_heads, v_dim), dtype=out_dtype)
     run(
