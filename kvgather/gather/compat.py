@@ -138,7 +138,7 @@ def _shuffled_view(pool: Tensor, which: str) -> Tensor:
             f"{which}_cache has strides {list(pool.stride())}; accepted for SHUFFLE in 4 dimensions: blocks whose "
             "elements are contiguous"
         )
-    if dim % x or page % x:
+    if page % x or (which == "key" and dim % x):
         raise ValueError(
             f"{which}_cache has page {page} and head_dim {dim}; accepted in SHUFFLE with {pool.element_size()}-byte "
             f"elements: multiples of {x}"
