@@ -146,16 +146,12 @@ def _store_tile(
     dim = ((unit % (DIM // UNIT)) * UNIT)[:, None] + tl.arange(0, UNIT)[None, :]
     offset = (slot * stride_row)[:, None, None] + (head[:, None] * stride_head + dim * stride_dim)[None, :, :]
     page_ptr = out_ptr + (first_row - begin).to(tl.int64) * stride_row
-    # Most pages are full, and a store without a predicate is 1 to 2 % of the whole gather faster.
-    if (begin <= slot0) & (slot0 + SLOTS <= begin + rows) & (unit0 + UNITS <= units):
-        tl.store(page_ptr + offset, values)
-    else:
-        tl.store(page_ptr + offset, values, mask=mask[:, :, None])
+    tl.store(page_ptr + offset, values, mask=mask[:, :, None])
 
 
 @triton.jit
 def gather_kernel(
-    record_ptr,  # [programs, 4] int32: block or -1, first row, rows, offset of the first row in the page
+    record_ptr,  # [records, 4] int32: block or -1, first row, rows, offset of the first row in the page
     k_ptr, k_scale_ptr, k_out_ptr,
     v_ptr, v_scale_ptr, v_out_ptr,
     stride_k_block, stride_k_head, stride_k_slot_group, stride_k_slot, stride_k_dim_group, stride_k_dim,
@@ -166,23 +162,23 @@ def gather_kernel(
     stride_v_out_row, stride_v_out_head, stride_v_out_dim,
     PAGE: tl.constexpr, HEADS: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr,
     SLOTS: tl.constexpr, K_UNITS: tl.constexpr, K_UNIT: tl.constexpr, V_UNITS: tl.constexpr, V_UNIT: tl.constexpr,
-    TILES: tl.constexpr,
+    TILES: tl.constexpr, PAGE_TILES: tl.constexpr,
     V_SLOTS_PER_GROUP: tl.constexpr, K_DIMS_PER_GROUP: tl.constexpr,
     K_KIND: tl.constexpr, V_KIND: tl.constexpr,
     FORMAT: tl.constexpr, BIAS: tl.constexpr, HARDWARE: tl.constexpr, BY_HAND: tl.constexpr,
     K_RAW: tl.constexpr, V_RAW: tl.constexpr, NAN_CODE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    record_ptr += tl.program_id(0).to(tl.int64) * 4
-    rows = tl.load(record_ptr + 2)
-    if rows == 0:
-        return
+    # Neighbouring programs take neighbouring tiles of one page, so that a page is read and written in one go.
+    program = tl.program_id(0)
+    slot0 = (program % (PAGE_TILES // TILES)) * SLOTS
+    tile = (program % PAGE_TILES) // (PAGE_TILES // TILES)
+    record_ptr += (program // PAGE_TILES).to(tl.int64) * 4
     block = tl.load(record_ptr).to(tl.int64)
     first_row = tl.load(record_ptr + 1)
+    rows = tl.load(record_ptr + 2)
     begin = tl.load(record_ptr + 3)
-    slot0 = tl.program_id(2) * SLOTS
-    if (slot0 >= begin + rows) | (slot0 + SLOTS <= begin):
+    if (slot0 >= begin + rows) | (slot0 + SLOTS <= begin):  # an unused record has no rows
         return
-    tile = tl.program_id(1)
     # A tile past the last unit of K (or V) loads and stores nothing; both loads are issued before the first store.
     k = _load_tile(
         k_ptr, k_scale_ptr, block, slot0, tile * K_UNITS,
@@ -296,8 +292,7 @@ class _Prepared:
     """What a launch needs besides addresses."""
 
     strides: tuple[int, ...]
-    tiles: int
-    slot_tiles: int
+    page_tiles: int
     constants: dict[str, Any]
 
 
@@ -314,6 +309,7 @@ def _prepare(k: _Side, v: _Side, layout: str, dtype: torch.dtype, interpreted: b
         triton.cdiv(num_heads * k_dim // k_unit, tile.k_units),
         triton.cdiv(num_heads * v_dim // v_unit, tile.v_units),
     )
+    page_tiles = tiles * triton.cdiv(page_size, tile.slots)
     pool_strides: list[int] = []
     scale_strides: list[int] = []
     widest = 0
@@ -338,6 +334,7 @@ def _prepare(k: _Side, v: _Side, layout: str, dtype: torch.dtype, interpreted: b
         "V_UNITS": tile.v_units,
         "V_UNIT": v_unit,
         "TILES": tiles,
+        "PAGE_TILES": page_tiles,
         "V_SLOTS_PER_GROUP": PoolStrides.of(v.pool, layout, "value").slots_per_group,
         "K_DIMS_PER_GROUP": PoolStrides.of(k.pool, layout, "key").dims_per_group,
         "K_KIND": _kernel_kind(k.scale),
@@ -353,7 +350,7 @@ def _prepare(k: _Side, v: _Side, layout: str, dtype: torch.dtype, interpreted: b
         "num_warps": tile.num_warps,
     }
     strides = (*pool_strides, *scale_strides, *k.out.stride(), *v.out.stride())
-    return _Prepared(strides, tiles, triton.cdiv(page_size, tile.slots), constants)
+    return _Prepared(strides, page_tiles, constants)
 
 
 def _kernel_kind(scale: Scale) -> str:
@@ -392,6 +389,6 @@ def launch(
         prepared = _PREPARED[key] = _prepare(k, v, layout, dtype, interpreted)
     pointers = (*k.pointers(records, dtype.itemsize), *v.pointers(records, dtype.itemsize))
     with launching(key_cache, interpreted):
-        gather_kernel[(len(records), prepared.tiles, prepared.slot_tiles)](
+        gather_kernel[(len(records) * prepared.page_tiles,)](
             records, *pointers, *prepared.strides, **prepared.constants
         )
