@@ -23,7 +23,7 @@ export PYTHON TORCH
 .PHONY: help lab test setup browser lint types format notebooks clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
+	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
 
 lab: setup
 	@$(PY) -m kvgather.workbook.launch $(ARGS)

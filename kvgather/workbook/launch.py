@@ -141,7 +141,8 @@ def lab_arguments(root: Path, *, browser: bool, extra: Sequence[str] = ()) -> li
         arguments.append("--no-browser")
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         arguments.append("--allow-root")
-    return [*arguments, *extra]
+    given = {argument.split("=")[0] for argument in extra}  # JupyterLab refuses an option that it gets twice
+    return [argument for argument in arguments if argument.split("=")[0] not in given] + [*extra]
 
 
 def has_display() -> bool:
@@ -209,7 +210,10 @@ def run_lab(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    status = main()
+    try:
+        status = main()
+    except KeyboardInterrupt:  # while the doctor was looking
+        status = 130
     sys.stdout.flush()
     sys.stderr.flush()
     # JupyterLab is shut down by now, but a page that was open leaves a thread for which Python would wait for ever.

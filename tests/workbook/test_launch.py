@@ -103,6 +103,11 @@ def test_no_browser_reaches_jupyterlab(clone: Path, browser: bool, present: bool
     assert f"--ServerApp.root_dir={clone}" in arguments
 
 
+def test_what_the_reader_asks_for_wins(clone: Path) -> None:
+    arguments = launch.lab_arguments(clone, browser=True, extra=["--ServerApp.log_level=DEBUG"])
+    assert [item for item in arguments if item.startswith("--ServerApp.log_level")] == ["--ServerApp.log_level=DEBUG"]
+
+
 def test_browser_is_not_opened_where_nobody_sees_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in ("DISPLAY", "WAYLAND_DISPLAY", "SSH_CONNECTION"):
         monkeypatch.delenv(variable, raising=False)
