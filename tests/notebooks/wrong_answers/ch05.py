@@ -19,7 +19,7 @@ WRONG = {
             "block 4, head 1, slot 3, 2 heads, page 16: expected 147, got 135",
         ),
         # the head forgotten
-        (ELEMENT.format("block * num_heads * page_size + slot"), "head 1, slot 3, 2 heads, page 16: expected 147, got 131"),
+        (ELEMENT.format("block * num_heads * page_size + slot"), "2 heads, page 16: expected 147, got 131"),
         # the slot of the pool instead of the page's
         (ELEMENT.format("(block * num_heads + head) * page_size + block * page_size + slot"), "expected 147, got 211"),
     ],
