@@ -1,0 +1,52 @@
+"""Pick a layout and an element; see its byte, its neighbours and the 16-byte load it belongs to."""
+
+from __future__ import annotations
+
+import ipywidgets
+
+from kvgather.formats.layout import LAYOUTS
+from kvgather.workbook.figures import png
+from kvgather.workbook.layout_picture import BLOCKS, DIM, HEADS, PAGE, locate, place_picture
+
+__all__ = ["layout_explorer"]
+
+
+def layout_explorer(
+    layout: str = "SHUFFLE", which: str = "key", block: int = 1, head: int = 1, slot: int = 5, dim: int = 20
+) -> ipywidgets.Widget:
+    """The widget: a choice of layout and of K or V, a slider for each index, a sentence and the picture below.
+
+    Args:
+        layout: "NHD", "HND" or "SHUFFLE".
+        which: "key" or "value".
+        block, head, slot, dim: the element shown first.
+
+    Raises:
+        ValueError: the layout is unknown, or an index is outside the small pool of the picture.
+    """
+    first = locate(layout, "value" if which == "value" else "key", block, head, slot, dim)
+    layouts = ipywidgets.ToggleButtons(options=LAYOUTS, value=layout, description="layout")
+    pools = ipywidgets.ToggleButtons(options=[("K", "key"), ("V", "value")], value=first.which, description="pool")
+    sizes = {"block": (block, BLOCKS), "head": (head, HEADS), "slot": (slot, PAGE), "dim": (dim, DIM)}
+    sliders = {
+        # Drawn when the slider is let go: a picture for each pixel of its way would queue up.
+        name: ipywidgets.IntSlider(value=value, max=size - 1, description=name, continuous_update=False)
+        for name, (value, size) in sizes.items()
+    }
+    sentence = ipywidgets.Label()
+    picture = ipywidgets.Image(format="png", layout=ipywidgets.Layout(max_width="100%"))
+
+    def redraw(_: object = None) -> None:
+        chosen = {name: slider.value for name, slider in sliders.items()}
+        place = locate(layouts.value, pools.value, **chosen)
+        sentence.value = str(place)
+        picture.value = png(place_picture(place))
+
+    for control in (layouts, pools, *sliders.values()):
+        control.observe(redraw, names="value")
+    redraw()
+    choices = ipywidgets.HBox([layouts, pools])
+    rows = [ipywidgets.HBox([sliders["block"], sliders["head"]]), ipywidgets.HBox([sliders["slot"], sliders["dim"]])]
+    explorer = ipywidgets.VBox([choices, *rows, sentence, picture])
+    explorer.add_class("kvgather-layout-explorer")
+    return explorer
