@@ -1,0 +1,78 @@
+"""Checks of chapter 03: bytes, loads and layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kvgather.formats.layout import Which, byte_offset, convert, key_shape, pool_shape
+from kvgather.workbook.checks import Wrong, exercise, expect
+
+DTYPES = {1: torch.float8_e4m3fn, 2: torch.bfloat16}
+
+
+@exercise("03.1", correct="and without the number of blocks: an address cannot tell that a block id is too large")
+def hnd_byte(answer: Callable[..., int]) -> None:
+    # (blocks, page, heads, dim), then elements of such a pool
+    for sizes, itemsize in (((3, 16, 2, 32), 1), ((3, 16, 2, 32), 2), ((4, 10, 3, 24), 2)):
+        blocks, page, heads, dims = sizes
+        pool = torch.empty(pool_shape("HND", "key", blocks, page, heads, dims, itemsize), dtype=DTYPES[itemsize])
+        for place in ((0, 0, 0, 0), (0, 0, 0, 7), (0, 0, 5, 0), (0, 1, 0, 0), (1, 0, 0, 0), (2, 1, 5, 20)):
+            block, head, slot, dim = place
+            got = answer(block, head, slot, dim, heads, page, dims, itemsize)
+            element = f"block {block}, head {head}, slot {slot}, dim {dim}"
+            pool_text = f"{heads} heads, page {page}, head_dim {dims}, itemsize {itemsize}"
+            expect(byte_offset(pool, "HND", "key", *place), got, f"{element} ({pool_text})")
+
+
+@exercise("03.2", correct="K brings dims of a token, V brings tokens of a dim, and in BF16 a load holds only 8 of them")
+def elements_of_load(answer: Callable[..., list[tuple[int, int]]]) -> None:
+    page, dims = 32, 64
+    index = torch.cartesian_prod(torch.arange(page), torch.arange(dims))
+    for which, slot, dim, itemsize in (
+        ("key", 5, 20, 1),
+        ("value", 5, 20, 1),
+        ("key", 21, 41, 1),
+        ("value", 21, 41, 1),
+        ("key", 5, 12, 2),
+        ("value", 12, 5, 2),
+    ):
+        # The load is read off a pool whose elements are numbered, so that no formula is trusted twice.
+        side: Which = "key" if which == "key" else "value"
+        numbers = torch.arange(page * dims, dtype=torch.float32).view(1, page, 1, dims)
+        x = 16 // itemsize
+        split = numbers.unflatten(3, (-1, x)) if side == "key" else numbers.unflatten(1, (-1, x))
+        order = (0, 2, 3, 1, 4) if side == "key" else (0, 3, 1, 4, 2)
+        memory = split.permute(order).flatten().long()
+        start = int((memory == slot * dims + dim).nonzero()) // x * x
+        expected = [(int(s), int(d)) for s, d in index[memory[start : start + x]].tolist()]
+        got = answer(which, slot, dim, itemsize)
+        expect(expected, got, f"{which}, slot {slot}, dim {dim}, itemsize {itemsize}")
+
+
+@exercise("03.3", correct="one view, one permute, and not a number has changed")
+def shuffle_key(answer: Callable[[Tensor], Tensor]) -> None:
+    generator = torch.Generator().manual_seed(3)
+    for dtype, sizes in ((torch.float8_e4m3fn, (3, 16, 2, 32)), (torch.bfloat16, (2, 24, 3, 40))):
+        shape = key_shape("NHD", sizes[0], sizes[1], sizes[2], sizes[3], dtype.itemsize)
+        nhd = torch.randn(shape, generator=generator).to(dtype)
+        got = answer(nhd.clone())
+        what = f"{str(dtype).removeprefix('torch.')} {list(shape)}"
+        expect(convert(nhd, "NHD", "SHUFFLE", "key"), got, what)
+        if not got.is_contiguous():
+            raise Wrong(f"{what}: right values, but the strides are {got.stride()}; the pool must be contiguous")
+
+
+@exercise("03.4", correct="two pools, and not a byte was copied")
+def unpack(answer: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+    blocks, heads, page, dim = 3, 2, 16, 32
+    packed = torch.arange(blocks * heads * 2 * page * dim, dtype=torch.float32).view(blocks, heads, 2, page, dim)
+    got = answer(packed)
+    for index, name in enumerate(("key_cache", "value_cache")):
+        pool = got[index]
+        expected = torch.stack([packed[:, :, index, slot] for slot in range(page)], dim=1)
+        expect(expected, pool, name)
+        if pool.untyped_storage().data_ptr() != packed.untyped_storage().data_ptr():
+            raise Wrong(f"{name} has the right values, but is a copy: a write does not reach the engine's tensor")
