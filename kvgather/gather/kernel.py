@@ -73,16 +73,13 @@ def round_to(values, dtype: tl.constexpr, BY_HAND: tl.constexpr):
 
 @triton.jit
 def _load_tile(
-    pool_ptr, scale_ptr, block, slot0, unit0,
+    pool_ptr, block, slot0, unit0,
     stride_block, stride_head, stride_slot_group, stride_slot, stride_dim_group, stride_dim,
-    stride_scale_block, stride_scale_head, stride_scale_slot,
     PAGE: tl.constexpr, DIM: tl.constexpr, HEADS: tl.constexpr,
     SLOTS: tl.constexpr, UNITS: tl.constexpr, UNIT: tl.constexpr, TILES: tl.constexpr,
-    SLOTS_PER_GROUP: tl.constexpr, DIMS_PER_GROUP: tl.constexpr,
-    KIND: tl.constexpr, FORMAT: tl.constexpr, BIAS: tl.constexpr, HARDWARE: tl.constexpr, BY_HAND: tl.constexpr,
-    OUT_DTYPE: tl.constexpr, RAW: tl.constexpr, NAN_CODE: tl.constexpr, WIDE: tl.constexpr,
+    SLOTS_PER_GROUP: tl.constexpr, DIMS_PER_GROUP: tl.constexpr, INTEGER: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Values of one tile of one page, scaled and rounded, `[SLOTS, UNITS, UNIT]`; NaN when block is −1."""
+    """What the pool holds in one tile of a page, `[SLOTS, UNITS, UNIT]`; of page 0 when block is −1."""
     slot = slot0 + tl.arange(0, SLOTS)
     unit = unit0 + tl.arange(0, UNITS)
     if WIDE:
@@ -105,26 +102,45 @@ def _load_tile(
     present = (slot < PAGE)[:, None] & (unit < units)[None, :]  # [SLOTS, UNITS]
     if whole and units == UNITS * TILES:
         held = tl.load(page_ptr + inside)
-    elif FORMAT == "" and not RAW:
-        held = tl.load(page_ptr + inside, mask=unit0 < units if whole else present[:, :, None], other=0.0)
-    else:
+    elif INTEGER:
         held = tl.load(page_ptr + inside, mask=unit0 < units if whole else present[:, :, None], other=0)
-    if RAW:  # bits as integers
-        return tl.where(block < 0, NAN_CODE, held).to(OUT_DTYPE)
-    values = widen(held, FORMAT, BIAS, HARDWARE)
-    if KIND == "none":
-        values = tl.where(block < 0, float("nan"), values)
-    elif KIND == "per-tensor":
-        values = values * tl.where(block < 0, float("nan"), tl.load(scale_ptr))
     else:
-        scale_page_ptr = scale_ptr + tl.maximum(block, 0) * stride_scale_block
+        held = tl.load(page_ptr + inside, mask=unit0 < units if whole else present[:, :, None], other=0.0)
+    return held
+
+
+@triton.jit
+def _load_scale(
+    scale_ptr, block, slot0, unit0, stride_block, stride_head, stride_slot,
+    PAGE: tl.constexpr, UNITS_PER_HEAD: tl.constexpr, HEADS: tl.constexpr,
+    SLOTS: tl.constexpr, UNITS: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """The scale of one tile, `[SLOTS or 1, UNITS or 1, 1]`, 1 where there is none; NaN when block is −1."""
+    if KIND == "none":
+        scale = tl.full([1, 1], 1.0, tl.float32)
+    elif KIND == "per-tensor":
+        scale = tl.load(scale_ptr + tl.zeros([1, 1], tl.int32))
+    else:
+        slot = (slot0 + tl.arange(0, SLOTS))[:, None].to(tl.int64)
+        unit = (unit0 + tl.arange(0, UNITS))[None, :].to(tl.int64)
+        page_ptr = scale_ptr + tl.maximum(block, 0) * stride_block + (unit // UNITS_PER_HEAD) * stride_head
+        present = unit < HEADS * UNITS_PER_HEAD
         if KIND == "per-token-head":
-            offset = slot[:, None] * stride_scale_slot + (head * stride_scale_head)[None, :]  # [SLOTS, UNITS]
-            scale = tl.load(scale_page_ptr + offset, mask=present, other=1.0)
+            scale = tl.load(page_ptr + slot * stride_slot, mask=present & (slot < PAGE), other=1.0)
         else:  # per-head, or per-page-head
-            scale = tl.load(scale_page_ptr + head * stride_scale_head, mask=unit < units, other=1.0)[None, :]
-        values = values * tl.where(block < 0, float("nan"), scale)[:, :, None]
-    return round_to(values, OUT_DTYPE, BY_HAND)
+            scale = tl.load(page_ptr, mask=present, other=1.0)
+    return tl.where(block < 0, float("nan"), scale)[:, :, None]
+
+
+@triton.jit
+def _finish(
+    held, scale, block, OUT_DTYPE: tl.constexpr, RAW: tl.constexpr, NAN_CODE: tl.constexpr,
+    FORMAT: tl.constexpr, BIAS: tl.constexpr, HARDWARE: tl.constexpr, BY_HAND: tl.constexpr,
+):  # fmt: skip
+    """What is stored: the scaled value rounded, or the bits as they are."""
+    if RAW:
+        return tl.where(block < 0, NAN_CODE, held).to(OUT_DTYPE)
+    return round_to(widen(held, FORMAT, BIAS, HARDWARE) * scale, OUT_DTYPE, BY_HAND)
 
 
 @triton.jit
@@ -137,8 +153,7 @@ def _store_tile(
     """Store the tile's slots that belong to the record, one row each."""
     slot = slot0 + tl.arange(0, SLOTS)
     unit = unit0 + tl.arange(0, UNITS)
-    units: tl.constexpr = HEADS * (DIM // UNIT)
-    mask = ((slot >= begin) & (slot < begin + rows))[:, None] & (unit < units)[None, :]
+    mask = ((slot >= begin) & (slot < begin + rows))[:, None] & (unit < HEADS * (DIM // UNIT))[None, :]
     if WIDE:
         slot = slot.to(tl.int64)
         unit = unit.to(tl.int64)
@@ -179,24 +194,34 @@ def gather_kernel(
     begin = tl.load(record_ptr + 3)
     if (slot0 >= begin + rows) | (slot0 + SLOTS <= begin):  # an unused record has no rows
         return
-    # A tile past the last unit of K (or V) loads and stores nothing; both loads are issued before the first store.
-    k = _load_tile(
-        k_ptr, k_scale_ptr, block, slot0, tile * K_UNITS,
+    # All loads are issued before the first store. A tile past the last unit of K, or of V, moves nothing.
+    k_held = _load_tile(
+        k_ptr, block, slot0, tile * K_UNITS,
         stride_k_block, stride_k_head, stride_k_slot_group, stride_k_slot, stride_k_dim_group, stride_k_dim,
-        stride_k_scale_block, stride_k_scale_head, stride_k_scale_slot,
-        PAGE, K_DIM, HEADS, SLOTS, K_UNITS, K_UNIT, TILES, 1, K_DIMS_PER_GROUP,
-        K_KIND, FORMAT, BIAS, HARDWARE, BY_HAND, k_out_ptr.dtype.element_ty, K_RAW, NAN_CODE, WIDE,
+        PAGE, K_DIM, HEADS, SLOTS, K_UNITS, K_UNIT, TILES, 1, K_DIMS_PER_GROUP, FORMAT != "" or K_RAW, WIDE,
     )  # fmt: skip
-    v = _load_tile(
-        v_ptr, v_scale_ptr, block, slot0, tile * V_UNITS,
+    v_held = _load_tile(
+        v_ptr, block, slot0, tile * V_UNITS,
         stride_v_block, stride_v_head, stride_v_slot_group, stride_v_slot, stride_v_dim_group, stride_v_dim,
-        stride_v_scale_block, stride_v_scale_head, stride_v_scale_slot,
-        PAGE, V_DIM, HEADS, SLOTS, V_UNITS, V_UNIT, TILES, V_SLOTS_PER_GROUP, 1,
-        V_KIND, FORMAT, BIAS, HARDWARE, BY_HAND, v_out_ptr.dtype.element_ty, V_RAW, NAN_CODE, WIDE,
+        PAGE, V_DIM, HEADS, SLOTS, V_UNITS, V_UNIT, TILES, V_SLOTS_PER_GROUP, 1, FORMAT != "" or V_RAW, WIDE,
+    )  # fmt: skip
+    k_scale = _load_scale(
+        k_scale_ptr, block, slot0, tile * K_UNITS, stride_k_scale_block, stride_k_scale_head, stride_k_scale_slot,
+        PAGE, K_DIM // K_UNIT, HEADS, SLOTS, K_UNITS, K_KIND,
+    )  # fmt: skip
+    v_scale = _load_scale(
+        v_scale_ptr, block, slot0, tile * V_UNITS, stride_v_scale_block, stride_v_scale_head, stride_v_scale_slot,
+        PAGE, V_DIM // V_UNIT, HEADS, SLOTS, V_UNITS, V_KIND,
+    )  # fmt: skip
+    k = _finish(
+        k_held, k_scale, block, k_out_ptr.dtype.element_ty, K_RAW, NAN_CODE, FORMAT, BIAS, HARDWARE, BY_HAND
     )  # fmt: skip
     _store_tile(
         k_out_ptr, k, first_row, rows, begin, slot0, tile * K_UNITS,
         stride_k_out_row, stride_k_out_head, stride_k_out_dim, K_DIM, HEADS, SLOTS, K_UNITS, K_UNIT, WIDE,
+    )  # fmt: skip
+    v = _finish(
+        v_held, v_scale, block, v_out_ptr.dtype.element_ty, V_RAW, NAN_CODE, FORMAT, BIAS, HARDWARE, BY_HAND
     )  # fmt: skip
     _store_tile(
         v_out_ptr, v, first_row, rows, begin, slot0, tile * V_UNITS,
@@ -238,7 +263,7 @@ def choose_tile(page_size: int, num_heads: int, k_dim: int, v_dim: int, itemsize
     heads = max(1, min(_power_of_two(num_heads), columns // _power_of_two(max(k_dim, v_dim))))
     k_units, v_units = (min(_power_of_two(n * dim // _unit(dim)) for n in (num_heads, heads)) for dim in (k_dim, v_dim))
     elements = slots * k_units * _unit(k_dim)
-    return Tile(slots, k_units, v_units, num_warps=max(1, min(4, elements // 512)))
+    return Tile(slots, k_units, v_units, num_warps=max(1, min(8, elements // 512)))
 
 
 def _inner_extent(tensor: Tensor) -> int:
