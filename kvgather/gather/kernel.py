@@ -256,14 +256,14 @@ def choose_tile(page_size: int, num_heads: int, k_dim: int, v_dim: int, itemsize
     """The tile for a geometry, by shape alone; no result depends on it.
 
     16 slots are the 16 bytes that V of SHUFFLE keeps together, and in every layout a tile of 16 slots and 512 columns
-    (8 heads of 64) was the fastest or within 1 % of it on an H100; so were 2 warps for a single head.
+    (8 heads of 64) was the fastest or within 1 % of it on an H100; so were a warp for each 512 elements of it.
     """
     slots = min(_power_of_two(page_size), 16)
     columns = max(64, 512 // max(1, itemsize // 2))
     heads = max(1, min(_power_of_two(num_heads), columns // _power_of_two(max(k_dim, v_dim))))
     k_units, v_units = (min(_power_of_two(n * dim // _unit(dim)) for n in (num_heads, heads)) for dim in (k_dim, v_dim))
     elements = slots * k_units * _unit(k_dim)
-    return Tile(slots, k_units, v_units, num_warps=max(1, min(8, elements // 512)))
+    return Tile(slots, k_units, v_units, num_warps=max(1, min(16, elements // 512)))
 
 
 def _inner_extent(tensor: Tensor) -> int:
