@@ -28,9 +28,10 @@ help:
 lab: setup
 	@$(PY) -m kvgather.workbook.launch $(ARGS)
 
-# The last line of the output is pytest's own: CI reads it.
+# Two workers on two cores, one thread each: threads that wait for each other cost ten times as much. The last line of the
+# output is pytest's own: CI reads it.
 test: setup lint types browser
-	$(PY) -m pytest -n 2 --dist loadscope tests $(if $(NOTEBOOKS),$(NBVAL)) $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadscope tests $(if $(NOTEBOOKS),$(NBVAL)) $(ARGS)
 
 setup:
 	@sh tools/setup.sh
