@@ -28,7 +28,7 @@ WRONG: dict[str, list[tuple[str, str]]] = {
         # elements instead of bytes
         (
             HND.format("((block * num_heads + head) * page_size + slot) * head_dim + dim"),
-            "itemsize 2): expected 14, got 7",
+            "expected 14, got 7",
         ),
         # the sizes of two axes exchanged
         (HND.format("(((block * page_size + head) * num_heads + slot) * head_dim + dim) * itemsize"), "head 1, slot 0"),
@@ -96,7 +96,7 @@ WRONG: dict[str, list[tuple[str, str]]] = {
         # a copy
         (
             UNPACK.format(*(f"packed[:, :, {i}].transpose(1, 2).contiguous()" for i in (0, 1))),
-            "key_cache has the right values, but it is a copy",
+            "key_cache has the right values, but is a copy",
         ),
         # V forgotten
         (
