@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .device import has_gpu
-from .formats.checks import check_choice, check_int, check_tensor, overlaps_itself
+from .formats.checks import check_choice, check_int, check_tensor, described, overlaps_itself
 from .formats.fp8 import FLOATS, check_pool_dtype
 from .formats.layout import Geometry, key_shape, value_shape
 from .formats.scale import KINDS, Scale, check_values, kind_shape, resolve
@@ -244,7 +244,7 @@ def _device(device: object) -> torch.device:
     if device is None:
         return torch.device("cuda" if has_gpu() else "cpu")
     if not isinstance(device, (str, torch.device)):
-        raise TypeError(f"device is {type(device).__name__} {device!r:.60}; accepted: a torch.device or its name")
+        raise TypeError(f"device is {described(device)}; accepted: a torch.device or its name")
     try:
         where = torch.device(device)
     except RuntimeError:
@@ -260,4 +260,6 @@ def _pair_of_kinds(scale: object) -> tuple[str, str]:
         return check_choice(scale, "scale", KINDS), scale
     if isinstance(scale, (tuple, list)) and len(scale) == 2:
         return check_choice(scale[0], "scale[0]", KINDS), check_choice(scale[1], "scale[1]", KINDS)
-    raise TypeError(f"scale is {scale!r:.60}; accepted: a kind, or a pair (K's kind, V's kind), of {', '.join(KINDS)}")
+    raise TypeError(
+        f"scale is {described(scale)}; accepted: a kind, or a pair (K's kind, V's kind), of {', '.join(KINDS)}"
+    )

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..cache import PagedKVCache
-from ..formats.fp8 import FLOATS, FORMATS, POOL_DTYPES, dtype_name, quantize
+from ..formats.checks import dtype_name
+from ..formats.fp8 import FLOATS, FORMATS, POOL_DTYPES, quantize
 from ..formats.layout import LAYOUTS, Which, group, pool_shape
 from ..formats.scale import KINDS, kind_shape
 from ..plan import GatherPlan
@@ -220,7 +221,7 @@ def _block_table(case: Case, blocks: int, random: torch.Generator, device: torch
     used = 0
     for row, pages in zip(table, case.pages, strict=True):
         if used + pages > blocks:  # sequences that share blocks, as a common prefix does
-            ids, used = torch.randint(max(blocks, 1), (pages,), generator=random, device=device), 0
+            ids, used = torch.randint(blocks, (max(pages, blocks),), generator=random, device=device), 0
         row[:pages] = ids[used : used + pages]
         used += pages
     return table.to(case.index_dtype)

@@ -12,6 +12,16 @@ def dtype_name(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def described(value: object) -> str:
+    """A value as an error shows it: its type and the start of its repr; of a tensor its shape, because to print its
+    values is to wait for a GPU, or to read past its memory."""
+    if isinstance(value, Tensor):
+        return f"{type(value).__name__} of shape {list(value.shape)}"
+    if isinstance(value, (list, tuple)) and any(isinstance(item, Tensor) for item in value):
+        return f"{type(value).__name__} with tensors"
+    return f"{type(value).__name__} {value!r:.60}"
+
+
 def check_tensor(
     value: object,
     name: str,
@@ -27,7 +37,7 @@ def check_tensor(
         ValueError: its rank, device or layout is not accepted, or its strides reach past its storage.
     """
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is {type(value).__name__} {value!r:.60}; accepted: a torch.Tensor")
+        raise TypeError(f"{name} is {described(value)}; accepted: a torch.Tensor")
     if value.layout != torch.strided:
         raise ValueError(f"{name} has layout {value.layout}; accepted: a dense (strided) tensor")
     if dtypes is not None and value.dtype not in dtypes:
@@ -79,7 +89,7 @@ def check_inside_storage(tensor: Tensor, name: str) -> None:
 def check_int(value: object, name: str, *, minimum: int = 0, maximum: int = 2**31 - 1) -> int:
     """Return `value` as an int in [minimum, maximum]; a bool is not a number here."""
     if isinstance(value, bool) or not hasattr(value, "__index__") or isinstance(value, Tensor):
-        raise TypeError(f"{name} is {type(value).__name__} {value!r:.60}; accepted: an int")
+        raise TypeError(f"{name} is {described(value)}; accepted: an int")
     number = int(value.__index__())
     if not minimum <= number <= maximum:
         raise ValueError(f"{name} is {number}; accepted: {minimum} to {maximum}")
@@ -89,7 +99,7 @@ def check_int(value: object, name: str, *, minimum: int = 0, maximum: int = 2**3
 def check_choice(value: object, name: str, accepted: Sequence[str]) -> str:
     """Return `value` if it is one of the accepted words."""
     if not isinstance(value, str):
-        raise TypeError(f"{name} is {type(value).__name__} {value!r:.60}; accepted: {', '.join(accepted)}")
+        raise TypeError(f"{name} is {described(value)}; accepted: {', '.join(accepted)}")
     if value not in accepted:
         raise ValueError(f"{name} is {value!r}; accepted: {', '.join(accepted)}")
     return value

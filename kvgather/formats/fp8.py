@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .checks import described, dtype_name
+
 SCALE_FLOOR = torch.finfo(torch.float32).tiny
 """The smallest scale a write computes, so that a row of zeros has a scale that can be divided by."""
 
@@ -63,17 +65,12 @@ def is_fp8(dtype: torch.dtype) -> bool:
     return dtype in FORMATS
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def check_pool_dtype(dtype: torch.dtype, name: str) -> None:
     """Raise TypeError unless a pool may hold `dtype`."""
-    if dtype not in POOL_DTYPES:
+    if not isinstance(dtype, torch.dtype) or dtype not in POOL_DTYPES:
         accepted = ", ".join(dtype_name(d) for d in POOL_DTYPES)
-        raise TypeError(
-            f"{name} has dtype {dtype_name(dtype) if isinstance(dtype, torch.dtype) else dtype!r}; accepted: {accepted}"
-        )
+        came = dtype_name(dtype) if isinstance(dtype, torch.dtype) else described(dtype)
+        raise TypeError(f"{name} is {came}; accepted: {accepted}")
 
 
 def format_of(dtype: torch.dtype, name: str = "dtype") -> Fp8Format:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checks import check_choice, check_tensor
+from .checks import check_choice, check_tensor, described
 
 KINDS = ("none", "per-tensor", "per-head", "per-page-head", "per-token-head")
 
@@ -187,7 +187,7 @@ def resolve(
             raise ValueError(f"{name} is {scale}; accepted: values that FP32 can hold")
     elif scale is not None:
         if not isinstance(scale, Tensor):
-            raise TypeError(f"{name} is {type(scale).__name__} {scale!r:.60}; accepted: None, a float, or a tensor")
+            raise TypeError(f"{name} is {described(scale)}; accepted: None, a float, or a tensor")
         check_tensor(scale, name, dtypes=(torch.float32,), device=device)
     found = classify(scale, name, num_blocks=num_blocks, num_heads=num_heads, page_size=page_size, kind=kind)
     if scale is None:

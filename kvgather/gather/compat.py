@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..formats.checks import check_choice, check_int, check_tensor
+from ..formats.checks import check_choice, check_int, check_tensor, described
 from ..formats.layout import Geometry, group
 from ..formats.scale import classify
 from ..plan import GatherPlan
@@ -59,7 +59,7 @@ def cp_mha_gather_cache(
     check_choice(kv_cache_layout, "kv_cache_layout", _LAYOUTS)
     for name, flag in (("dequant", dequant), ("per_token_quant", per_token_quant)):
         if not isinstance(flag, bool):
-            raise TypeError(f"{name} is {type(flag).__name__} {flag!r:.60}; accepted: True or False")
+            raise TypeError(f"{name} is {described(flag)}; accepted: True or False")
     total_tokens = check_int(total_tokens, "total_tokens")
     for name, tensor in (
         ("key_cache", key_cache),
@@ -117,7 +117,7 @@ def _check_flag(scale: Tensor | float | None, name: str, geometry: Geometry, per
     if scale is None:
         raise ValueError(f"{name} is None; accepted with dequant=True: a scale")
     if not isinstance(scale, (Tensor, float, int)) or isinstance(scale, bool):
-        raise TypeError(f"{name} is {type(scale).__name__} {scale!r:.60}; accepted: a tensor or a float")
+        raise TypeError(f"{name} is {described(scale)}; accepted: a tensor or a float")
     blocks, heads, page = geometry.num_blocks, geometry.num_kv_heads, geometry.page_size
     kind = classify(scale, name, num_blocks=blocks, num_heads=heads, page_size=page)
     if kind == "per-page-head" or (kind == "per-token-head" and not per_token_quant):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..device import require_triton, triton_available
-from ..formats.checks import check_choice, check_tensor, dtype_name, extent, overlaps_itself
+from ..formats.checks import check_choice, check_tensor, described, dtype_name, extent, overlaps_itself
 from ..formats.fp8 import FLOATS
 from ..formats.layout import Geometry
 from ..formats.scale import resolve
@@ -137,12 +137,12 @@ def _check_plan(plan: GatherPlan, geometry: Geometry) -> None:
 
 
 def _check_out_dtype(out_dtype: torch.dtype, pool_dtype: torch.dtype, scaled: bool, name: str) -> None:
-    if out_dtype in FLOATS or (out_dtype == pool_dtype and not scaled):
+    known = isinstance(out_dtype, torch.dtype)
+    if known and (out_dtype in FLOATS or (out_dtype == pool_dtype and not scaled)):
         return
     accepted = ", ".join(dtype_name(d) for d in FLOATS)
-    raise TypeError(
-        f"{name} is {dtype_name(out_dtype)}; accepted: {accepted}, or without scales {dtype_name(pool_dtype)}"
-    )
+    came = dtype_name(out_dtype) if known else described(out_dtype)
+    raise TypeError(f"{name} is {came}; accepted: {accepted}, or without scales {dtype_name(pool_dtype)}")
 
 
 def _check_out(
