@@ -313,8 +313,8 @@ GOOD: dict[str, Any] = {"num_blocks": 2, "page_size": 16, "num_kv_heads": 2, "he
         ({"dtype": "float8_e4m3fn"}, TypeError, r"dtype .*'float8_e4m3fn'; accepted"),
         ({"scale": "per-block"}, ValueError, r"scale is 'per-block'; accepted: none, per-tensor"),
         ({"scale": ("none", "per-row")}, ValueError, r"scale\[1\] is 'per-row'; accepted"),
-        ({"scale": ("none",)}, TypeError, r"scale is \('none',\); accepted: a kind, or a pair"),
-        ({"scale": None}, TypeError, r"scale is None; accepted"),
+        ({"scale": ("none",)}, TypeError, r"scale is tuple \('none',\); accepted: a kind, or a pair"),
+        ({"scale": None}, TypeError, r"scale is NoneType None; accepted"),
         ({"scale": "none", "k_scale": 1.0}, ValueError, r"k_scale was given; accepted for kind none: None"),
         (
             {"scale": "per-head", "v_scale": torch.ones(3)},

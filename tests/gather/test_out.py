@@ -222,3 +222,22 @@ def test_k_and_v_scales_are_not_swapped() -> None:
     for backend in BACKENDS:
         k, v = kg.gather(pool, pool, plan, k_scale=2.0, v_scale=3.0, backend=backend)
         assert (k.unique().tolist(), v.unique().tolist()) == ([2.0], [3.0])
+
+
+def test_an_error_reads_no_value_of_a_tensor() -> None:
+    """A tensor that came where none belongs is told by its shape: its values may lie past its memory."""
+    gone = torch.ones(2**20)
+    gone.untyped_storage().resize_(0)
+    built = build(Case())
+    for wrong in ({"layout": gone}, {"backend": gone}, {"out_dtype": gone}, {"plan": gone}, {"k_kind": gone}):
+        with pytest.raises(TypeError, match=rf"{next(iter(wrong))} is Tensor( of shape \[1048576\])?; accepted"):
+            kg.gather(**{"key_cache": built.cache.key_cache, "value_cache": built.cache.value_cache,
+                         "plan": built.plan, "layout": "NHD", **wrong})  # fmt: skip
+    for name in ("page_size", "total_tokens"):
+        sizes = {"page_size": 16, "num_blocks": 4, name: gone}
+        with pytest.raises(TypeError, match=rf"{name} is Tensor of shape \[1048576\]; accepted: an int"):
+            kg.GatherPlan.build(built.block_table, built.cu_seqlens_k, **sizes)
+    with pytest.raises(TypeError, match=r"k_scale is list with tensors; accepted"):
+        kg.gather(built.cache.key_cache, built.cache.value_cache, built.plan, k_scale=[gone])
+    with pytest.raises(TypeError, match=r"dtype is Tensor of shape \[1048576\]; accepted: float8_e4m3fn"):
+        kg.PagedKVCache(2, 16, 1, 16, dtype=gone, device="cpu")
