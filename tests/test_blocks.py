@@ -66,9 +66,7 @@ def test_chunked_prefill_shares_what_is_computed_so_far() -> None:
     assert second.num_cached_tokens == 4
     pool.commit(first, 10)
     assert pool.allocate(PROMPT).num_cached_tokens == 8
-    assert (
-        second.block_ids[1] != first.block_ids[1]
-    )  # what a sequence has already taken does not change under it
+    assert second.block_ids[1] != first.block_ids[1]  # what a sequence has already taken does not change under it
 
 
 @pytest.mark.parametrize(("length", "cached"), [(4, 0), (5, 4), (8, 4), (9, 8)])
@@ -162,9 +160,7 @@ def test_eviction_takes_blank_then_the_least_recently_used_and_a_chain_from_its_
     pool.free(old)
     pool.free(new)
     assert pool.eviction_order() == [4, 1, 0, 3, 2]
-    pool.free(
-        pool.allocate([1] * 8)
-    )  # uses block 0 again, and blank 4 for its last block: 0 is now the youngest
+    pool.free(pool.allocate([1] * 8))  # uses block 0 again, and blank 4 for its last block: 0 is now the youngest
     assert pool.eviction_order() == [4, 1, 3, 2, 0]
     pool.allocate([3] * 12)
     assert [pool.block(i).state for i in range(5)] == ["cached", "used", "cached", "used", "used"]
@@ -192,9 +188,7 @@ def test_child_is_found_again_after_its_parent_was_evicted_and_recomputed() -> N
     pool.append(filler, 8)  # nothing else is free, so the published [1, 2] is evicted
     assert pool.stats.evictions == 1
     pool.free(filler)
-    assert (
-        pool.allocate(tokens[:3]).num_cached_tokens == 0
-    )  # a chain is found from its beginning or not at all
+    assert pool.allocate(tokens[:3]).num_cached_tokens == 0  # a chain is found from its beginning or not at all
     again = run_prompt(pool, tokens[:2])
     found = pool.allocate(tokens)
     assert found.block_ids[:3] == [again.block_ids[0], twin.block_ids[1], twin.block_ids[2]]
@@ -391,7 +385,5 @@ def test_a_very_long_chain_neither_recurses_nor_slows_down() -> None:
         "seq = pool.allocate(range(60_000)); pool.commit(seq); pool.free(seq)\n"
         "assert pool.allocate(range(60_000)).num_cached_tokens == 59_999\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
