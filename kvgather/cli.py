@@ -1,4 +1,4 @@
-"""The command line: `kvgather doctor`, `kvgather crash`; also as `python -m kvgather`.
+"""The command line: `kvgather doctor`, `kvgather crash`, `kvgather bench`; also as `python -m kvgather`.
 
 Exit status of every command: 0 as it should be, 1 not as it should be, 2 wrong usage (or what was asked for cannot run
 here), 3 the command itself failed, 130 interrupted.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 Commands = Any  # what add_subparsers returns has no public name
@@ -44,6 +45,24 @@ def crash(arguments: argparse.Namespace) -> int:
     return FAILED if any(outcome.kind in ("failed", "timeout") for outcome in outcomes) else NOT_AS_EXPECTED
 
 
+def bench(arguments: argparse.Namespace) -> int:
+    """Measure, print a table, and write the rows to a CSV file."""
+    import torch
+
+    from .bench import gather, report
+    from .device import has_gpu
+
+    device = torch.device(arguments.device or ("cuda" if has_gpu() else "cpu"))
+    if device.type == "cuda" and not has_gpu():
+        raise ValueError("--device is cuda; accepted: cpu, for there is no GPU here")
+    rows = gather.run(device, only=arguments.case, seconds=arguments.seconds, progress=gather.show_progress)
+    print(report.table(rows))
+    if arguments.csv:
+        report.write(rows, Path(arguments.csv))
+        print(f"\n{len(rows)} rows in {arguments.csv}")
+    return OK
+
+
 def _add_doctor(commands: Commands) -> None:
     parser = commands.add_parser("doctor", help="say what this machine can run, and how")
     parser.set_defaults(run=doctor)
@@ -65,6 +84,23 @@ def _add_crash(commands: Commands) -> None:
     parser.set_defaults(run=crash)
 
 
+def _add_bench(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="measure the gather against what engines ship and against the memory's limit",
+        description="Checks each implementation against the reference, then times it; on a GPU in CUDA graphs, over "
+        "inputs that do not fit in its cache.",
+    )
+    parser.add_argument("what", choices=("gather",), help="what to measure")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
+    parser.add_argument("--case", default="", metavar="TEXT", help="only cases whose name holds TEXT")
+    parser.add_argument("--seconds", type=_seconds, default=0.2, help="about how long for each; default: 0.2")
+    parser.add_argument(
+        "--csv", metavar="FILE", help="also write the rows to FILE, in place of older ones of its cases"
+    )
+    parser.set_defaults(run=bench)
+
+
 def _seconds(text: str) -> float:
     seconds = float(text)
     if not 0 < seconds < float("inf"):
@@ -72,7 +108,7 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-COMMANDS: tuple[Callable[[Commands], None], ...] = (_add_doctor, _add_crash)
+COMMANDS: tuple[Callable[[Commands], None], ...] = (_add_doctor, _add_crash, _add_bench)
 
 
 class _Parser(argparse.ArgumentParser):

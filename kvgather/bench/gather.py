@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ def token_per_program(built: Built, out: Outputs) -> Call:
 
 def torch_index(built: Built, out: Outputs) -> Call:
     """Plain torch: one advanced index per pool over all tokens, then the formula."""
-    case, cache = built.case, built.cache
+    case = built.case
     position = torch.cat([torch.arange(n, device=out[0].device) for n in case.lengths])
     lengths = built.cu_seqlens_k.diff().long()
     sequence = torch.repeat_interleave(torch.arange(len(lengths), device=position.device), lengths)
@@ -215,20 +216,18 @@ def _limits(case: Case, device: torch.device, seconds: float) -> tuple[dict[str,
     halves = [torch.empty(moved // 2, dtype=torch.uint8, device=device) for _ in range(2 * copies)]
     for half in halves:
         half.random_(0, 256)
-    copy = time_calls(
-        [lambda a=a, b=b: a.copy_(b) for a, b in zip(halves[::2], halves[1::2], strict=True)], device, seconds=seconds
-    )
+    pairs = zip(halves[::2], halves[1::2], strict=True)
+    copy = time_calls([partial(target.copy_, source) for target, source in pairs], device, seconds=seconds)
     del halves
     if device.type == "cpu":
-        casts = [
-            time_calls([lambda: out[0].copy_(dequantize(held[0], scale, case.out_dtype))], device, seconds=seconds)
-        ]
+        plain = partial(dequantize, held[0], scale, case.out_dtype)
+        casts = [time_calls([plain], device, seconds=seconds)]
     else:
         from .limits import CAST_TILES, cast
 
         casts = [
             time_calls(
-                [lambda h=h, o=o, t=tile: cast(h, scale, o, t) for h, o in zip(held, out, strict=True)],
+                [partial(cast, codes, scale, rows, tile) for codes, rows in zip(held, out, strict=True)],
                 device,
                 seconds=seconds / 2,
             )
