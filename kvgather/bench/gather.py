@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..formats.fp8 import FORMATS, dequantize
 from ..formats.layout import LAYOUTS, as_nhd
-from ..gather import gather
 from .cases import Built, Case, build
 from .report import Row
 from .runner import Call, Timing, cache_bytes, machine, time_calls

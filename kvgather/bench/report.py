@@ -75,7 +75,7 @@ def read(path: Path) -> list[Row]:
 
 def table(rows: Sequence[Row]) -> str:
     """The rows as text, one line each, cases apart."""
-    lines = []
+    lines: list[str] = []
     width = max((len(row.implementation) for row in rows), default=0)
     case = ""
     for row in rows:

@@ -31,7 +31,7 @@ class Timing:
     @classmethod
     def of(cls, microseconds: Sequence[float]) -> Timing:
         if len(microseconds) == 1:
-            return cls(*microseconds * 3, samples=1)
+            return cls(microseconds[0], microseconds[0], microseconds[0], 1)
         cuts = statistics.quantiles(microseconds, n=10, method="inclusive")
         return cls(cuts[1], cuts[4], cuts[7], len(microseconds))
 
