@@ -131,8 +131,6 @@ def lab_arguments(root: Path, *, browser: bool, extra: Sequence[str] = ()) -> li
     arguments = [
         f"--ServerApp.root_dir={root}",
         f"--LabApp.default_url=/lab/tree/{first_chapter(root)}",
-        "--LabApp.news_url=None",
-        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
         "--LabApp.log_level=ERROR",  # the address is logged as CRITICAL
         "--ServerApp.log_level=ERROR",
         "--ServerApp.answer_yes=True",  # one Ctrl-C ends it, with no question
@@ -202,6 +200,9 @@ def run_lab(arguments: list[str]) -> int:
         return 1
     # The kernels of this environment, not a user's own of the same name.
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
+    # One setting: JupyterLab neither asks for leave to fetch its news nor looks for its updates.
+    ours = str(Path(__file__).parent / "jupyter")
+    os.environ["JUPYTER_CONFIG_PATH"] = os.pathsep.join(filter(None, [ours, os.environ.get("JUPYTER_CONFIG_PATH")]))
     if hasattr(KernelManager, "transport_encryption") and zmq.has("curve"):
         # Else every kernel that starts warns that its messages on this machine are not encrypted.
         arguments = ["--KernelManager.transport_encryption=auto", *arguments]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -62,6 +63,8 @@ def test_lab_opens_on_the_first_chapter(lab: Lab, browser: Any, first_chapter: s
     )
     number = first_chapter.split("/")[1].split("_")[0]
     assert shown[0].startswith(f"{number} · ")
+    config = json.loads(browser.execute_script("return document.getElementById('jupyter-config-data').textContent"))
+    assert "@jupyterlab/apputils-extension:announcements" in config["disabledExtensions"]
     browser.execute_async_script(END_KERNEL)
 
 
