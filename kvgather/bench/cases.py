@@ -275,6 +275,7 @@ def _small() -> Iterator[Case]:
         yield replace(here, lengths=(), starts=())
         yield replace(here, lengths=(19, 0, 5), starts=(3, 0, 16))
         yield replace(here, lengths=(20, 20), starts=(), num_blocks=2)  # sequences that share blocks
+        yield replace(here, lengths=(16, 32), starts=(16, 0), dtype=POOL_DTYPES[nth], v_kind="none")  # full pages alone
 
 
 SMALL: tuple[Case, ...] = tuple(dict.fromkeys(case for case in _small() if _fits(case)))

@@ -75,6 +75,25 @@ def test_a_factor_is_one_multiplication(fmt: Fp8Format, factor: float) -> None:
 
 
 @every_format
+@pytest.mark.parametrize("factor", [1.0, 0.3, -1.7, 1e-38, 1.2e-41, 3e38, 2.0**127, math.inf, math.nan])
+def test_straight_to_bfloat16_rounds_as_through_fp32(fmt: Fp8Format, factor: float) -> None:
+    factor = torch.tensor(factor).item()
+    values = fp8.decode_table(fmt.dtype)
+    for codes in (CODES, CODES[values.isfinite()], CODES[values.isfinite()][:37], CODES[:0]):
+        wanted = (codes.view(fmt.dtype).float() * torch.tensor(factor)).bfloat16()
+        out = torch.full_like(wanted, 7.0)
+        if fp8.decode_into_bfloat16(codes, fmt.dtype, factor, out):
+            assert same_bits(out.float(), wanted.float())
+        else:
+            assert bool((out == 7.0).all())
+            assert abs(factor) > 1e30 or math.isnan(factor) or codes is CODES
+        wide = torch.full((len(codes), 3), 7.0, dtype=torch.bfloat16)
+        if fp8.decode_into_bfloat16(codes, fmt.dtype, factor, wide[:, 1]):  # a strided output
+            assert same_bits(wide[:, 1].float().contiguous(), wanted.float())
+            assert bool((wide[:, ::2] == 7.0).all())
+
+
+@every_format
 def test_formats_describe_themselves(fmt: Fp8Format) -> None:
     finite = [value for value in fp8.decode_table(fmt.dtype).tolist() if math.isfinite(value)]
     assert fmt.max == max(finite)

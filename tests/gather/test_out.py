@@ -241,3 +241,20 @@ def test_an_error_reads_no_value_of_a_tensor() -> None:
         kg.gather(built.cache.key_cache, built.cache.value_cache, built.plan, k_scale=[gone])
     with pytest.raises(TypeError, match=r"dtype is Tensor of shape \[1048576\]; accepted: float8_e4m3fn"):
         kg.PagedKVCache(2, 16, 1, 16, dtype=gone, device="cpu")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_gradient_comes_out(backend: str) -> None:
+    built = build(Case(dtype=torch.float32, k_kind="per-token-head", num_blocks=2))
+    tensors = (built.cache.key_cache, built.cache.value_cache, built.cache.k_scale, built.cache.v_scale)
+    wanted = built.cache.gather(built.plan)
+    k_cache, v_cache, k_scale, v_scale = (tensor.clone().requires_grad_() for tensor in tensors if tensor is not None)
+    rows = kg.gather(k_cache, v_cache, built.plan, k_scale=k_scale, v_scale=v_scale, backend=backend)
+    assert not rows[0].requires_grad and not rows[1].requires_grad
+    assert_same(rows, wanted)
+    for length in (16, 19):  # a full page, and not
+        built = build(Case(num_blocks=2, lengths=(length,), starts=()))
+        wanted = built.cache.gather(built.plan)
+        out = torch.zeros_like(wanted[0], requires_grad=True), torch.zeros_like(wanted[1], requires_grad=True)
+        built.cache.gather(built.plan, out=out, backend=backend)
+        assert_same((out[0].detach(), out[1].detach()), wanted)

@@ -7,6 +7,8 @@ import torch
 
 import kvgather as kg
 from kvgather.bench.cases import SMALL, Case, build
+from kvgather.formats.fp8 import FORMATS
+from kvgather.formats.layout import LAYOUTS
 from kvgather.gather import reference
 from tests.gather.oracle import assert_same, oracle, untouched
 
@@ -33,6 +35,24 @@ def test_reference_equals_the_oracle(case: Case) -> None:
 def test_the_oracle_meets_every_kind_dtype_layout_and_memory() -> None:
     for field in ("layout", "dtype", "k_kind", "v_kind", "pool_style", "index_dtype", "out_dtype"):
         assert {getattr(case, field) for case in ORACLE_CASES} == {getattr(case, field) for case in SMALL}, field
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_full_pages_of_ordinary_values_take_a_shorter_way_to_the_same_bits(
+    layout: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = build(
+        Case(layout=layout, dtype=dtype, lengths=(16, 16), starts=(16, 0), v_kind="none"), seed=3, values="normal"
+    )
+    ways = []
+    short_way = reference.decode_into_bfloat16
+    monkeypatch.setattr(reference, "decode_into_bfloat16", lambda *given: ways.append(short_way(*given)) or ways[-1])
+    rows = built.cache.gather(built.plan)
+    assert ways == [True, True]
+    wanted = (torch.empty_like(rows[0]), torch.empty_like(rows[1]))
+    oracle(built, wanted)
+    assert_same(rows, wanted)
 
 
 def test_by_hand() -> None:
