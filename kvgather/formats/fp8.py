@@ -102,10 +102,15 @@ def quantize(x: Tensor, scale: Tensor | float | None, dtype: torch.dtype) -> Ten
         A tensor of `dtype`, shaped like `x`. NaN stays NaN; infinities become ±max.
     """
     check_pool_dtype(dtype, "dtype")
-    values = x.float() if scale is None else x.float() / scale
+    values = x.float() if scale is None else x.float() / _divisor(scale, x)
     if dtype in FORMATS:
         values = values.clamp(-FORMATS[dtype].max, FORMATS[dtype].max)
     return values.to(dtype)
+
+
+def _divisor(scale: Tensor | float, like: Tensor) -> Tensor:
+    """A scale to divide by: on a GPU, PyTorch multiplies by the rounded reciprocal of a number, but divides by a tensor."""
+    return scale if isinstance(scale, Tensor) else torch.full((1,), scale, dtype=torch.float32, device=like.device)
 
 
 def dequantize(codes: Tensor, scale: Tensor | float | None, out_dtype: torch.dtype) -> Tensor:
@@ -133,7 +138,7 @@ def computed_scale(x: Tensor, dtype: torch.dtype) -> Tensor:
     magnitude = x.float().abs()
     magnitude = torch.where(magnitude <= torch.finfo(torch.float32).max, magnitude, 0.0)
     largest = magnitude.amax(-1) if x.shape[-1] else magnitude.new_zeros(x.shape[:-1])
-    return (largest / code_max(dtype)).clamp_min(SCALE_FLOOR)
+    return (largest / _divisor(code_max(dtype), largest)).clamp_min(SCALE_FLOOR)
 
 
 def decode(codes: Tensor, dtype: torch.dtype, factor: float = 1.0) -> Tensor:
