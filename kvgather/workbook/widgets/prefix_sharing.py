@@ -17,7 +17,7 @@ SYSTEM = "you are a helpful assistant who answers briefly"
 PROMPTS = {
     "A": f"{SYSTEM} what is a block table",
     "B": f"{SYSTEM} what is a slot",
-    "C": "once upon a time there was a pool with so few blocks that every new prompt threw an old one out",
+    "C": "once upon a time there was a pool with so few blocks that each new prompt threw an old one out",
 }
 
 
@@ -52,7 +52,7 @@ class Story:
             return f"{name} is not running"
         self.pool.free(seq)
         kept = sum(self.pool.block(block_id).state == "cached" for block_id in seq.block_ids)
-        return f"free {name}: {kept} of its blocks stay cached"
+        return f"free {name}: {kept} block{'s' if kept != 1 else ''} that nobody uses any more can still be found"
 
     def words(self, block_id: int) -> list[str]:
         """The words that a block holds; none for a blank one."""
@@ -76,8 +76,8 @@ def draw(axes: Axes, story: Story, caption: str) -> None:
     """
     for block_id in range(story.pool.num_blocks):
         _draw_block(axes, story, block_id)
-    axes.text(0, -0.42, caption, fontsize=10, fontweight="bold", ha="left", va="bottom")
-    axes.set(xlim=(-0.05, story.pool.num_blocks + 0.05), ylim=(story.pool.page_size + 1.0, -1.1))
+    axes.text(0, -0.75, caption, fontsize=10, fontweight="bold", ha="left", va="bottom")
+    axes.set(xlim=(-0.05, story.pool.num_blocks + 0.05), ylim=(story.pool.page_size + 0.9, -1.6))
     axes.set_axis_off()
 
 
@@ -89,7 +89,7 @@ def storyboard(*steps: tuple[str, ...], num_blocks: int = 10, page_size: int = 4
         num_blocks, page_size: of the pool.
     """
     story = Story(num_blocks, page_size)
-    drawing, frames = figure(0.86 * num_blocks, 1.55 * len(steps), rows=len(steps), squeeze=False)
+    drawing, frames = figure(0.86 * num_blocks, 1.65 * len(steps), rows=len(steps), squeeze=False)
     for axes, (verb, *arguments) in zip(frames[:, 0], steps, strict=True):
         draw(axes, story, getattr(story, verb)(*arguments))
     return drawing
@@ -101,7 +101,7 @@ def prefix_sharing(num_blocks: int = 10, page_size: int = 4) -> ipywidgets.Widge
     picture = ipywidgets.Image(format="png", layout=ipywidgets.Layout(max_width="100%"))
 
     def redraw(caption: str) -> None:
-        drawing, axes = figure(0.86 * num_blocks, 1.75)
+        drawing, axes = figure(0.86 * num_blocks, 1.85)
         draw(axes, story, caption)
         picture.value = png(drawing)
 
@@ -128,8 +128,8 @@ def _draw_block(axes: Axes, story: Story, block_id: int) -> None:
     }
     axes.add_patch(Rectangle((block_id + 0.05, 0), 0.9, height, facecolor=color, **outline))
     center: dict[str, Any] = {"ha": "center", "va": "center"}
-    axes.text(block_id + 0.5, -0.25, str(block_id), fontsize=7.5, color=LINE, **center)
+    axes.text(block_id + 0.5, -0.25, str(block_id), fontsize=8, color=LINE, **center)
     for line, word in enumerate(words):
         shown = word if len(word) <= 10 else f"{word[:9]}…"
-        axes.text(block_id + 0.5, line + 0.5, shown, fontsize=7.5, color=text_color(color), **center)
+        axes.text(block_id + 0.5, line + 0.5, shown, fontsize=8, color=text_color(color), **center)
     axes.text(block_id + 0.5, height + 0.4, " + ".join(users) or view.state, fontsize=8, **center)
