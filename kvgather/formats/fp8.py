@@ -109,7 +109,7 @@ def quantize(x: Tensor, scale: Tensor | float | None, dtype: torch.dtype) -> Ten
 
 
 def _divisor(scale: Tensor | float, like: Tensor) -> Tensor:
-    """A scale to divide by: on a GPU, PyTorch multiplies by the rounded reciprocal of a number, but divides by a tensor."""
+    """A scale as a tensor: on a GPU PyTorch divides by a tensor, but multiplies by the rounded inverse of a number."""
     return scale if isinstance(scale, Tensor) else torch.full((1,), scale, dtype=torch.float32, device=like.device)
 
 
