@@ -1,0 +1,42 @@
+"""The README's example gives the README's output, and its figures are the committed rows'."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+from kvgather.bench import report
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_example_prints_what_it_says() -> None:
+    found = re.search(r"```python\n(.*?)```\n\n```\n(.*?)```", README, re.DOTALL)
+    assert found is not None
+    assert len(found[1].splitlines()) == 10
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(found[1], {})
+    assert printed.getvalue() == found[2]
+
+
+def test_the_figures_are_the_measured_ones() -> None:
+    rows = {
+        row.case: row
+        for row in report.read(ROOT / "benchmarks" / "results" / "gather_h100.csv")
+        if row.implementation == "kvgather"
+    }
+    told = re.findall(r"\| (\d+), (\w+), ([\w-]+) \| ([\d.]+) µs \| ([\d.]+) \| ([\d.]+) × \|", README)
+    assert len(told) == 5
+    for dim, layout, kind, time, share, faster in told:
+        row = rows[f"{layout}-8x{dim}-page16-e4m3fn>bfloat16-{kind}-16seqs131080"]
+        assert time == f"{row.p50_us:.1f}"
+        assert share == f"{row.share_of_cast:.3f}"
+        assert faster == f"{row.against_token:.1f}"
+        assert row.device in README and row.date in README
+
+
+def test_every_file_it_links_to_exists() -> None:
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
