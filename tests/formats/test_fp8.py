@@ -194,3 +194,16 @@ def test_other_dtypes_are_refused_by_name(dtype: object) -> None:
         fp8.quantize(torch.zeros(1), None, dtype)
     with pytest.raises(TypeError, match=r"accepted: float8_e4m3fn, float8_e4m3fnuz, float8_e5m2$"):
         fp8.decode(CODES, dtype)
+
+
+@pytest.mark.gpu
+@every_format
+def test_a_gpu_divides_as_a_cpu_does(fmt: Fp8Format) -> None:
+    rows = torch.randn(4096, 8)
+    scale = fp8.computed_scale(rows, fmt.dtype)
+    assert torch.equal(fp8.computed_scale(rows.cuda(), fmt.dtype).cpu(), scale)
+    for given in (0.3, torch.tensor(0.3), scale[:, None]):
+        moved = given.cuda() if isinstance(given, torch.Tensor) else given
+        got = fp8.quantize(rows.cuda(), moved, fmt.dtype).cpu()
+        assert torch.equal(got.view(torch.uint8), fp8.quantize(rows, given, fmt.dtype).view(torch.uint8))
+        assert torch.equal(fp8.quantize(rows.cuda(), moved, torch.float32).cpu(), rows / given)
