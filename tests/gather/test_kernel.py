@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -34,3 +36,21 @@ def test_table_covers_what_it_says() -> None:
     assert seen >= {(dtype, kind) for dtype in POOL_DTYPES for kind in KINDS}
     assert {case.dtype for case in SMALL if case.dtype == case.out_dtype} == set(POOL_DTYPES)
     assert torch.bfloat16 in {case.out_dtype for case in SMALL}
+
+
+@on_each_device
+def test_launches_of_one_shape_and_another_meaning(where: str) -> None:
+    """Equal shapes and strides in another layout, dtype or scale kind: no launch may be taken for another."""
+    square = Case(page_size=4, num_heads=4, lengths=(6,), starts=(1,), num_blocks=4)  # NHD's strides are HND's
+    for change in (
+        {}, {"layout": "HND"}, {"dtype": torch.float8_e5m2}, {"dtype": torch.float8_e4m3fnuz}, {"layout": "NHD"},
+        {"k_kind": "per-head"}, {"k_kind": "per-page-head"}, {"k_kind": "none", "v_kind": "none"},
+        {"k_kind": "none", "v_kind": "none", "out_dtype": torch.float8_e4m3fn}, {"dtype": torch.float16},
+        {"dtype": torch.bfloat16}, {"dtype": torch.float16, "out_dtype": torch.float16}, {"out_dtype": torch.float32},
+    ):  # fmt: skip
+        case = replace(square, **change)  # type: ignore[arg-type]
+        built = build(case, where)
+        assert_same(
+            built.cache.gather(built.plan, out_dtype=case.out_dtype, backend="triton"),
+            built.cache.gather(built.plan, out_dtype=case.out_dtype, backend="torch"),
+        )

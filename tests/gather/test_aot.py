@@ -1,0 +1,151 @@
+"""The kernel compiles for GPUs that are not here, and its assembly reads and writes 16 bytes a thread."""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import version
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+
+from kvgather.device import fp8_in_hardware
+from kvgather.formats.fp8 import FORMATS
+from kvgather.lab.assembly import TARGETS, Assembly, AssemblyError, Variant, compile_all, compile_for, width, widths
+from tests.gather.variants import FLOAT_POOLS, MAIN, VARIANTS
+
+pytestmark = pytest.mark.triton
+
+NEEDS_TRITON = {"hip:gfx1250": (3, 7)}  # 3.6 makes assembly for it that its own linker refuses
+Compiled = dict[tuple[Variant, str], Assembly]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Compiled:
+    """Every variant for its targets, compiled in one child process."""
+    jobs = [(variant, target) for target in TARGETS for variant, targets in VARIANTS.items() if target in targets]
+    return dict(zip(jobs, compile_all(jobs), strict=True))
+
+
+def jobs_of(*tables: dict[Variant, tuple[str, ...]]) -> Any:
+    jobs = [(variant, target) for table in tables for variant, targets in table.items() for target in targets]
+    ids = [f"{variant.name}-{target.replace(':', '')}" for variant, target in jobs]
+    return pytest.mark.parametrize(("variant", "target"), jobs, ids=ids)
+
+
+def assembly_of(compiled: Compiled, variant: Variant, target: str) -> Assembly:
+    assembly = compiled[variant, target]
+    installed = tuple(int(part) for part in re.findall(r"\d+", version("triton"))[:2])
+    if assembly.error and installed < NEEDS_TRITON.get(target, (0, 0)):
+        pytest.skip(f"triton {version('triton')}: {assembly.error}")
+    assert not assembly.error
+    return assembly
+
+
+def moved(assembly: Assembly, what: str, *, bytes_each: int | None = None) -> int:
+    """Bytes that a program moves through its loads, or stores, of one width."""
+    lanes = assembly.lanes * assembly.constants["num_warps"]
+    return sum(
+        count * width(name) * lanes
+        for name, count in widths(assembly.text).items()
+        if re.search("ld|load" if what == "load" else "st|store", name) and bytes_each in (None, width(name))
+    )
+
+
+def tile_elements(assembly: Assembly) -> int:
+    """Elements of K and of V that a program moves."""
+    c = assembly.constants
+    return int(c["SLOTS"]) * (c["K_UNITS"] * c["K_UNIT"] + c["V_UNITS"] * c["V_UNIT"])
+
+
+@jobs_of(VARIANTS)
+def test_every_variant_compiles(compiled: Compiled, variant: Variant, target: str) -> None:
+    assembly = assembly_of(compiled, variant, target)
+    assert moved(assembly, "load") and moved(assembly, "store")
+    hardware = variant.case.dtype not in FORMATS or variant.case.dtype in fp8_in_hardware(*target.split(":"))
+    assert assembly.constants["HARDWARE"] is hardware
+    wide = assembly.constants["WIDE"]
+    assert wide is variant.heads_outermost
+
+
+@jobs_of(MAIN, FLOAT_POOLS)
+def test_pools_and_rows_move_16_bytes_a_thread(compiled: Compiled, variant: Variant, target: str) -> None:
+    """Not one store is narrower, and loads of 16 bytes bring the whole tile; a record and scales are 4 bytes each."""
+    assembly = assembly_of(compiled, variant, target)
+    case, found = variant.case, widths(assembly.text)
+    assert {width(name) for name in found} <= {4, 16}, found
+    assert moved(assembly, "load", bytes_each=16) >= tile_elements(assembly) * case.dtype.itemsize, found
+    assert moved(assembly, "store") == moved(assembly, "store", bytes_each=16), found
+    assert moved(assembly, "store") >= tile_elements(assembly) * case.out_dtype.itemsize, found
+
+
+@pytest.mark.parametrize("target", [target for target in TARGETS if target.startswith("cuda")])
+def test_ampere_decodes_in_software(compiled: Compiled, target: str) -> None:
+    """PTX names the conversion; before compute capability 8.9 there is none."""
+    texts = [
+        assembly_of(compiled, *job).text for job in compiled if job[1] == target and job[0].case.k_kind != "none"
+        and job[0].case.dtype == torch.float8_e4m3fn
+    ]  # fmt: skip
+    assert len(texts) >= 4
+    for text in texts:
+        assert ("e4m3x2" in text) is (target != "cuda:80")
+
+
+def test_the_list_holds_every_value_that_a_launch_can_have(compiled: Compiled) -> None:
+    """Of each constant with few values, all of them; of the sizes, powers of two and others."""
+    from kvgather.gather.kernel import choose_tile
+
+    assert len(VARIANTS) <= 40 and len({variant.name for variant in VARIANTS}) == len(VARIANTS)
+    assert all(sum(target in targets for targets in VARIANTS.values()) >= 6 for target in TARGETS)
+    seen: dict[str, set[Any]] = {}
+    for assembly in compiled.values():
+        for name, value in assembly.constants.items():
+            seen.setdefault(name, set()).add(value)
+    assert seen["K_KIND"] | seen["V_KIND"] == {"none", "per-tensor", "per-head", "per-token-head"}
+    assert seen["FORMAT"] == {"", "e4m3fn", "e4m3fnuz", "e5m2"}
+    decodes = {(a.constants["FORMAT"], a.constants["HARDWARE"]) for a in compiled.values()}
+    assert decodes >= set(product(("e4m3fn", "e4m3fnuz", "e5m2"), (True, False)))
+    for name in ("HARDWARE", "K_RAW", "V_RAW", "WIDE"):
+        assert seen[name] == {True, False}, name
+    assert seen["BY_HAND"] == {False}  # the interpreter's alone
+    assert seen["V_SLOTS_PER_GROUP"] == seen["K_DIMS_PER_GROUP"] == {1, 4, 8, 16}
+    assert seen["K_UNIT"] | seen["V_UNIT"] == {2**n for n in range(8)}
+    dims = (1, 2, 8, 20, 24, 64, 80, 128, 192, 256)
+    tiles = [choose_tile(p, h, k, v, s) for p in range(1, 33) for h in (1, 2, 3, 8, 16) for k in dims for v in dims
+             for s in (1, 2, 4)]  # fmt: skip
+    assert seen["SLOTS"] == {tile.slots for tile in tiles}
+    assert seen["num_warps"] == {tile.num_warps for tile in tiles}
+    assert 1 in seen["TILES"] and max(seen["TILES"]) > 1
+    for name in ("PAGE", "HEADS", "K_DIM", "V_DIM"):
+        assert {value & (value - 1) == 0 for value in seen[name]} == {True, False}, name
+
+
+@pytest.mark.parametrize(
+    ("assembly", "found"),
+    [
+        ("\t@%p1 ld.global.v4.b32 { %r1, %r2 }, [ %rd1 ];\n\tld.param.b64 %rd2, [a];", {"ld.global.v4.b32": 16}),
+        ("ld.global.L1::evict_first.v2.b64 {}\nst.global.b8 [x]", {"ld.global.L1::evict_first.v2.b64": 16,
+                                                                     "st.global.b8": 1}),
+        ("ld.volatile.global.u16 a\nld.global.v8.b32 b", {"ld.volatile.global.u16": 2, "ld.global.v8.b32": 32}),
+        ("\tglobal_load_dwordx4 v[0:3]\n\ts_load_dwordx2 s[0:1]", {"global_load_dwordx4": 16}),
+        ("\tbuffer_load_ubyte v0\n\tglobal_load_short_d16_hi v1", {"buffer_load_ubyte": 1,
+                                                                     "global_load_short_d16_hi": 2}),
+        ("\tglobal_load_b128 v0\n\tglobal_load_d16_u8 v1\n\tbuffer_store_b64 v2\n\tds_load_b32 v3",
+         {"global_load_b128": 16, "global_load_d16_u8": 1, "buffer_store_b64": 8}),
+        ("ret;", {}),
+    ],
+)  # fmt: skip
+def test_widths_of_instructions(assembly: str, found: dict[str, int]) -> None:
+    assert {name: width(name) for name in widths(assembly)} == found
+    assert widths(assembly + "\n" + assembly) == dict.fromkeys(found, 2)
+
+
+def test_errors_say_what_is_accepted() -> None:
+    variant = next(iter(MAIN))
+    with pytest.raises(AssemblyError, match=r"target is 'cuda:70'; accepted: cuda:80"):
+        compile_for(variant.case, "cuda:70")
+    with pytest.raises(AssemblyError, match=r"instruction is 'ret'; accepted"):
+        width("ret")
+    with pytest.raises(AssemblyError, match=r"1 compilations took longer than 0.01 s"):
+        compile_all([(variant, "cuda:90")], timeout=0.01)
