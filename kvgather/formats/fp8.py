@@ -110,7 +110,7 @@ def quantize(x: Tensor, scale: Tensor | float | None, dtype: torch.dtype) -> Ten
 
 def _divisor(scale: Tensor | float, like: Tensor) -> Tensor:
     """A scale as a tensor: on a GPU PyTorch divides by a tensor, but multiplies by the rounded inverse of a number."""
-    return scale if isinstance(scale, Tensor) else torch.full((1,), scale, dtype=torch.float32, device=like.device)
+    return scale if isinstance(scale, Tensor) else torch.full((), scale, dtype=torch.float32, device=like.device)
 
 
 def dequantize(codes: Tensor, scale: Tensor | float | None, out_dtype: torch.dtype) -> Tensor:

@@ -152,6 +152,11 @@ def test_quantize_divides_by_the_scale_and_dequantize_multiplies() -> None:
     assert fp8.quantize(x.half(), 0.5, torch.float8_e5m2).float().tolist() == [[2.0, 4.0], [6.0, 8.0]]
 
 
+def test_a_single_value_stays_one() -> None:
+    assert fp8.quantize(torch.tensor(1.5), 0.5, torch.float8_e4m3fn).shape == ()
+    assert fp8.computed_scale(torch.tensor([3.0]), torch.float16).shape == ()
+
+
 def test_floats_are_rounded_and_not_clamped() -> None:
     x = torch.tensor([1.0 + 2**-9, 1e30, -math.inf])
     assert fp8.quantize(x, None, torch.bfloat16).tolist() == x.bfloat16().tolist()
