@@ -95,18 +95,29 @@ def fp8_support(device: torch.device | str | None = None) -> dict[torch.dtype, s
         the OCP ones.
     """
     where = torch.device(device) if device is not None else torch.device("cuda" if has_gpu() else "cpu")
-    support = dict.fromkeys(FP8_DTYPES, "software")
-    if where.type != "cuda" or interpreting():
-        return support
-    if torch.version.hip is not None:
-        arch = torch.cuda.get_device_properties(where).gcnArchName.split(":")[0]
-        if arch.startswith(("gfx950", "gfx12")):
-            support[torch.float8_e4m3fn] = support[torch.float8_e5m2] = "hardware"
-        elif arch.startswith("gfx94"):
-            support[torch.float8_e4m3fnuz] = "hardware"
-    elif torch.cuda.get_device_capability(where) >= (8, 9):
-        support[torch.float8_e4m3fn] = support[torch.float8_e5m2] = "hardware"
-    return support
+    decoded: frozenset[torch.dtype] = frozenset()
+    if where.type == "cuda" and not interpreting():
+        if torch.version.hip is not None:
+            decoded = fp8_in_hardware("hip", torch.cuda.get_device_properties(where).gcnArchName.split(":")[0])
+        else:
+            major, minor = torch.cuda.get_device_capability(where)
+            decoded = fp8_in_hardware("cuda", f"{major}{minor}")
+    return {dtype: "hardware" if dtype in decoded else "software" for dtype in FP8_DTYPES}
+
+
+def fp8_in_hardware(backend: str, arch: str) -> frozenset[torch.dtype]:
+    """The FP8 dtypes that an architecture decodes itself.
+
+    Args:
+        backend: "cuda" or "hip".
+        arch: a compute capability without its dot ("90", "120"), or a name such as "gfx942".
+    """
+    if backend == "cuda":
+        ocp, fnuz = int(arch) >= 89, False
+    else:
+        ocp, fnuz = arch.startswith(("gfx950", "gfx12")), arch.startswith("gfx94")
+    dtypes = [torch.float8_e4m3fn, torch.float8_e5m2] if ocp else [torch.float8_e4m3fnuz] if fnuz else []
+    return frozenset(dtypes)
 
 
 @dataclass(frozen=True)

@@ -32,19 +32,19 @@ def raw(dtype: torch.dtype, layout: str, **changes: object) -> Case:
 
 
 MAIN: dict[Variant, tuple[str, ...]] = {
-    Variant(case(ENGINE, layout=layout, kinds=kind, dims=(dim, dim))): TARGETS if widely else (HOPPER, CDNA3, RDNA4)
+    Variant(case(ENGINE, layout=layout, kinds=kind, dims=(dim, dim))): targets
     for layout in LAYOUTS
-    for kind, dim, widely in (
-        ("per-tensor", 64, True),
-        ("per-token-head", 128, True),
-        ("per-token-head", 64, False),
-        ("per-tensor", 128, False),
+    for kind, dim, targets in (
+        ("per-tensor", 64, TARGETS),
+        ("per-token-head", 128, (AMPERE, HOPPER, BLACKWELL, CDNA3, CDNA4, RDNA3, RDNA4)),
+        ("per-token-head", 64, (HOPPER, CDNA3)),
+        ("per-tensor", 128, (HOPPER, CDNA3)),
     )
 }
 """What engines run. In HND and NHD it is one kernel, told apart by its strides alone, and is compiled once."""
 
 FLOAT_POOLS: dict[Variant, tuple[str, ...]] = {
-    Variant(raw(BF16, "NHD")): (HOPPER, CDNA4),
+    Variant(raw(BF16, "NHD")): (HOPPER,),
     Variant(raw(FP16, "HND")): (RDNA3,),
     Variant(raw(FP32, "SHUFFLE")): (BLACKWELL,),
     Variant(raw(BF16, "SHUFFLE")): (HOPPER, RDNA4),
@@ -55,17 +55,17 @@ FLOAT_POOLS: dict[Variant, tuple[str, ...]] = {
 
 OTHERS: dict[Variant, tuple[str, ...]] = {
     # every FP8 format, decoded by the hardware and in software
-    Variant(case(dtype=FNUZ, kinds="per-head")): (CDNA3, HOPPER),
-    Variant(case(dtype=E5M2, layout="HND", kinds="per-page-head", out_dtype=FP16)): (ADA, AMPERE, CDNA3, CDNA4),
-    Variant(case(dtype=FNUZ, layout="SHUFFLE", kinds="per-page-head:none", out_dtype=FP32)): (AMPERE, RDNA3),
-    Variant(case(layout="SHUFFLE", kinds="none", out_dtype=FP32)): (RTX50, CDNA2),
+    Variant(case(dtype=FNUZ, kinds="per-head")): (CDNA3,),
+    Variant(case(dtype=E5M2, layout="HND", kinds="per-page-head", out_dtype=FP16)): (ADA, CDNA3),
+    Variant(case(dtype=FNUZ, layout="SHUFFLE", kinds="per-page-head:none", out_dtype=FP32)): (AMPERE,),
+    Variant(case(layout="SHUFFLE", kinds="none", out_dtype=FP32)): (CDNA2,),
     # codes as they are
     Variant(raw(FN, "NHD")): (BLACKWELL,),
     Variant(raw(FNUZ, "HND")): (CDNA2,),
-    Variant(raw(E5M2, "SHUFFLE")): (RDNA4,),
+    Variant(raw(E5M2, "SHUFFLE", num_heads=2)): (RDNA4,),
     # head dims and pages of every kind
-    Variant(case(layout="SHUFFLE", num_heads=4, dims=(192, 128))): (HOPPER, CDNA4),
-    Variant(case(layout="SHUFFLE", num_heads=1, kinds="per-token-head")): (HOPPER, CDNA3),
+    Variant(case(layout="SHUFFLE", num_heads=4, dims=(192, 128))): (CDNA4,),
+    Variant(case(layout="SHUFFLE", num_heads=1, kinds="per-token-head")): (HOPPER,),
     Variant(case(page_size=1, num_heads=1, dims=(1, 2), kinds="per-head")): (ADA,),
     Variant(case(page_size=2, num_heads=2, dims=(8, 4), kinds="per-token-head")): (RDNA3,),
     Variant(case(page_size=3, num_heads=7, dims=(20, 24), out_dtype=FP32)): (RTX50,),
@@ -74,8 +74,8 @@ OTHERS: dict[Variant, tuple[str, ...]] = {
     Variant(case(page_size=48, num_heads=9, dims=(16, 112), layout="SHUFFLE")): (RDNA4,),
     Variant(case(page_size=128, layout="SHUFFLE", dims=(256, 256), kinds="per-token-head:per-head")): (BLACKWELL,),
     # strides: past 2^31, and none that is 1
-    Variant(case(ENGINE, kinds="per-token-head", num_blocks=2**21), heads_outermost=True): (HOPPER, CDNA4),
-    Variant(case(ENGINE, layout="SHUFFLE", num_blocks=2**22), heads_outermost=True): (ADA, GFX1250),
+    Variant(case(ENGINE, kinds="per-token-head", num_blocks=2**21), heads_outermost=True): (CDNA4,),
+    Variant(case(ENGINE, layout="SHUFFLE", num_blocks=2**22), heads_outermost=True): (ADA,),
     Variant(case(pool_style="stepped", kinds="per-token-head")): (AMPERE,),
     Variant(case(pool_style="padded", layout="SHUFFLE")): (CDNA3,),
     Variant(case(pool_style="packed", layout="HND", num_heads=16, dims=(32, 32))): (RDNA3,),

@@ -1,0 +1,102 @@
+"""The child process of `assembly`: compiles the gather kernel and answers in JSON, one line a job.
+
+Everything a compilation depends on comes from where a launch has it: the tile, the constants and the strides from
+`_prepare`, the argument types from Triton's own specialization of tensors that have shapes and no memory.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from ..bench.cases import Case, _pools
+from ..device import fp8_in_hardware
+from ..formats.fp8 import FORMATS
+from ..formats.layout import Which
+from ..formats.scale import Scale, kind_shape
+from ..gather.kernel import _prepare, _Side, gather_kernel
+from ..gather.ops import as_operand
+from .assembly import Variant
+
+META = torch.device("meta")
+
+
+class NoDriver:
+    """What Triton asks of a driver to compile for a GPU that is not here."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return str(self.target)  # kernels are kept by device, and those of two targets must not mix
+
+    def get_current_stream(self, device: object) -> int:
+        return 0
+
+
+def gpu_target(name: str) -> GPUTarget:
+    backend, arch = name.split(":")
+    if backend == "cuda":
+        return GPUTarget("cuda", int(arch), 32)
+    return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
+
+
+def pools_of(variant: Variant) -> tuple[Tensor, Tensor]:
+    key, value = _pools(variant.case, variant.case.num_blocks, META)
+    if variant.heads_outermost:
+        heads = 2 if variant.case.layout == "NHD" else 1
+        key, value = (
+            torch.empty_like(pool.movedim(heads, 0), memory_format=torch.contiguous_format).movedim(0, heads)
+            for pool in (key, value)
+        )
+    return key, value
+
+
+def side_of(case: Case, which: Which, pool: Tensor) -> _Side:
+    kind, dim = (case.k_kind, case.k_dim) if which == "key" else (case.v_kind, case.v_dim)
+    scale = None
+    if kind != "none":
+        scale = torch.empty(kind_shape(kind, case.num_blocks, case.num_heads, case.page_size) or (1,), device=META)
+    held = torch.uint8 if case.out_dtype.itemsize == 1 else case.out_dtype
+    rows = torch.empty((case.total_tokens, case.num_heads, dim), dtype=held, device=META)
+    return _Side(which, as_operand(pool)[0], Scale.of(kind, scale), rows)
+
+
+def compile_one(variant: Variant, target: str) -> dict[str, Any]:
+    case, gpu = variant.case, gpu_target(target)
+    key, value = pools_of(variant)
+    k, v = side_of(case, "key", key), side_of(case, "value", value)
+    prepared = _prepare(k, v, case.layout, case.dtype, interpreted=False)
+    constants = dict(prepared.constants)
+    if case.dtype in FORMATS:  # the one constant that a launch asks the device for
+        constants["HARDWARE"] = case.dtype in fp8_in_hardware(*target.split(":"))
+    records = torch.empty((case.total_tokens // case.page_size + 1, 4), dtype=torch.int32, device=META)
+    pointers = (*k.pointers(records, case.dtype.itemsize), *v.pointers(records, case.dtype.itemsize))
+    driver.set_active(NoDriver(gpu))  # type: ignore[arg-type]
+    try:
+        kernel = gather_kernel.warmup(records, *pointers, *prepared.strides, **constants, grid=(1,))
+    except Exception as error:
+        return {"error": words_of(error)}
+    text = kernel.asm["ptx" if gpu.backend == "cuda" else "amdgcn"]
+    return {"text": text, "lanes": gpu.warp_size, "constants": constants}
+
+
+def words_of(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}".strip()[:500]
+
+
+if __name__ == "__main__":
+    for job in pickle.load(sys.stdin.buffer):
+        print(json.dumps(compile_one(*job)), flush=True)
