@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,6 +107,18 @@ def test_constraints_pin_every_direct_dependency_within_its_range() -> None:
 def test_constraints_are_pins_and_nothing_else() -> None:
     for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
         assert line.startswith("#") or re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!]+", line), line
+
+
+@pytest.mark.parametrize("python", ["3.11.0", "3.12.0", "3.13.0", "3.14.0"])
+def test_pins_install_on_every_python(python: str) -> None:
+    """Debian 12 has 3.11.2: one pin that wants 3.11.5 sends pip looking through every version of everything."""
+    pins = constraints()
+    unfit = []
+    for package in importlib.metadata.distributions():
+        wants = package.metadata.get("Requires-Python")
+        if canonical(package.name) in pins and wants and not SpecifierSet(wants).contains(python):
+            unfit.append(f"{package.name} {package.version} wants Python {wants}")
+    assert not unfit
 
 
 def test_environment_yml_installs_the_same() -> None:
