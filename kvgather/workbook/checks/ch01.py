@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+from torch import Tensor
+
 from kvgather.blocks import BlockPool
 from kvgather.workbook.checks import exercise, expect
 
@@ -17,11 +20,19 @@ def slot_of(answer: Callable[[int, list[int], int], int]) -> None:
             expect(slot, got, f"position {position} of block table {block_ids}, page {page_size}")
 
 
-@exercise("01.2", correct="rounded up for each sequence, and nothing for an empty one")
-def blocks_needed(answer: Callable[[list[int], int], int]) -> None:
-    for lengths, page_size in (([10], 4), ([16], 16), ([17], 16), ([0, 1, 16, 33], 16), ([3, 3, 3], 4), ([], 4)):
-        expected = sum(len(range(0, length, page_size)) for length in lengths)
-        expect(expected, answer(list(lengths), page_size), f"lengths {lengths}, page {page_size}")
+@exercise("01.2", correct="the same line as for one position, for all of them at once")
+def chunk_slots(answer: Callable[[int, int, list[int], int], Tensor]) -> None:
+    for start, end, block_ids, page_size in (
+        (0, 10, [5, 2, 7], 4),
+        (4, 8, [5, 2, 7], 4),
+        (6, 11, [5, 2, 7], 4),
+        (3, 3, [5, 2, 7], 4),
+        (2, 7, [1, 0, 2], 3),
+    ):
+        slots = [block_id * page_size + offset for block_id in block_ids for offset in range(page_size)]
+        expected = torch.tensor(slots[start:end], dtype=torch.int64)
+        what = f"positions {start} to {end - 1} of block table {block_ids}, page {page_size}"
+        expect(expected, answer(start, end, list(block_ids), page_size), what)
 
 
 @exercise("01.3", correct="whole blocks from the beginning on, and always something left to compute")

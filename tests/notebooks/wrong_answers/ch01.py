@@ -5,9 +5,12 @@ from __future__ import annotations
 SLOT = """def slot_of(position, block_ids, page_size):
     return {}
 """
-NEEDED = """def blocks_needed(lengths, page_size):
-    return {}
+CHUNK = """def chunk_slots(start, end, block_ids, page_size):
+    table = torch.tensor(block_ids)
+    positions = {positions}
+    return {result}
 """
+SLOTS = "table[positions // page_size] * page_size + positions % page_size"
 HITS = """def hit_blocks(tokens, published, page_size):
     hits = []
     for end in range(page_size, {stop}, page_size):
@@ -34,14 +37,22 @@ WRONG: dict[str, list[tuple[str, str]]] = {
         (SLOT.format("block_ids[position // 4] * 4 + position % 4"), "block table [1, 0, 2], page 3"),
     ],
     "01.2": [
-        # one block more than the full ones, also where nothing is left over
-        (NEEDED.format("sum(n // page_size + 1 for n in lengths)"), "lengths [16], page 16: expected 1, got 2"),
-        # rounded down
-        (NEEDED.format("sum(n // page_size for n in lengths)"), "lengths [10], page 4: expected 3, got 2"),
-        # the sum rounded up: sequences would share blocks
-        (NEEDED.format("(sum(lengths) + page_size - 1) // page_size"), "lengths [0, 1, 16, 33]"),
-        # a division that is no integer
-        (NEEDED.format("sum(n / page_size for n in lengths)"), "expected 3, got 2.5"),
+        # the chunk taken for the beginning of the sequence
+        (
+            CHUNK.format(positions="torch.arange(end - start)", result=SLOTS),
+            "positions 4 to 7 of block table [5, 2, 7]",
+        ),
+        # the position instead of the offset
+        (
+            CHUNK.format(positions="torch.arange(start, end)", result=SLOTS.replace(" % page_size", "")),
+            "index [4]: expected 8, got 12",
+        ),
+        # the last position counted in
+        (CHUNK.format(positions="torch.arange(start, end + 1)", result=SLOTS), "expected shape [10], got [11]"),
+        # a list
+        (CHUNK.format(positions="torch.arange(start, end)", result=f"({SLOTS}).tolist()"), "expected a tensor"),
+        # int32
+        (CHUNK.format(positions="torch.arange(start, end)", result=f"({SLOTS}).int()"), "expected dtype torch.int64"),
     ],
     "01.3": [
         # the last token is covered

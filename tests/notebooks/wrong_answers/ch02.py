@@ -86,7 +86,7 @@ WRONG: dict[str, list[tuple[str, str]]] = {
         # the scales along dim
         (STORE.format("(x / scales).clamp(-fmt.max, fmt.max).to(fmt.dtype)"), "x [5, 4, 4] in e4m3fn"),
         # no clamping; PyTorch may clamp by itself in e4m3fn
-        (STORE.format("(x / scales[:, None]).to(fmt.dtype)"), "got "),
+        (STORE.format("(x / scales[:, None]).to(fmt.dtype)"), "got nan"),
         # clamped before the division
         (STORE.format("(x.clamp(-fmt.max, fmt.max) / scales[:, None]).to(fmt.dtype)"), "differ)"),
         # multiplied
