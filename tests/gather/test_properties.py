@@ -22,7 +22,7 @@ from tests.gather.oracle import assert_same, first_difference, gather_rows, unto
 from tests.where import on_each_device
 
 examples = settings(
-    max_examples=40 if interpreting() else 15,  # on a GPU each compiles kernels of its own
+    max_examples=30 if interpreting() else 15,  # on a GPU each compiles kernels of its own
     suppress_health_check=[HealthCheck.too_slow],
 )
 
@@ -124,11 +124,19 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
     layout = draw(st.sampled_from(LAYOUTS))
     kinds = st.sampled_from(KINDS)
     built = build(
-        Case(layout=layout, num_blocks=4, num_heads=draw(st.integers(1, 2)), k_kind=draw(kinds), v_kind=draw(kinds))
+        Case(
+            layout=layout,
+            num_blocks=4,
+            lengths=(5,),
+            starts=(14,),
+            num_heads=draw(st.integers(1, 2)),
+            k_kind=draw(kinds),
+            v_kind=draw(kinds),
+        )
     )
     call: dict[str, Any] = {
         "block_table": built.block_table, "cu_seqlens_k": built.cu_seqlens_k, "page_size": 16, "num_blocks": 4,
-        "total_tokens": 19, "seq_starts": built.seq_starts, "key_cache": built.cache.key_cache,
+        "total_tokens": 5, "seq_starts": built.seq_starts, "key_cache": built.cache.key_cache,
         "value_cache": built.cache.value_cache, "layout": layout, "k_scale": built.cache.k_scale,
         "v_scale": built.cache.v_scale, "out_dtype": torch.float32, "backend": draw(st.sampled_from(["torch", "auto"])),
     }  # fmt: skip
@@ -148,14 +156,15 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
         "out_dtype": st.sampled_from((*DTYPES, None, "bfloat16")),
         "backend": st.just("torch"),
     }
-    names = [*near, *near, "key_cache", "value_cache"]
+    names = [*near, *near, "cu_seqlens_k", "cu_seqlens_k", "key_cache", "value_cache"]
     for name in draw(st.lists(st.sampled_from(names), min_size=1, max_size=3, unique=True)):
         far = st.one_of(THINGS, tensors())
-        call[name] = draw(st.one_of(near[name], near[name], near[name], far) if name in near else far)
+        usable = name in near and draw(st.integers(0, 3)) > 0
+        call[name] = draw(near[name] if usable else far)
     return call
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=250, suppress_health_check=[HealthCheck.too_slow])
 @given(call=calls())
 def test_a_wrong_call_is_refused_by_name_or_right_after_all(call: dict[str, Any]) -> None:
     plan_arguments = ("block_table", "cu_seqlens_k", "page_size", "num_blocks", "total_tokens", "seq_starts")
