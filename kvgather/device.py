@@ -29,9 +29,12 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # once: torch.compile cannot look into find_spec
+
+
 def triton_available() -> bool:
     """Whether triton is installed (it is not on macOS)."""
-    return importlib.util.find_spec("triton") is not None
+    return _HAS_TRITON
 
 
 def _interpret_by_default() -> None:

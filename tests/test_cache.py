@@ -16,7 +16,7 @@ from kvgather.formats.layout import LAYOUTS, element_offset
 from kvgather.formats.scale import KINDS
 from kvgather.scatter import SlotError
 from tests.gather.oracle import BITS, first_difference, scale_at
-from tests.where import on_each_device
+from tests.where import nothing_waits, on_each_device
 
 KIND_PAIRS = [(KINDS[i], KINDS[(i + 1) % 5]) for i in (0, 2, 4)]  # each kind at least once
 SLOTS = [17, -1, 40, 5]
@@ -203,12 +203,8 @@ def test_a_write_neither_waits_nor_needs_new_memory_in_a_graph() -> None:
     k = torch.randn(3, 2, 16, device="cuda")
     slots = torch.tensor([0, 5, -1], device="cuda")
     cache.write(k, k, slots)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         cache.write(k, k, slots)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         cache.write(k, k, slots)

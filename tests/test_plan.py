@@ -11,7 +11,7 @@ from torch import Tensor
 import kvgather as kg
 from kvgather.plan import GatherPlan, PlanError
 from tests.gather.oracle import assert_same, first_difference, untouched
-from tests.where import on_each_device
+from tests.where import nothing_waits, on_each_device
 
 PAGE, BLOCKS = 4, 10
 TABLE = [[7, 2, 5], [0, 9, 3]]
@@ -315,13 +315,9 @@ def test_nothing_waits_for_the_gpu_when_total_tokens_is_given() -> None:
     pool = torch.rand(BLOCKS, PAGE, 2, 8, device="cuda")
     kwargs: dict[str, int] = {"page_size": PAGE, "num_blocks": BLOCKS, "total_tokens": 8}
     for _ in range(2):  # the first time compiles
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with nothing_waits():
             plan = GatherPlan.build(arguments[0], arguments[1], seq_starts=arguments[2], **kwargs)
             kg.gather(pool, pool, plan, k_scale=None, out_dtype=torch.float32)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
     assert used(plan) == [(7, 0, 1, 3), (2, 1, 4, 0), (5, 5, 1, 0), (9, 6, 2, 1)]
 
 
