@@ -124,7 +124,9 @@ def gather_and_check(layout: str, sizes: tuple[int, int, int], where: str, *, ou
         before = torch.cuda.memory_allocated()
     k, v = kg.gather(key, value, plan, layout=layout, k_scale=k_scale, backend="triton")
     if where == "cuda":
-        assert torch.cuda.max_memory_allocated() - before <= k.nbytes + v.nbytes + 2**20  # no pool was copied
+        assert (
+            torch.cuda.max_memory_allocated() - before <= k.nbytes + v.nbytes + 2**22
+        )  # no pool was copied; torch rounds up
     plan.check()
     rows = sample(length)
     block, slot = ids[rows // PAGE], rows % PAGE
