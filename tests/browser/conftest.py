@@ -30,6 +30,7 @@ class Lab:
 
     root: Path
     process: subprocess.Popen[str]
+    taken_port: int
     lines: list[str] = field(default_factory=list)
     address: str = ""
 
@@ -69,14 +70,19 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     # Nothing of the machine's own Jupyter settings, and the clone's package rather than the installed one.
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("JUPYTER", "IPYTHON"))}
     environment = {**kept, "HOME": str(home), "PYTHONPATH": str(clone), "PYTHONUNBUFFERED": "1"}
-    with socket.socket() as taken:  # the port that JupyterLab would like best, so that it has to look for another
-        try:
-            taken.bind(("127.0.0.1", 8888))
-            taken.listen()
-        except OSError:
-            pass  # somebody else has it already, which does as well
+    with socket.socket() as taken:  # the port that JupyterLab is to try first, so that it has to find another
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
         process = subprocess.Popen(
-            [sys.executable, "-m", "kvgather.workbook.launch", "--no-browser", "--expose-app-in-browser"],
+            [
+                sys.executable,
+                "-m",
+                "kvgather.workbook.launch",
+                "--no-browser",
+                "--expose-app-in-browser",
+                f"--ServerApp.port={port}",
+            ],
             cwd=clone,
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -85,7 +91,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
             text=True,
             start_new_session=True,
         )
-        lab = Lab(clone, process)
+        lab = Lab(clone, process, port)
         reader = threading.Thread(target=lab.read)
         reader.start()
         try:
