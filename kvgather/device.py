@@ -29,7 +29,9 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None  # once: torch.compile cannot look into find_spec
+# Looked up once: torch.compile cannot look into find_spec, and every launch asks.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_HAS_NUMPY = importlib.util.find_spec("numpy") is not None
 
 
 def triton_available() -> bool:
@@ -47,7 +49,7 @@ _interpret_by_default()
 
 def interpreting() -> bool:
     """Whether kernels decorated now would run in Triton's interpreter, Triton's own library included."""
-    if not triton_available() or importlib.util.find_spec("numpy") is None:  # the interpreter is built on NumPy
+    if not (triton_available() and _HAS_NUMPY):  # the interpreter is built on NumPy
         return False
     import triton.language as tl
     from triton import knobs

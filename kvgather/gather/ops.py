@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..device import require_triton
 from ..formats.checks import dtype_name
+from ..formats.layout import Which
 from ..formats.scale import Scale
 from .reference import gather_pool
 
@@ -37,19 +38,11 @@ def run(
 
         launch(key_cache, value_cache, layout, dtype, *scales, records, k_out, v_out)
         return
-    for pool, which, scale, out in (
-        (key_cache, "key", scales[0], k_out),
-        (value_cache, "value", scales[1], v_out),
-    ):
+    sides: tuple[tuple[Tensor, Which, Scale, Tensor], ...]
+    sides = ((key_cache, "key", scales[0], k_out), (value_cache, "value", scales[1], v_out))
+    for pool, which, scale, out in sides:
         raw = scale.kind == "none" and out.dtype == pool.dtype
-        gather_pool(
-            pool.view(dtype),
-            layout,
-            "key" if which == "key" else "value",
-            scale,
-            records,
-            out.view(dtype) if raw else out,
-        )
+        gather_pool(pool.view(dtype), layout, which, scale, records, out.view(dtype) if raw else out)
 
 
 @torch.library.custom_op("kvgather::gather_out", mutates_args=("k_out", "v_out"))
