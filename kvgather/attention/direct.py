@@ -1,0 +1,161 @@
+"""Attention straight from the paged cache; the launcher of `direct_kernel`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+from torch import Tensor
+
+from ..cache import PagedKVCache
+from ..device import fp8_support, interpreting
+from ..formats.fp8 import FORMATS
+from ..formats.layout import PoolStrides
+from ..gather.kernel import launching
+from .direct_kernel import combine_kernel, direct_kernel
+
+if TYPE_CHECKING:
+    from .batch import PrefixBatch
+
+LOG2E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How the work is cut: `m` rows (token, query head of the group) by `n` keys at a time, keys in `splits` parts."""
+
+    m: int
+    n: int
+    num_warps: int
+    num_stages: int
+    splits: int
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def choose_tile(rows: int, keys: int, programs: int, k_pad: int, v_pad: int, processors: int) -> Tile:
+    """The tile for a batch, by its bounds alone.
+
+    Args:
+        rows: the most rows of a sequence, new tokens × query heads of a group.
+        keys: the most keys of a sequence.
+        programs: sequences × KV heads.
+        k_pad, v_pad: head dims, rounded up to powers of two.
+        processors: of the GPU.
+    """
+    m = min(max(16, _power_of_two(rows)), 128)
+    n = 64
+    wide = max(k_pad, v_pad) > 128
+    tiles = programs * -(-rows // m)
+    splits = min(max(1, 4 * processors // max(tiles, 1)), 32, max(1, keys // (4 * n)))
+    return Tile(m, n, 8 if wide or m == 128 else 4, 2 if wide else 3, splits)
+
+
+def direct_attention(
+    q: Tensor,
+    cache: PagedKVCache,
+    batch: PrefixBatch,
+    *,
+    softmax_scale: float,
+    sinks: Tensor | None = None,
+    window: int | None = None,
+    begin: Tensor | None = None,
+    state: tuple[Tensor, Tensor] | None = None,
+    tile: Tile | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attend to the keys and values in the cache, the new tokens' included; everything was checked by the caller.
+
+    Args:
+        q: `[n, q_heads, head_dim]`, new tokens of all sequences; head dims contiguous.
+        cache: holds every key, new tokens' included.
+        batch: whose block table and offsets say where.
+        softmax_scale: what scores are multiplied by.
+        sinks: `[q_heads]`, a logit for each head that counts in the denominator alone.
+        window: keys that a query sees at most, itself included; None is all.
+        begin: `[batch]` int32: keys before this position are left out.
+        state: out `[n, q_heads, v_head_dim]` and log-sum-exp `[n, q_heads]` of the keys before `begin`, to go on from.
+        tile: how to cut the work; None chooses. Results do not depend on it beyond rounding.
+
+    Returns:
+        out `[n, q_heads, v_head_dim]` in q's dtype and its natural log-sum-exp `[n, q_heads]` in FP32. Rows that
+        belong to no sequence are 0 and −inf; rows that need a bad block are NaN.
+    """
+    g = cache.geometry
+    n, q_heads, _ = q.shape
+    out = torch.empty((n, q_heads, g.v_head_dim), dtype=q.dtype, device=q.device)
+    lse = torch.empty((n, q_heads), dtype=torch.float32, device=q.device)
+    if n == 0:
+        return out, lse
+    interpreted = interpreting()
+    group = q_heads // g.num_kv_heads
+    k_pad, v_pad = max(16, _power_of_two(g.head_dim)), max(16, _power_of_two(g.v_head_dim))
+    sequences = len(batch.cu_seqlens_q) - 1
+    rows = min(batch.max_q, n) * group
+    if tile is None:
+        processors = 1 if interpreted else torch.cuda.get_device_properties(q.device).multi_processor_count
+        keys = batch.max_k if window is None else min(batch.max_k, window + batch.max_q)
+        tile = choose_tile(rows, keys, sequences * g.num_kv_heads, k_pad, v_pad, processors)
+    tiles = -(-rows // tile.m)
+    fmt = FORMATS.get(g.dtype)
+    pools = [pool.view(torch.uint8) if fmt else pool for pool in (cache.key_cache, cache.value_cache)]
+    k_strides = PoolStrides.of(cache.key_cache, g.layout, "key")
+    v_strides = PoolStrides.of(cache.value_cache, g.layout, "value")
+    k_scale, v_scale = cache._scales
+    split = tile.splits > 1
+    part, part_lse = out, lse
+    if split:
+        part = torch.empty((tile.splits, n, q_heads, g.v_head_dim), dtype=torch.float32, device=q.device)
+        part_lse = torch.empty((tile.splits, n, q_heads), dtype=torch.float32, device=q.device)
+    state_out, state_lse = state if state is not None else (out, lse)
+    nothing = batch.cu_seqlens_q  # stands in for what is never read
+    qk, pv = _operand_dtypes(q.dtype, g.dtype, v_scale.kind, interpreted)
+    with launching(q, interpreted):
+        direct_kernel[((sequences + 1) * tiles * tile.splits * g.num_kv_heads,)](
+            q, batch.block_table, batch.cu_seqlens_q, batch.cu_seqlens_k,
+            nothing if begin is None else begin, nothing if sinks is None else sinks,
+            state_out, state_lse, part, part_lse,
+            pools[0], nothing if k_scale.tensor is None else k_scale.tensor,
+            pools[1], nothing if v_scale.tensor is None else v_scale.tensor,
+            sequences, batch.block_table.shape[1], tiles, n, softmax_scale * LOG2E,
+            q.stride(0), q.stride(1),
+            k_strides.block, k_strides.head, k_strides.slot_group, k_strides.slot, k_strides.dim_group, k_strides.dim,
+            v_strides.block, v_strides.head, v_strides.slot_group, v_strides.slot, v_strides.dim_group, v_strides.dim,
+            k_scale.stride_block, k_scale.stride_head, k_scale.stride_slot,
+            v_scale.stride_block, v_scale.stride_head, v_scale.stride_slot,
+            PAGE=g.page_size, KV_HEADS=g.num_kv_heads, GROUP=group,
+            K_DIM=g.head_dim, V_DIM=g.v_head_dim, K_PAD=k_pad, V_PAD=v_pad,
+            M=tile.m, N=tile.n, SPLITS=tile.splits, WINDOW=window or 0,
+            BEGINS=begin is not None, STATE=state is not None, SINKS=sinks is not None,
+            V_SLOTS_PER_GROUP=v_strides.slots_per_group, K_DIMS_PER_GROUP=k_strides.dims_per_group,
+            K_KIND=k_scale.kind, V_KIND=v_scale.kind,
+            FORMAT="" if fmt is None else fmt.name, BIAS=0 if fmt is None else fmt.bias,
+            HARDWARE=not interpreted and (fmt is None or fp8_support(q.device)[g.dtype] == "hardware"),
+            QK=qk, PV=pv, INTERPRETED=interpreted, STAGES=tile.num_stages,
+            num_warps=tile.num_warps,
+        )  # fmt: skip
+        if split:
+            combine_kernel[(triton.cdiv(n * q_heads, 16),)](
+                part, part_lse, nothing if sinks is None else sinks, out, lse, n * q_heads,
+                Q_HEADS=q_heads, V_DIM=g.v_head_dim, V_PAD=v_pad, SPLITS=tile.splits,
+                R=16, SINKS=sinks is not None, BY_HAND=interpreted,
+            )  # fmt: skip
+    return out, lse
+
+
+def _operand_dtypes(q: torch.dtype, pool: torch.dtype, v_kind: str, interpreted: bool) -> tuple[object, object]:
+    """The dtypes in which Q·K and P·V are multiplied; sums are FP32.
+
+    FP16 holds FP8 exactly, and an H100 makes it of FP8 in a third of BF16's instructions. P times a scale that differs
+    from key to key can leave FP16's range, not BF16's.
+    """
+    import triton.language as tl
+
+    if interpreted or torch.float32 in (q, pool):
+        return tl.float32, tl.float32
+    if pool == torch.bfloat16:
+        return tl.bfloat16, tl.bfloat16
+    return tl.float16, tl.bfloat16 if v_kind in ("per-page-head", "per-token-head") else tl.float16

@@ -1,0 +1,297 @@
+"""Attention straight from the paged cache: FP8 pages in, attended rows out, no BF16 copy of K and V in between.
+
+One program serves a tile of rows of one KV head, a row being one (token, query head of the group), so that the group
+of query heads shares every K and V that is read. It walks the keys of its sequence in steps of N, through the block
+table, with the running maximum and sum of an online softmax. Keys may be split over programs; `combine_kernel` then
+merges what they found.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..gather.kernel import decode_fp8, round_to
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _as_operand(held, FORMAT: tl.constexpr, BIAS: tl.constexpr, HARDWARE: tl.constexpr, dtype: tl.constexpr):
+    """What a pool holds as an operand of a dot; FP16 and BF16 hold every FP8 value exactly."""
+    if FORMAT == "":
+        if held.dtype == tl.bfloat16 and dtype == tl.float32:  # the interpreter can't convert it
+            return (held.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+        return held.to(dtype)
+    if HARDWARE and dtype == tl.float16:
+        if FORMAT == "e5m2":
+            return held.to(tl.float8e5, bitcast=True).to(tl.float16)
+        if FORMAT == "e4m3fn":
+            return held.to(tl.float8e4nv, bitcast=True).to(tl.float16)
+    return decode_fp8(held, FORMAT, BIAS, HARDWARE).to(dtype)
+
+
+@triton.jit
+def _load_page_rows(
+    pool_ptr, ids, slot, dim, present, dims_present,
+    stride_block, stride_slot_group, stride_slot, stride_dim_group, stride_dim,
+    SLOTS_PER_GROUP: tl.constexpr, DIMS_PER_GROUP: tl.constexpr,
+    MASKED: tl.constexpr, DIMS_MASKED: tl.constexpr, INTEGER: tl.constexpr,
+):  # fmt: skip
+    """Rows of one head of the pool, `[N, D]`; zeros where they are not present."""
+    if SLOTS_PER_GROUP > 1:  # V of SHUFFLE
+        slot_offset = (slot // SLOTS_PER_GROUP) * stride_slot_group + (slot % SLOTS_PER_GROUP) * stride_slot
+    else:
+        slot_offset = slot * stride_slot_group
+    if DIMS_PER_GROUP > 1:  # K of SHUFFLE
+        dim_offset = (dim // DIMS_PER_GROUP) * stride_dim_group + (dim % DIMS_PER_GROUP) * stride_dim
+    else:
+        dim_offset = dim * stride_dim_group
+    offset = (ids.to(tl.int64) * stride_block + slot_offset)[:, None] + dim_offset[None, :]
+    if MASKED or DIMS_MASKED:
+        mask = present[:, None] & dims_present[None, :]
+        if INTEGER:
+            return tl.load(pool_ptr + offset, mask=mask, other=0)
+        return tl.load(pool_ptr + offset, mask=mask, other=0.0)
+    return tl.load(pool_ptr + offset)
+
+
+@triton.jit
+def _load_key_scale(
+    scale_ptr, ids, slot, present, stride_block, stride_slot, KIND: tl.constexpr, MASKED: tl.constexpr
+):
+    """The scale of each key of one head, `[N]`, of the kinds that differ from key to key."""
+    offset = ids.to(tl.int64) * stride_block
+    if KIND == "per-token-head":
+        offset += slot.to(tl.int64) * stride_slot
+    if MASKED:
+        return tl.load(scale_ptr + offset, mask=present, other=1.0)
+    return tl.load(scale_ptr + offset)
+
+
+@triton.jit
+def direct_kernel(
+    q_ptr, table_ptr, cu_q_ptr, cu_k_ptr, begin_ptr, sink_ptr, state_out_ptr, state_lse_ptr, out_ptr, lse_ptr,
+    k_ptr, k_scale_ptr, v_ptr, v_scale_ptr,
+    num_sequences, columns, tiles, total_q, scale_log2,
+    stride_q_row, stride_q_head,
+    stride_k_block, stride_k_head, stride_k_slot_group, stride_k_slot, stride_k_dim_group, stride_k_dim,
+    stride_v_block, stride_v_head, stride_v_slot_group, stride_v_slot, stride_v_dim_group, stride_v_dim,
+    stride_k_scale_block, stride_k_scale_head, stride_k_scale_slot,
+    stride_v_scale_block, stride_v_scale_head, stride_v_scale_slot,
+    PAGE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    K_DIM: tl.constexpr, V_DIM: tl.constexpr, K_PAD: tl.constexpr, V_PAD: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr,
+    BEGINS: tl.constexpr, STATE: tl.constexpr, SINKS: tl.constexpr,
+    V_SLOTS_PER_GROUP: tl.constexpr, K_DIMS_PER_GROUP: tl.constexpr, K_KIND: tl.constexpr, V_KIND: tl.constexpr,
+    FORMAT: tl.constexpr, BIAS: tl.constexpr, HARDWARE: tl.constexpr,
+    QK: tl.constexpr, PV: tl.constexpr, INTERPRETED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    # Neighbouring programs take the heads of one range of keys: in NHD these lie side by side in memory.
+    program = tl.program_id(0)
+    kv_head = program % KV_HEADS
+    split = (program // KV_HEADS) % SPLITS
+    tile = (program // (KV_HEADS * SPLITS)) % tiles
+    sequence = program // (KV_HEADS * SPLITS * tiles)
+    Q_HEADS: tl.constexpr = KV_HEADS * GROUP
+    dim_v = tl.arange(0, V_PAD)
+    dims_v = dim_v < V_DIM
+
+    first_q = tl.load(cu_q_ptr + sequence)  # at num_sequences: the end of the last sequence
+    if sequence == num_sequences:  # rows that belong to no sequence
+        row = first_q.to(tl.int64) * GROUP + tile * M + tl.arange(0, M)
+        while tl.min(row, 0) < total_q.to(tl.int64) * GROUP:
+            spare = row < total_q.to(tl.int64) * GROUP
+            at = (split * total_q.to(tl.int64) + row // GROUP) * Q_HEADS + kv_head * GROUP + row % GROUP
+            tl.store(out_ptr + at[:, None] * V_DIM + dim_v[None, :], tl.zeros([M, V_PAD], tl.float32).to(out_ptr.dtype.element_ty), mask=spare[:, None] & dims_v[None, :])
+            tl.store(lse_ptr + at, tl.full([M], float("-inf"), tl.float32), mask=spare)
+            row += tiles * M
+        return
+    rows = (tl.load(cu_q_ptr + sequence + 1) - first_q) * GROUP
+    if tile * M >= rows:
+        return
+    len_k = tl.load(cu_k_ptr + sequence + 1) - tl.load(cu_k_ptr + sequence)
+    row = tile * M + tl.arange(0, M)
+    token = row // GROUP
+    q_head = kv_head * GROUP + row % GROUP
+    in_use = row < rows
+    position = len_k - rows // GROUP + token  # [M]: a query sees keys up to its own position
+
+    # The keys [start, end) that some row of the tile sees; below `full` every row sees all of them.
+    first_position = len_k - rows // GROUP + (tile * M) // GROUP
+    last_row = tl.minimum(tile * M + M, rows) - 1
+    end = tl.minimum(len_k - rows // GROUP + last_row // GROUP + 1, len_k)
+    past_table = end > columns * PAGE
+    end = tl.minimum(end, columns * PAGE)
+    start = 0
+    if BEGINS:
+        start = tl.load(begin_ptr + sequence)
+    full = tl.minimum(first_position + 1, end)
+    if WINDOW > 0:
+        start = tl.maximum(start, first_position - WINDOW + 1)
+        full = start
+    low = (start // N) * N
+    if SPLITS > 1:
+        share = tl.cdiv(tl.cdiv(end - low, N), SPLITS) * N
+        low += split * share
+        end = tl.minimum(end, low + share)
+
+    # Q, each row divided by its largest element, so that FP16 holds it whatever its range.
+    dim = tl.arange(0, K_PAD)
+    dims = dim < K_DIM
+    q_at = (first_q + token).to(tl.int64) * stride_q_row + q_head * stride_q_head
+    q = tl.load(q_ptr + q_at[:, None] + dim[None, :], mask=in_use[:, None] & dims[None, :], other=0.0)
+    if INTERPRETED and q.dtype == tl.bfloat16:
+        q = (q.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    row_scale = tl.full([M], 1.0, tl.float32) * scale_log2
+    if QK == tl.float16:
+        largest = tl.max(tl.abs(q.to(tl.float32)), 1)
+        largest = tl.where(largest > 0, largest, 1.0)
+        q = (q.to(tl.float32) / largest[:, None]).to(tl.float16)
+        row_scale *= largest
+    else:
+        q = q.to(QK)
+    if K_KIND == "per-tensor":
+        row_scale *= tl.load(k_scale_ptr)
+    elif K_KIND == "per-head":
+        row_scale *= tl.load(k_scale_ptr + kv_head * stride_k_scale_head)
+    v_scale = 1.0
+    if V_KIND == "per-tensor":
+        v_scale = tl.load(v_scale_ptr)
+    elif V_KIND == "per-head":
+        v_scale = tl.load(v_scale_ptr + kv_head * stride_v_scale_head)
+
+    out_at = (first_q + token).to(tl.int64) * Q_HEADS + q_head
+    top = tl.full([M], float("-inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, V_PAD], tl.float32)
+    if STATE:
+        if split == 0:
+            lse = tl.load(state_lse_ptr + out_at, mask=in_use, other=float("-inf"))
+            held = tl.load(state_out_ptr + out_at[:, None] * V_DIM + dim_v[None, :], mask=(in_use & (lse > float("-inf")))[:, None] & dims_v[None, :], other=0.0)
+            if INTERPRETED and held.dtype == tl.bfloat16:
+                held = (held.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+            acc = held.to(tl.float32) / v_scale
+            top = lse * LOG2E
+            total = tl.where(lse > float("-inf"), 1.0, 0.0)
+
+    k_ptr += kv_head.to(tl.int64) * stride_k_head
+    v_ptr += kv_head.to(tl.int64) * stride_v_head
+    k_scale_ptr += kv_head.to(tl.int64) * stride_k_scale_head
+    v_scale_ptr += kv_head.to(tl.int64) * stride_v_scale_head
+    table_ptr += sequence.to(tl.int64) * columns
+    worst = tl.zeros([N], tl.int32)  # below zero once a block was bad
+
+    # First the steps in which every row sees every key, then those with a mask.
+    whole = low
+    if WINDOW == 0:
+        whole = tl.maximum(low, tl.minimum(full, end) // N * N)
+        if BEGINS:
+            whole = tl.where(start > low, low, whole)  # the first step has keys before `start`
+    for MASKED in tl.static_range(1 if WINDOW > 0 else 0, 2):
+        for step in tl.range(whole if MASKED else low, end if MASKED else whole, N, num_stages=STAGES):
+            step = tl.multiple_of(step, N)
+            key = step + tl.arange(0, N)
+            present = key < end
+            if MASKED:
+                ids = tl.load(table_ptr + key // PAGE, mask=present, other=0)
+            else:
+                ids = tl.load(table_ptr + key // PAGE)
+            worst = tl.minimum(worst, ids)
+            ids = tl.maximum(ids, 0)
+            slot = key % PAGE
+            k = _load_page_rows(
+                k_ptr, ids, slot, dim, present, dims,
+                stride_k_block, stride_k_slot_group, stride_k_slot, stride_k_dim_group, stride_k_dim,
+                1, K_DIMS_PER_GROUP, MASKED, K_PAD > K_DIM, FORMAT != "",
+            )  # fmt: skip
+            scores = tl.dot(q, tl.trans(_as_operand(k, FORMAT, BIAS, HARDWARE, QK)), input_precision="ieee")
+            if K_KIND == "per-page-head" or K_KIND == "per-token-head":
+                k_scale = _load_key_scale(
+                    k_scale_ptr, ids, slot, present, stride_k_scale_block, stride_k_scale_slot, K_KIND, MASKED
+                )
+                scores *= k_scale[None, :]
+            if MASKED:
+                seen = present[None, :] & (key[None, :] <= position[:, None])
+                if BEGINS:
+                    seen = seen & (key >= start)[None, :]
+                if WINDOW > 0:
+                    seen = seen & (key[None, :] > position[:, None] - WINDOW)
+                scores = tl.where(seen, scores, float("-inf"))
+            new_top = tl.maximum(top, tl.max(scores, 1) * row_scale)
+            if MASKED:
+                shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row may have seen no key yet
+            else:
+                shift = new_top
+            p = tl.exp2(scores * row_scale[:, None] - shift[:, None])
+            kept = tl.exp2(top - shift)
+            total = total * kept + tl.sum(p, 1)
+            acc = acc * kept[:, None]
+            if V_KIND == "per-page-head" or V_KIND == "per-token-head":
+                key_scale = _load_key_scale(
+                    v_scale_ptr, ids, slot, present, stride_v_scale_block, stride_v_scale_slot, V_KIND, MASKED
+                )
+                p *= key_scale[None, :]
+            v = _load_page_rows(
+                v_ptr, ids, slot, dim_v, present, dims_v,
+                stride_v_block, stride_v_slot_group, stride_v_slot, stride_v_dim_group, stride_v_dim,
+                V_SLOTS_PER_GROUP, 1, MASKED, V_PAD > V_DIM, FORMAT != "",
+            )  # fmt: skip
+            acc = tl.dot(p.to(PV), _as_operand(v, FORMAT, BIAS, HARDWARE, PV), acc, input_precision="ieee")
+            top = new_top
+
+    acc *= v_scale
+    if past_table | (tl.min(worst, 0) < 0):
+        acc += float("nan")
+    if SINKS and SPLITS == 1:
+        sink = tl.load(sink_ptr + q_head, mask=in_use, other=float("-inf")).to(tl.float32) * LOG2E
+        new_top = tl.maximum(top, sink)
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        kept = tl.exp2(top - shift)
+        total = total * kept + tl.exp2(sink - shift)
+        acc *= kept[:, None]
+        top = new_top
+    total = tl.where(total == 0, 1.0, total)  # no key was seen: 0, and −inf, which is `top`
+    out = acc / total[:, None]
+    lse = top * LN2 + tl.log(total)
+    if SPLITS > 1:
+        out_at += split * total_q.to(tl.int64) * Q_HEADS
+    out = round_to(out, out_ptr.dtype.element_ty, INTERPRETED)
+    tl.store(out_ptr + out_at[:, None] * V_DIM + dim_v[None, :], out, mask=in_use[:, None] & dims_v[None, :])
+    tl.store(lse_ptr + out_at, lse, mask=in_use)
+
+
+@triton.jit
+def combine_kernel(
+    part_ptr, part_lse_ptr, sink_ptr, out_ptr, lse_ptr, rows,
+    Q_HEADS: tl.constexpr, V_DIM: tl.constexpr, V_PAD: tl.constexpr, SPLITS: tl.constexpr,
+    R: tl.constexpr, SINKS: tl.constexpr, BY_HAND: tl.constexpr,
+):  # fmt: skip
+    """Merge the parts that splits found, `[splits, rows, V_DIM]`; the sink enters here, once."""
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    dim = tl.arange(0, V_PAD)
+    in_use = row < rows
+    top = tl.full([R], float("-inf"), tl.float32)
+    if SINKS:
+        top = tl.load(sink_ptr + row % Q_HEADS, mask=in_use, other=float("-inf")).to(tl.float32)
+    sink = top
+    for split in tl.static_range(SPLITS):
+        top = tl.maximum(top, tl.load(part_lse_ptr + split * rows + row, mask=in_use, other=float("-inf")))
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.zeros([R], tl.float32)
+    if SINKS:
+        total = tl.exp(sink - shift)
+    acc = tl.zeros([R, V_PAD], tl.float32)
+    for split in tl.static_range(SPLITS):
+        at = split * rows + row
+        weight = tl.exp(tl.load(part_lse_ptr + at, mask=in_use, other=float("-inf")) - shift)
+        mask = (in_use & (weight > 0))[:, None] & (dim < V_DIM)[None, :]
+        acc += weight[:, None] * tl.load(part_ptr + at[:, None] * V_DIM + dim[None, :], mask=mask, other=0.0)
+        total += weight
+    total = tl.where(total == 0, 1.0, total)
+    out = acc / total[:, None]
+    lse = top + tl.log(total)
+    mask = in_use[:, None] & (dim < V_DIM)[None, :]
+    tl.store(out_ptr + row[:, None] * V_DIM + dim[None, :], round_to(out, out_ptr.dtype.element_ty, BY_HAND), mask=mask)
+    tl.store(lse_ptr + row, lse, mask=in_use)
