@@ -49,13 +49,14 @@ def bench(arguments: argparse.Namespace) -> int:
     """Measure, print a table, and write the rows to a CSV file."""
     import torch
 
-    from .bench import gather, report
+    from .bench import gather, report, steps
     from .device import has_gpu
 
     device = torch.device(arguments.device or ("cuda" if has_gpu() else "cpu"))
     if device.type == "cuda" and not has_gpu():
         raise ValueError("--device is cuda; accepted: cpu, for there is no GPU here")
-    rows = gather.run(device, only=arguments.case, seconds=arguments.seconds, progress=gather.show_progress)
+    measure = steps.run if arguments.what == "steps" else gather.run
+    rows = measure(device, only=arguments.case, seconds=arguments.seconds, progress=gather.show_progress)
     print(report.table(rows))
     if arguments.csv:
         report.write(rows, Path(arguments.csv))
@@ -91,7 +92,7 @@ def _add_bench(commands: Commands) -> None:
         description="Checks each implementation against the reference, then times it; on a GPU in CUDA graphs, over "
         "inputs that do not fit in its cache.",
     )
-    parser.add_argument("what", choices=("gather",), help="what to measure")
+    parser.add_argument("what", choices=("gather", "steps"), help="what to measure")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     parser.add_argument("--case", default="", metavar="TEXT", help="only cases whose name holds TEXT")
     parser.add_argument("--seconds", type=_seconds, default=0.2, help="about how long for each; default: 0.2")

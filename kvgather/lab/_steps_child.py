@@ -1,0 +1,65 @@
+"""The child process of `warps`: compiles the kernels of chapter 07 and answers in JSON, one line a job."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import sys
+from typing import Any
+
+import torch
+from triton.runtime.driver import driver
+
+from ..bench.cases import Case
+from ..device import fp8_in_hardware
+from ..gather.kernel import _prepare, gather_kernel
+from ._assembly_child import META, NoDriver, gpu_target, pools_of, side_of, words_of
+from .assembly import Variant
+from .before_fix import gather_one_head_kernel
+from .steps import STEPS, constants_of
+
+
+def _warm_up(name: str, case: Case, target: str) -> tuple[Any, int]:
+    """One compiled kernel, and its warps; every argument is as a launch for the case would have it."""
+    key, value = pools_of(Variant(case))
+    scale = torch.empty(1, device=META)
+    rows = torch.empty(case.total_tokens, case.num_heads, case.k_dim, dtype=case.out_dtype, device=META)
+    records = torch.empty(case.total_tokens // case.page_size + 1, 4, dtype=torch.int32, device=META)
+    hardware = case.dtype in fp8_in_hardware(*target.split(":"))
+    if name.startswith("0"):
+        index = torch.empty(64, dtype=torch.int32, device=META)
+        kernel = gather_one_head_kernel.warmup(
+            key, value, rows, rows, index, scale, scale, index, index, index, case.num_heads, case.page_size, 1024,
+            K_DIM=case.k_dim, V_DIM=case.v_dim, K_LANES=case.k_dim, V_LANES=case.v_dim, X=16 // case.dtype.itemsize,
+            SHUFFLE=case.layout == "SHUFFLE", DEQUANT=True, PER_TOKEN=False, grid=(1,),
+        )  # fmt: skip
+        return kernel, 4
+    if name.startswith("5"):
+        k, v = side_of(case, "key", key), side_of(case, "value", value)
+        prepared = _prepare(k, v, case.layout, case.dtype, interpreted=False)
+        constants = prepared.constants | {"HARDWARE": hardware}
+        pointers = (*k.pointers(records, 1), *v.pointers(records, 1))
+        kernel = gather_kernel.warmup(records, *pointers, *prepared.strides, **constants, grid=(1,))
+        return kernel, constants["num_warps"]
+    step = next(step for step in STEPS if step.name == name)
+    num_warps = step.num_warps(case.page_size, case.num_heads, case.k_dim, gpu_target(target).warp_size)
+    constants = constants_of(case.layout, case.dtype, case.page_size, case.num_heads, case.k_dim, hardware)
+    pools = (key.view(torch.uint8), value.view(torch.uint8))
+    kernel = step.kernel.warmup(records, *pools, scale, scale, rows, rows, **constants, num_warps=num_warps, grid=(1,))
+    return kernel, num_warps
+
+
+def compile_one(name: str, case: Case, target: str) -> dict[str, Any]:
+    gpu = gpu_target(target)
+    driver.set_active(NoDriver(gpu))  # type: ignore[arg-type]
+    try:
+        kernel, num_warps = _warm_up(name, case, target)
+    except Exception as error:
+        return {"error": words_of(error)}
+    text = kernel.asm["ptx" if gpu.backend == "cuda" else "amdgcn"]
+    return {"text": text, "layouts": kernel.asm["ttgir"], "lanes": gpu.warp_size, "num_warps": num_warps}
+
+
+if __name__ == "__main__":
+    for job in pickle.load(sys.stdin.buffer):
+        print(json.dumps(compile_one(*job)), flush=True)

@@ -1,0 +1,235 @@
+"""From one program per (token, head) to the page tile, one change at a time: the kernels of chapter 07.
+
+Step 0 is `before_fix.gather_one_head_kernel`, the last step is the package's own kernel; between them stand the four
+kernels of this file. They share every formula: where an element lies never changes, only who reads it, and when.
+They are for reading: pools in NHD or SHUFFLE, contiguous, FP8, one scale for all of K and one for all of V, sizes that
+are powers of two, and a plan whose block ids are good.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..cache import PagedKVCache
+from ..device import fp8_support, interpreting, require_triton
+from ..formats.fp8 import FORMATS
+from ..gather.kernel import decode_fp8, launching, round_to
+from ..plan import GatherPlan
+
+
+@triton.jit
+def k_offset(block, head, slot, dim, HEADS: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, SHUFFLE: tl.constexpr):
+    """Where K has an element, for integers or tensors that broadcast: chapter 03's strides."""
+    if SHUFFLE:  # [blocks, heads, dim/16, page, 16]
+        return (block * HEADS + head) * (PAGE * DIM) + (dim // 16) * (PAGE * 16) + slot * 16 + dim % 16
+    return ((block * PAGE + slot) * HEADS + head) * DIM + dim
+
+
+@triton.jit
+def v_offset(block, head, slot, dim, HEADS: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, SHUFFLE: tl.constexpr):
+    """Where V has an element."""
+    if SHUFFLE:  # [blocks, heads, page/16, dim, 16]
+        return (block * HEADS + head) * (PAGE * DIM) + (slot // 16) * (DIM * 16) + dim * 16 + slot % 16
+    return ((block * PAGE + slot) * HEADS + head) * DIM + dim
+
+
+@triton.jit
+def finish(codes, scale, dtype: tl.constexpr, FORMAT: tl.constexpr, BIAS: tl.constexpr, HARDWARE: tl.constexpr):
+    """FP8 codes times their scale, rounded; by integers where there is no hardware for it."""
+    return round_to(decode_fp8(codes, FORMAT, BIAS, HARDWARE) * scale, dtype, not HARDWARE)
+
+
+@triton.jit
+def page_per_program_kernel(
+    record_ptr,  # [records, 4] int32: block, first row, rows, offset of the first row in the page
+    k_ptr, v_ptr, k_scale_ptr, v_scale_ptr,
+    k_out_ptr, v_out_ptr,  # [rows, heads, dim]
+    HEADS: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, SHUFFLE: tl.constexpr,
+    FORMAT: tl.constexpr, BIAS: tl.constexpr, HARDWARE: tl.constexpr,
+):  # fmt: skip
+    """Step 1: a program for each (page, head); its tokens one after the other."""
+    record, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
+    block = tl.load(record_ptr + record * 4).to(tl.int64)
+    first_row = tl.load(record_ptr + record * 4 + 1).to(tl.int64)
+    rows = tl.load(record_ptr + record * 4 + 2)
+    begin = tl.load(record_ptr + record * 4 + 3)
+    k_scale, v_scale = tl.load(k_scale_ptr), tl.load(v_scale_ptr)
+    dim = tl.arange(0, DIM)
+    for i in range(rows):
+        k = tl.load(k_ptr + k_offset(block, head, begin + i, dim, HEADS, PAGE, DIM, SHUFFLE))  # [dim]
+        v = tl.load(v_ptr + v_offset(block, head, begin + i, dim, HEADS, PAGE, DIM, SHUFFLE))
+        at = ((first_row + i) * HEADS + head) * DIM + dim
+        tl.store(k_out_ptr + at, finish(k, k_scale, k_out_ptr.dtype.element_ty, FORMAT, BIAS, HARDWARE))
+        tl.store(v_out_ptr + at, finish(v, v_scale, v_out_ptr.dtype.element_ty, FORMAT, BIAS, HARDWARE))
+
+
+@triton.jit
+def tile_kernel(
+    record_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, k_out_ptr, v_out_ptr,
+    HEADS: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, SHUFFLE: tl.constexpr,
+    FORMAT: tl.constexpr, BIAS: tl.constexpr, HARDWARE: tl.constexpr,
+):  # fmt: skip
+    """Step 2: the page's tokens all at once, a tile `[page, dim]`; the mask keeps out the slots of others."""
+    record, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
+    block = tl.load(record_ptr + record * 4).to(tl.int64)
+    first_row = tl.load(record_ptr + record * 4 + 1).to(tl.int64)
+    rows = tl.load(record_ptr + record * 4 + 2)
+    begin = tl.load(record_ptr + record * 4 + 3)
+    k_scale, v_scale = tl.load(k_scale_ptr), tl.load(v_scale_ptr)
+    slot, dim = tl.arange(0, PAGE)[:, None], tl.arange(0, DIM)[None, :]
+    wanted = (slot >= begin) & (slot < begin + rows)  # [page, 1]
+    k = tl.load(k_ptr + k_offset(block, head, slot, dim, HEADS, PAGE, DIM, SHUFFLE), mask=wanted, other=0)
+    v = tl.load(v_ptr + v_offset(block, head, slot, dim, HEADS, PAGE, DIM, SHUFFLE), mask=wanted, other=0)
+    at = ((first_row - begin + slot) * HEADS + head) * DIM + dim  # [page, dim]
+    tl.store(k_out_ptr + at, finish(k, k_scale, k_out_ptr.dtype.element_ty, FORMAT, BIAS, HARDWARE), mask=wanted)
+    tl.store(v_out_ptr + at, finish(v, v_scale, v_out_ptr.dtype.element_ty, FORMAT, BIAS, HARDWARE), mask=wanted)
+
+
+@triton.jit
+def whole_page_kernel(
+    record_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, k_out_ptr, v_out_ptr,
+    HEADS: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, SHUFFLE: tl.constexpr,
+    FORMAT: tl.constexpr, BIAS: tl.constexpr, HARDWARE: tl.constexpr,
+):  # fmt: skip
+    """Step 3: read the whole page without a mask, for all of it lies in the pool; mask what is written."""
+    record, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
+    block = tl.load(record_ptr + record * 4).to(tl.int64)
+    first_row = tl.load(record_ptr + record * 4 + 1).to(tl.int64)
+    rows = tl.load(record_ptr + record * 4 + 2)
+    begin = tl.load(record_ptr + record * 4 + 3)
+    if rows == 0:  # a record that is not used names no page
+        return
+    k_scale, v_scale = tl.load(k_scale_ptr), tl.load(v_scale_ptr)
+    slot, dim = tl.arange(0, PAGE)[:, None], tl.arange(0, DIM)[None, :]
+    wanted = (slot >= begin) & (slot < begin + rows)  # [page, 1]
+    k = tl.load(k_ptr + k_offset(block, head, slot, dim, HEADS, PAGE, DIM, SHUFFLE))
+    v = tl.load(v_ptr + v_offset(block, head, slot, dim, HEADS, PAGE, DIM, SHUFFLE))
+    at = ((first_row - begin + slot) * HEADS + head) * DIM + dim  # [page, dim]
+    tl.store(k_out_ptr + at, finish(k, k_scale, k_out_ptr.dtype.element_ty, FORMAT, BIAS, HARDWARE), mask=wanted)
+    tl.store(v_out_ptr + at, finish(v, v_scale, v_out_ptr.dtype.element_ty, FORMAT, BIAS, HARDWARE), mask=wanted)
+
+
+@triton.jit
+def all_heads_kernel(
+    record_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, k_out_ptr, v_out_ptr,
+    HEADS: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, SHUFFLE: tl.constexpr,
+    FORMAT: tl.constexpr, BIAS: tl.constexpr, HARDWARE: tl.constexpr,
+):  # fmt: skip
+    """Step 4: a program for each page, with all its heads: the rows it writes are one run of memory."""
+    record = tl.program_id(0)
+    block = tl.load(record_ptr + record * 4).to(tl.int64)
+    first_row = tl.load(record_ptr + record * 4 + 1).to(tl.int64)
+    rows = tl.load(record_ptr + record * 4 + 2)
+    begin = tl.load(record_ptr + record * 4 + 3)
+    if rows == 0:
+        return
+    k_scale, v_scale = tl.load(k_scale_ptr), tl.load(v_scale_ptr)
+    slot = tl.arange(0, PAGE)[:, None, None]
+    head, dim = tl.arange(0, HEADS)[None, :, None], tl.arange(0, DIM)[None, None, :]
+    wanted = (slot >= begin) & (slot < begin + rows)  # [page, 1, 1]
+    k = tl.load(k_ptr + k_offset(block, head, slot, dim, HEADS, PAGE, DIM, SHUFFLE))
+    v = tl.load(v_ptr + v_offset(block, head, slot, dim, HEADS, PAGE, DIM, SHUFFLE))
+    at = ((first_row - begin + slot) * HEADS + head) * DIM + dim  # [page, heads, dim]
+    tl.store(k_out_ptr + at, finish(k, k_scale, k_out_ptr.dtype.element_ty, FORMAT, BIAS, HARDWARE), mask=wanted)
+    tl.store(v_out_ptr + at, finish(v, v_scale, v_out_ptr.dtype.element_ty, FORMAT, BIAS, HARDWARE), mask=wanted)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One kernel of the journey.
+
+    Attributes:
+        name: what it does, as rows of measurements and tables call it.
+        kernel: the Triton kernel.
+        all_heads: whether a program takes all heads of a page, or one.
+    """
+
+    name: str
+    kernel: Any
+    all_heads: bool = False
+
+    def num_warps(self, page_size: int, num_heads: int, head_dim: int, lanes: int = 32) -> int:
+        """Warps of a program: Triton's 4 where it moves rows, a lane for each 16 codes of K where it moves tiles.
+
+        Args:
+            page_size, num_heads, head_dim: of the cache.
+            lanes: of a warp; AMD's waves mostly have 64.
+        """
+        if self.kernel is page_per_program_kernel:
+            return 4
+        codes = page_size * head_dim * (num_heads if self.all_heads else 1)
+        return max(1, min(16, codes // (16 * lanes)))
+
+
+STEPS = (
+    Step("1 page per program", page_per_program_kernel),
+    Step("2 tile", tile_kernel),
+    Step("3 whole page", whole_page_kernel),
+    Step("4 all heads", all_heads_kernel, all_heads=True),
+)
+
+
+def constants_of(
+    layout: str, dtype: torch.dtype, page_size: int, num_heads: int, head_dim: int, hardware: bool
+) -> dict[str, Any]:
+    """The constexpr values that the four kernels take; `hardware` says whether the GPU decodes this FP8 itself."""
+    fmt = FORMATS[dtype]
+    return {
+        "HEADS": num_heads, "PAGE": page_size, "DIM": head_dim, "SHUFFLE": layout == "SHUFFLE",
+        "FORMAT": fmt.name, "BIAS": fmt.bias, "HARDWARE": hardware,
+    }  # fmt: skip
+
+
+def gather(step: Step, cache: PagedKVCache, plan: GatherPlan, out: tuple[Tensor, Tensor]) -> None:
+    """Gather K and V with one of the steps.
+
+    Args:
+        step: one of `STEPS`.
+        cache: contiguous FP8 pools, NHD or SHUFFLE, one scale each.
+        plan: of block ids that are all in the pool (`plan.check()` says so).
+        out: K and V, `[tokens, heads, dim]` each, contiguous; written in place.
+
+    Raises:
+        ValueError: the cache is not one that these kernels are written for.
+    """
+    _check(cache, out)
+    require_triton(cache.key_cache.device)
+    interpreted = interpreting()
+    hardware = not interpreted and fp8_support(cache.key_cache.device)[cache.key_cache.dtype] == "hardware"
+    g = cache.geometry
+    lanes = 32 if interpreted else triton.runtime.driver.active.get_current_target().warp_size
+    programs = len(plan.records) * (1 if step.all_heads else g.num_kv_heads)
+    if programs == 0:
+        return
+    with launching(cache.key_cache, interpreted):
+        step.kernel[(programs,)](
+            plan.records, cache.key_cache.view(torch.uint8), cache.value_cache.view(torch.uint8),
+            cache.k_scale, cache.v_scale, *out,
+            **constants_of(g.layout, g.dtype, g.page_size, g.num_kv_heads, g.head_dim, hardware),
+            num_warps=step.num_warps(g.page_size, g.num_kv_heads, g.head_dim, lanes),
+        )  # fmt: skip
+
+
+def _check(cache: PagedKVCache, out: tuple[Tensor, Tensor]) -> None:
+    g = cache.geometry
+    if g.layout not in ("NHD", "SHUFFLE"):
+        raise ValueError(f"cache has layout {g.layout}; accepted: NHD, SHUFFLE")
+    if g.dtype not in FORMATS:
+        raise ValueError(f"cache holds {g.dtype}; accepted: {', '.join(map(str, FORMATS))}")
+    powers = all(n & (n - 1) == 0 for n in (g.page_size, g.num_kv_heads, g.head_dim))
+    if not powers or g.head_dim != g.v_head_dim:
+        raise ValueError(
+            f"cache has pages of {g.page_size} tokens, {g.num_kv_heads} heads, K of {g.head_dim} and V of "
+            f"{g.v_head_dim}; accepted: powers of two, K and V alike"
+        )
+    for name, scale in (("k_scale", cache.k_scale), ("v_scale", cache.v_scale)):
+        if scale is None or scale.numel() != 1:
+            raise ValueError(f"{name} is {None if scale is None else list(scale.shape)}; accepted: one element")
+    if not all(tensor.is_contiguous() for tensor in (cache.key_cache, cache.value_cache, *out)):
+        raise ValueError("a pool or an output is not contiguous; accepted: contiguous ones")
