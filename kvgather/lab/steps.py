@@ -61,12 +61,15 @@ def page_per_program_kernel(
     begin = tl.load(record_ptr + record * 4 + 3)
     k_scale, v_scale = tl.load(k_scale_ptr), tl.load(v_scale_ptr)
     dim = tl.arange(0, DIM)
-    for i in range(rows):
-        k = tl.load(k_ptr + k_offset(block, head, begin + i, dim, HEADS, PAGE, DIM, SHUFFLE))  # [dim]
-        v = tl.load(v_ptr + v_offset(block, head, begin + i, dim, HEADS, PAGE, DIM, SHUFFLE))
-        at = ((first_row + i) * HEADS + head) * DIM + dim
+    slot, row = begin, first_row
+    while slot < begin + rows:
+        k = tl.load(k_ptr + k_offset(block, head, slot, dim, HEADS, PAGE, DIM, SHUFFLE))  # [dim]
+        v = tl.load(v_ptr + v_offset(block, head, slot, dim, HEADS, PAGE, DIM, SHUFFLE))
+        at = (row * HEADS + head) * DIM + dim
         tl.store(k_out_ptr + at, finish(k, k_scale, k_out_ptr.dtype.element_ty, FORMAT, BIAS, HARDWARE))
         tl.store(v_out_ptr + at, finish(v, v_scale, v_out_ptr.dtype.element_ty, FORMAT, BIAS, HARDWARE))
+        slot += 1
+        row += 1
 
 
 @triton.jit
