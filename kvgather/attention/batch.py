@@ -1,0 +1,280 @@
+"""PrefixBatch: which new tokens and which cached ones attend to each other, checked once per forward.
+
+Every layer of a forward reads the same block table at the same offsets. So everything that can be wrong with them is
+dealt with here, once: afterwards a bad id, a falling offset or a sequence longer than its row of the table can make
+rows of NaN, and never an address outside the pool or the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..formats.checks import check_int, check_tensor, described
+from ..plan import GatherPlan, PlanError
+from .lengths import check_fit, check_lengths, check_offsets, clamped, longest_of, total_of
+from .pieces import Attend, Piece
+
+_INDEX_DTYPES = (torch.int32, torch.int64)
+_MOST = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class PrefixBatch:
+    """One batch of the prefix path: its new tokens, and the cached ones before them.
+
+    Attributes:
+        block_table: `[batch, max_blocks]` int32, contiguous; −1 wherever there is no block of the pool to read.
+        cu_seqlens_q, cu_seqlens_k: `[batch + 1]` int32: prefix sums of new tokens, and of cached + new ones.
+        total_q, total_k: rows of q and of gathered K; capacities if they are larger than the last offsets.
+        max_q, max_k: no sequence has more new tokens, or more tokens.
+        seqlens_q, seqlens_k: the lengths as the host knows them, or None.
+        page_size, num_blocks: of the pool the batch was checked for.
+        slots: `[total_q]` int64: where each new token is written; −1 for rows that belong to no sequence.
+        everything: all tokens as one piece; its `plan` gathers cached + new.
+        windows: window → the piece that gathers no more than a layer of that window sees.
+    """
+
+    block_table: Tensor
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    total_q: int
+    total_k: int
+    max_q: int
+    max_k: int
+    seqlens_q: tuple[int, ...] | None
+    seqlens_k: tuple[int, ...] | None
+    page_size: int
+    num_blocks: int
+    slots: Tensor
+    everything: Piece
+    windows: dict[int, Piece]
+    _given: tuple[Tensor, Tensor, Tensor] = field(repr=False)  # table and offsets as they came, for check()
+    _made: dict[Any, Any] = field(default_factory=dict, repr=False)  # what layers asked for since
+
+    @property
+    def num_sequences(self) -> int:
+        return self.block_table.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.block_table.device
+
+    @property
+    def plan(self) -> GatherPlan:
+        return self.everything.plan
+
+    @property
+    def lens_q(self) -> Tensor:
+        """New tokens of each sequence, `[batch]` int32 on the device."""
+        return self.cu_seqlens_q.diff()
+
+    @property
+    def lens_k(self) -> Tensor:
+        """Cached + new tokens of each sequence, `[batch]` int32 on the device."""
+        return self.cu_seqlens_k.diff()
+
+    @classmethod
+    def build(
+        cls,
+        block_table: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        *,
+        page_size: int,
+        num_blocks: int,
+        total_q: int | None = None,
+        total_k: int | None = None,
+        max_q: int | None = None,
+        max_k: int | None = None,
+        seqlens_q: Sequence[int] | None = None,
+        seqlens_k: Sequence[int] | None = None,
+        windows: Iterable[int] = (),
+    ) -> PrefixBatch:
+        """Check one batch and plan what its layers gather, on its device.
+
+        Args:
+            block_table: `[batch, max_blocks]` int32 or int64. Entries past a sequence's tokens may hold anything.
+            cu_seqlens_q: `[batch + 1]` int32 or int64: prefix sums of new tokens, starting at 0.
+            cu_seqlens_k: `[batch + 1]` int32 or int64: prefix sums of cached + new tokens. A sequence's new tokens are
+                its last ones.
+            page_size: tokens per block.
+            num_blocks: blocks of the pool; ids must be below it.
+            total_q, total_k: the last offsets, or more: capacities. When they or the lengths are given, nothing waits
+                for the device, and the call can be captured in a CUDA graph; when None, they are read.
+            max_q, max_k: upper bounds of new tokens, and of tokens, of one sequence. None: the longest of the lengths
+                if those are given, else what the totals and the table allow.
+            seqlens_q, seqlens_k: the lengths, where the host knows them: `batch` ints each. They choose better
+                kernels and tighter workspaces. A CUDA graph that replays with other lengths must not be given them.
+            windows: the sliding windows of the layers to come; others work too, and are planned when first asked for.
+
+        Returns:
+            A batch. Bad contents do not raise here: an id outside the pool becomes −1 and its keys come out NaN, and so
+            do all of a sequence with more tokens than its row of the table or `max_k`; offsets that fall or pass the
+            totals are clamped. `check()` reports them.
+
+        Raises:
+            TypeError, ValueError: an argument has the wrong type, rank, size or device, or the lengths do not fit.
+        """
+        check_tensor(block_table, "block_table", ndim=2, dtypes=_INDEX_DTYPES)
+        batch, columns = block_table.shape
+        for name, offsets in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+            check_tensor(offsets, name, ndim=1, dtypes=_INDEX_DTYPES, device=block_table.device)
+            if offsets.shape[0] != batch + 1:
+                raise ValueError(
+                    f"{name} has shape {list(offsets.shape)}; accepted for {batch} sequences: [{batch + 1}]"
+                )
+        page_size = check_int(page_size, "page_size", minimum=1)
+        num_blocks = check_int(num_blocks, "num_blocks")
+        known_q = check_lengths(seqlens_q, "seqlens_q", batch)
+        known_k = check_lengths(seqlens_k, "seqlens_k", batch)
+        asked = [check_int(w, f"windows[{i}]", minimum=1) for i, w in enumerate(_listed(windows))]
+        total_q = total_of(total_q, "q", known_q, cu_seqlens_q)
+        total_k = total_of(total_k, "k", known_k, cu_seqlens_k)
+        check_fit(known_q, known_k, columns * page_size)
+        # A row of at least one column: where there is no table, keys are NaN too.
+        room = min(max(columns, 1) * page_size, _MOST)
+        max_q = longest_of(max_q, "max_q", known_q, total_q)
+        max_k = max(longest_of(max_k, "max_k", known_k, min(total_k, room)), min(total_k, 1))
+
+        given = (block_table.clone(), cu_seqlens_q.to(torch.int64, copy=True), cu_seqlens_k.to(torch.int64, copy=True))
+        cu_q = clamped(given[1], total_q)
+        lens_k = clamped(given[2], total_k).diff()
+        table = given[0].long() if columns else given[1].new_full((batch, 1), -1)
+        most = min(room, max_k)
+        too_long = lens_k > most
+        lens_k = lens_k.clamp(max=most)
+        cu_k = F.pad(lens_k.cumsum(0), (1, 0))
+        reached = torch.arange(table.shape[1], device=table.device) * page_size < lens_k[:, None]
+        good = reached & (table >= 0) & (table < num_blocks) & ~too_long[:, None]
+        table = torch.where(good, table, -1).int().contiguous()
+
+        plan = GatherPlan.build(table, cu_k, page_size=page_size, num_blocks=num_blocks, total_tokens=total_k)
+        cu_q_32, cu_k_32 = cu_q.int(), cu_k.int()
+        attend = Attend(
+            slice(0, total_q), cu_q_32, cu_k_32, max_q, max_k, causal=max_q > 1, seqlens_q=known_q, seqlens_k=known_k
+        )
+        made = cls(
+            block_table=table,
+            cu_seqlens_q=cu_q_32,
+            cu_seqlens_k=cu_k_32,
+            total_q=total_q,
+            total_k=total_k,
+            max_q=max_q,
+            max_k=max_k,
+            seqlens_q=known_q,
+            seqlens_k=known_k,
+            page_size=page_size,
+            num_blocks=num_blocks,
+            slots=_slots(table, cu_q, lens_k, page_size, total_q),
+            everything=Piece(plan, (attend,)),
+            windows={},
+            _given=given,
+        )
+        for window in asked:
+            made.for_window(window)
+        return made
+
+    def for_window(self, window: int | None) -> Piece:
+        """What a layer gathers, in one piece: everything, or of each sequence the last tokens that a window reaches."""
+        if window is None:
+            return self.everything
+        if window not in self.windows:
+            lens_q, lens_k = self.lens_q, self.lens_k
+            seen = torch.where(lens_q > 0, torch.minimum(lens_k, lens_q + (window - 1)), 0)
+            known = None
+            if self.seqlens_q is not None and self.seqlens_k is not None:
+                known = tuple(
+                    min(k, q + window - 1) if q else 0 for q, k in zip(self.seqlens_q, self.seqlens_k, strict=True)
+                )
+            capacity = min(self.total_k, self.total_q + self.num_sequences * (window - 1), _MOST)
+            cu_k = clamped(F.pad(seen.cumsum(0), (1, 0)), capacity)
+            plan = self.plan_of(cu_k, capacity, lens_k - seen)
+            attend = Attend(
+                slice(0, self.total_q), self.cu_seqlens_q, cu_k.int(), self.max_q,
+                min(self.max_k, self.max_q + window - 1),
+                causal=self.max_q > 1, window=window if self.max_q > 1 else None,  # one row sees all that is gathered
+                seqlens_q=self.seqlens_q, seqlens_k=known,
+            )  # fmt: skip
+            self.windows[window] = Piece(plan, (attend,))
+        return self.windows[window]
+
+    def plan_of(self, cu_k: Tensor, total: int, starts: Tensor, sequences: slice = slice(None)) -> GatherPlan:
+        """A plan over some sequences' positions `starts` and on."""
+        return GatherPlan.build(
+            self.block_table[sequences], cu_k, page_size=self.page_size, num_blocks=self.num_blocks,
+            total_tokens=total, seq_starts=starts,
+        )  # fmt: skip
+
+    def once(self, key: object, make: Callable[[], Any]) -> Any:
+        """What `make` gives, made when a layer first asks for it and kept for the others."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def check(self) -> None:
+        """Raise if the batch was built from a bad block table or bad offsets; waits for the device.
+
+        Raises:
+            PlanError: with the sequence, and the column where it is about one.
+        """
+        table, *offsets = (tensor.cpu() for tensor in self._given)
+        lengths = []
+        for which, given, total, longest, known in (
+            ("q", offsets[0], self.total_q, self.max_q, self.seqlens_q),
+            ("k", offsets[1], self.total_k, self.max_k, self.seqlens_k),
+        ):
+            lens = check_offsets(given, which, total)
+            for sequence, length in enumerate(lens):
+                if known is not None and length != known[sequence]:
+                    raise PlanError(
+                        f"seqlens_{which}[{sequence}] is {known[sequence]}, and cu_seqlens_{which} says {length}; "
+                        "accepted: the same lengths twice"
+                    )
+            lengths.append((lens, longest))
+        (lens_q, max_q), (lens_k, max_k) = lengths
+        columns = table.shape[1]
+        for sequence, (n_q, n_k) in enumerate(zip(lens_q, lens_k, strict=True)):
+            where = f"sequence {sequence} has"
+            if n_k < n_q:
+                raise PlanError(f"{where} {n_q} new tokens among {n_k}; accepted: cu_seqlens_k counts cached + new")
+            reached = -(-n_k // self.page_size)
+            row = table[sequence, :reached]
+            bad = ((row < 0) | (row >= self.num_blocks)).nonzero()
+            if len(bad) or reached > columns:
+                column = int(bad[0]) if len(bad) else columns
+                what = f"is {int(row[column])}" if len(bad) else "is past the table's end"
+                raise PlanError(
+                    f"block_table[{sequence}, {column}] (sequence {sequence}, column {column}) {what}; accepted: block "
+                    f"ids 0 to {self.num_blocks - 1} in every column that the sequence's tokens reach"
+                )
+            if n_q > max_q:
+                raise PlanError(f"{where} {n_q} new tokens; accepted: at most max_q, {max_q}")
+            if n_k > max_k:
+                raise PlanError(f"{where} {n_k} tokens; accepted: at most max_k, {max_k}")
+
+
+def _listed(windows: object) -> list[Any]:
+    if isinstance(windows, (str, bytes, Tensor)) or not isinstance(windows, Iterable):
+        raise TypeError(f"windows is {described(windows)}; accepted: ints, such as (128,)")
+    return list(windows)
+
+
+def _slots(table: Tensor, cu_q: Tensor, lens_k: Tensor, page_size: int, total_q: int) -> Tensor:
+    """The slot of each new token, `[total_q]` int64."""
+    batch, columns = table.shape
+    row = torch.arange(total_q, device=table.device)
+    if batch == 0:
+        return torch.full_like(row, -1)
+    sequence = torch.searchsorted(cu_q[1:].contiguous(), row, right=True)
+    in_use = sequence < batch
+    sequence = sequence.clamp(max=batch - 1)
+    position = (lens_k - cu_q[1:])[sequence] + row
+    in_use &= position >= 0  # else there are more new tokens than tokens
+    block = table[sequence, (position // page_size).clamp(0, columns - 1)].long()
+    return torch.where(in_use & (block >= 0), block * page_size + position % page_size, -1)

@@ -1,0 +1,77 @@
+"""Lengths, totals and offsets of a batch: three ways to say one thing, checked against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import Tensor
+
+from ..formats.checks import check_int, described
+from ..plan import PlanError
+
+
+def check_lengths(lengths: object, name: str, batch: int) -> tuple[int, ...] | None:
+    if lengths is None:
+        return None
+    if isinstance(lengths, (str, bytes, Tensor)) or not isinstance(lengths, Sequence):
+        raise TypeError(f"{name} is {described(lengths)}; accepted: None, or a list of ints")
+    if len(lengths) != batch:
+        raise ValueError(f"{name} has {len(lengths)} lengths; accepted for {batch} sequences: {batch}")
+    return tuple(check_int(length, f"{name}[{i}]") for i, length in enumerate(lengths))
+
+
+def total_of(given: int | None, which: str, known: tuple[int, ...] | None, offsets: Tensor) -> int:
+    """total_q or total_k, from whatever says it; the offsets are read last, because to read them is to wait."""
+    name = f"total_{which}"
+    if given is not None:
+        total = check_int(given, name)
+        if known is not None and sum(known) > total:
+            raise ValueError(f"{name} is {total}; accepted for seqlens_{which} that sum to {sum(known)}: that or more")
+        return total
+    return check_int(sum(known) if known is not None else int(offsets[-1]), f"cu_seqlens_{which}[-1]")
+
+
+def longest_of(given: int | None, name: str, known: tuple[int, ...] | None, bound: int) -> int:
+    longest = max(known, default=0) if known is not None else None
+    if given is not None:
+        given = check_int(given, name)
+        if longest is not None and given < longest:
+            raise ValueError(f"{name} is {given}; accepted: at least the longest of the lengths given, {longest}")
+    if longest is not None:
+        return longest
+    return bound if given is None else min(given, bound)
+
+
+def check_fit(known_q: tuple[int, ...] | None, known_k: tuple[int, ...] | None, room: int) -> None:
+    for sequence, length in enumerate(known_k or ()):
+        if length > room:
+            raise ValueError(
+                f"seqlens_k[{sequence}] is {length}; accepted: at most {room}, which a row of block_table can hold"
+            )
+        if known_q is not None and known_q[sequence] > length:
+            raise ValueError(
+                f"seqlens_q[{sequence}] is {known_q[sequence]}, and seqlens_k[{sequence}] {length}; accepted: "
+                "seqlens_k counts cached + new tokens"
+            )
+
+
+def clamped(offsets: Tensor, total: int) -> Tensor:
+    """Offsets that begin at 0, never fall and end at or below `total`."""
+    used = offsets.cummax(0).values.clamp(0, total)
+    used[:1] = 0
+    return used
+
+
+def check_offsets(given: Tensor, which: str, total: int) -> list[int]:
+    """The lengths that offsets stand for, on the CPU; PlanError if they are no offsets."""
+    name, numbers = f"cu_seqlens_{which}", given.tolist()
+    if numbers[0] != 0:
+        raise PlanError(f"{name}[0] is {numbers[0]}; accepted: 0")
+    for at in range(1, len(numbers)):
+        if not numbers[at - 1] <= numbers[at] <= total:
+            raise PlanError(
+                f"{name}[{at}] is {numbers[at]}, after {numbers[at - 1]} (sequence {at - 1}); accepted: offsets that "
+                f"begin at 0, never fall, and end at or below total_{which}, {total}"
+            )
+    return [after - before for before, after in pairwise(numbers)]

@@ -1,0 +1,41 @@
+"""Pieces: keys that are gathered together, and which rows of q attend to them under which mask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..plan import GatherPlan
+
+
+@dataclass(frozen=True)
+class Attend:
+    """One call of the dense attention.
+
+    Attributes:
+        rows: the rows of q it covers.
+        cu_seqlens_q, cu_seqlens_k: `[sequences + 1]` int32, into those rows and into the gathered keys.
+        max_q, max_k: upper bounds of one sequence's rows and keys.
+        causal: the last row of a sequence sees its last key, the row before sees one key less; else all see all.
+        window: how many keys a row sees at most; only with `causal`.
+        seqlens_q, seqlens_k: the lengths, where the host knows them.
+    """
+
+    rows: slice
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_q: int
+    max_k: int
+    causal: bool
+    window: int | None = None
+    seqlens_q: tuple[int, ...] | None = None
+    seqlens_k: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What is gathered in one go, and everything that attends to it."""
+
+    plan: GatherPlan
+    attends: tuple[Attend, ...]
