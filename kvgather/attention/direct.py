@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -128,7 +129,7 @@ def direct_attention(
             v_scale.stride_block, v_scale.stride_head, v_scale.stride_slot,
             PAGE=g.page_size, KV_HEADS=g.num_kv_heads, GROUP=group,
             K_DIM=g.head_dim, V_DIM=g.v_head_dim, K_PAD=k_pad, V_PAD=v_pad,
-            M=tile.m, N=tile.n, SPLITS=tile.splits, WINDOW=window or 0,
+            M=tile.m, N=tile.n, SAME_PAGE=math.gcd(g.page_size, tile.n), SPLITS=tile.splits, WINDOW=window or 0,
             BEGINS=begin is not None, STATE=state is not None, SINKS=sinks is not None,
             V_SLOTS_PER_GROUP=v_strides.slots_per_group, K_DIMS_PER_GROUP=k_strides.dims_per_group,
             K_KIND=k_scale.kind, V_KIND=v_scale.kind,
