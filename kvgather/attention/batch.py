@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..cache import PagedKVCache
 from ..formats.checks import check_int, check_tensor, described
 from ..plan import GatherPlan, PlanError
-from .lengths import check_fit, check_lengths, check_offsets, clamped, longest_of, total_of
+from .choose import check_facts, explained
+from .lengths import check_fit, check_lengths, check_offsets, check_row, clamped, longest_of, total_of
 from .pieces import Attend, Piece
 
 _INDEX_DTYPES = (torch.int32, torch.int64)
@@ -134,8 +136,8 @@ class PrefixBatch:
         known_q = check_lengths(seqlens_q, "seqlens_q", batch)
         known_k = check_lengths(seqlens_k, "seqlens_k", batch)
         asked = [check_int(w, f"windows[{i}]", minimum=1) for i, w in enumerate(_listed(windows))]
-        total_q = total_of(total_q, "q", known_q, cu_seqlens_q)
-        total_k = total_of(total_k, "k", known_k, cu_seqlens_k)
+        total_q = total_of(total_q, "q", known_q, cu_seqlens_q, batch * columns * page_size)
+        total_k = total_of(total_k, "k", known_k, cu_seqlens_k, batch * columns * page_size)
         check_fit(known_q, known_k, columns * page_size)
         # A row of at least one column: where there is no table, keys are NaN too.
         room = min(max(columns, 1) * page_size, _MOST)
@@ -185,24 +187,28 @@ class PrefixBatch:
         if window is None:
             return self.everything
         if window not in self.windows:
-            lens_q, lens_k = self.lens_q, self.lens_k
-            seen = torch.where(lens_q > 0, torch.minimum(lens_k, lens_q + (window - 1)), 0)
-            known = None
-            if self.seqlens_q is not None and self.seqlens_k is not None:
-                known = tuple(
-                    min(k, q + window - 1) if q else 0 for q, k in zip(self.seqlens_q, self.seqlens_k, strict=True)
-                )
-            capacity = min(self.total_k, self.total_q + self.num_sequences * (window - 1), _MOST)
+            seen, known = self.seen(window)
+            capacity = min(self.total_k, self.total_q + self.num_sequences * (window - 1))
             cu_k = clamped(F.pad(seen.cumsum(0), (1, 0)), capacity)
-            plan = self.plan_of(cu_k, capacity, lens_k - seen)
             attend = Attend(
                 slice(0, self.total_q), self.cu_seqlens_q, cu_k.int(), self.max_q,
                 min(self.max_k, self.max_q + window - 1),
                 causal=self.max_q > 1, window=window if self.max_q > 1 else None,  # one row sees all that is gathered
                 seqlens_q=self.seqlens_q, seqlens_k=known,
             )  # fmt: skip
-            self.windows[window] = Piece(plan, (attend,))
+            self.windows[window] = Piece(self.plan_of(cu_k, capacity, self.lens_k - seen), (attend,))
         return self.windows[window]
+
+    def seen(self, window: int | None) -> tuple[Tensor, tuple[int, ...] | None]:
+        """How many tokens at the end of each sequence its new tokens see: on the device, and if it is known the host's
+        copy. Where nothing is new nothing is seen."""
+        lens_q, lens_k = self.lens_q, self.lens_k
+        further = self.max_k if window is None else window - 1
+        seen = torch.where(lens_q > 0, torch.minimum(lens_k.long(), lens_q.long() + further), 0)
+        known = None
+        if self.seqlens_q is not None and self.seqlens_k is not None:
+            known = tuple(min(k, q + further) if q else 0 for q, k in zip(self.seqlens_q, self.seqlens_k, strict=True))
+        return seen, known
 
     def plan_of(self, cu_k: Tensor, total: int, starts: Tensor, sequences: slice = slice(None)) -> GatherPlan:
         """A plan over some sequences' positions `starts` and on."""
@@ -210,6 +216,22 @@ class PrefixBatch:
             self.block_table[sequences], cu_k, page_size=self.page_size, num_blocks=self.num_blocks,
             total_tokens=total, seq_starts=starts,
         )  # fmt: skip
+
+    def explain(
+        self, cache: PagedKVCache, num_q_heads: int, window: int | None = None, dtype: torch.dtype = torch.bfloat16
+    ) -> str:
+        """Say which path `path="auto"` takes for a layer, with which numbers, and where those come from.
+
+        Args:
+            cache: the layer's.
+            num_q_heads: query heads, a multiple of the cache's KV heads.
+            window: of the layer; None is none.
+            dtype: of q.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong.
+        """
+        return explained(check_facts(cache, self.max_q, self.max_k, num_q_heads, dtype, window))
 
     def once(self, key: object, make: Callable[[], Any]) -> Any:
         """What `make` gives, made when a layer first asks for it and kept for the others."""
@@ -223,40 +245,18 @@ class PrefixBatch:
         Raises:
             PlanError: with the sequence, and the column where it is about one.
         """
-        table, *offsets = (tensor.cpu() for tensor in self._given)
-        lengths = []
-        for which, given, total, longest, known in (
-            ("q", offsets[0], self.total_q, self.max_q, self.seqlens_q),
-            ("k", offsets[1], self.total_k, self.max_k, self.seqlens_k),
-        ):
-            lens = check_offsets(given, which, total)
-            for sequence, length in enumerate(lens):
-                if known is not None and length != known[sequence]:
-                    raise PlanError(
-                        f"seqlens_{which}[{sequence}] is {known[sequence]}, and cu_seqlens_{which} says {length}; "
-                        "accepted: the same lengths twice"
-                    )
-            lengths.append((lens, longest))
-        (lens_q, max_q), (lens_k, max_k) = lengths
-        columns = table.shape[1]
-        for sequence, (n_q, n_k) in enumerate(zip(lens_q, lens_k, strict=True)):
-            where = f"sequence {sequence} has"
-            if n_k < n_q:
-                raise PlanError(f"{where} {n_q} new tokens among {n_k}; accepted: cu_seqlens_k counts cached + new")
-            reached = -(-n_k // self.page_size)
-            row = table[sequence, :reached]
-            bad = ((row < 0) | (row >= self.num_blocks)).nonzero()
-            if len(bad) or reached > columns:
-                column = int(bad[0]) if len(bad) else columns
-                what = f"is {int(row[column])}" if len(bad) else "is past the table's end"
+        table, offsets_q, offsets_k = (tensor.cpu() for tensor in self._given)
+        lens_q = check_offsets(offsets_q, "q", self.total_q, self.seqlens_q)
+        lens_k = check_offsets(offsets_k, "k", self.total_k, self.seqlens_k)
+        for sequence, (new, tokens) in enumerate(zip(lens_q, lens_k, strict=True)):
+            if new > tokens:
                 raise PlanError(
-                    f"block_table[{sequence}, {column}] (sequence {sequence}, column {column}) {what}; accepted: block "
-                    f"ids 0 to {self.num_blocks - 1} in every column that the sequence's tokens reach"
+                    f"sequence {sequence} has {new} new tokens among {tokens}; accepted: cu_seqlens_k counts both"
                 )
-            if n_q > max_q:
-                raise PlanError(f"{where} {n_q} new tokens; accepted: at most max_q, {max_q}")
-            if n_k > max_k:
-                raise PlanError(f"{where} {n_k} tokens; accepted: at most max_k, {max_k}")
+            check_row(table[sequence], sequence, tokens, self.page_size, self.num_blocks)
+            for name, came, most in (("max_q", new, self.max_q), ("max_k", tokens, self.max_k)):
+                if came > most:
+                    raise PlanError(f"sequence {sequence} has {came} tokens; accepted: at most {name}, {most}")
 
 
 def _listed(windows: object) -> list[Any]:

@@ -21,15 +21,22 @@ def check_lengths(lengths: object, name: str, batch: int) -> tuple[int, ...] | N
     return tuple(check_int(length, f"{name}[{i}]") for i, length in enumerate(lengths))
 
 
-def total_of(given: int | None, which: str, known: tuple[int, ...] | None, offsets: Tensor) -> int:
-    """total_q or total_k, from whatever says it; the offsets are read last, because to read them is to wait."""
+def total_of(given: int | None, which: str, known: tuple[int, ...] | None, offsets: Tensor, room: int) -> int:
+    """total_q or total_k, from whatever says it; the offsets are read last, because to read them is to wait.
+
+    Args:
+        room: positions of the whole block table. Tokens past it are for `check()` to report, but a total that is far
+            past it is garbage, and would only take the machine's memory.
+    """
     name = f"total_{which}"
     if given is not None:
         total = check_int(given, name)
         if known is not None and sum(known) > total:
             raise ValueError(f"{name} is {total}; accepted for seqlens_{which} that sum to {sum(known)}: that or more")
         return total
-    return check_int(sum(known) if known is not None else int(offsets[-1]), f"cu_seqlens_{which}[-1]")
+    if known is not None:
+        return check_int(sum(known), f"the sum of seqlens_{which}")
+    return check_int(int(offsets[-1]), f"cu_seqlens_{which}[-1]", maximum=min(max(4 * room, 2**20), 2**31 - 1))
 
 
 def longest_of(given: int | None, name: str, known: tuple[int, ...] | None, bound: int) -> int:
@@ -63,15 +70,38 @@ def clamped(offsets: Tensor, total: int) -> Tensor:
     return used
 
 
-def check_offsets(given: Tensor, which: str, total: int) -> list[int]:
-    """The lengths that offsets stand for, on the CPU; PlanError if they are no offsets."""
+def check_offsets(given: Tensor, which: str, total: int, known: tuple[int, ...] | None) -> list[int]:
+    """The lengths that offsets stand for, on the CPU.
+
+    Raises:
+        PlanError: they are no offsets, or not those of the lengths that the host was given.
+    """
     name, numbers = f"cu_seqlens_{which}", given.tolist()
     if numbers[0] != 0:
         raise PlanError(f"{name}[0] is {numbers[0]}; accepted: 0")
-    for at in range(1, len(numbers)):
-        if not numbers[at - 1] <= numbers[at] <= total:
+    for sequence, (before, after) in enumerate(pairwise(numbers)):
+        if not before <= after <= total:
             raise PlanError(
-                f"{name}[{at}] is {numbers[at]}, after {numbers[at - 1]} (sequence {at - 1}); accepted: offsets that "
+                f"{name}[{sequence + 1}] is {after}, after {before} (sequence {sequence}); accepted: offsets that "
                 f"begin at 0, never fall, and end at or below total_{which}, {total}"
             )
+        if known is not None and after - before != known[sequence]:
+            raise PlanError(
+                f"seqlens_{which}[{sequence}] is {known[sequence]}, and {name} says {after - before}; accepted: "
+                "the same lengths in both"
+            )
     return [after - before for before, after in pairwise(numbers)]
+
+
+def check_row(row: Tensor, sequence: int, tokens: int, page_size: int, num_blocks: int) -> None:
+    """Raise unless a row of a block table, on the CPU, has a block of the pool wherever the sequence has tokens."""
+    reached = -(-tokens // page_size)
+    bad = ((row[:reached] < 0) | (row[:reached] >= num_blocks)).nonzero()
+    if len(bad) == 0 and reached <= len(row):
+        return
+    column = int(bad[0]) if len(bad) else len(row)
+    what = f"is {int(row[column])}" if len(bad) else "is past the table's end"
+    raise PlanError(
+        f"block_table[{sequence}, {column}] (sequence {sequence}, column {column}) {what}; accepted: block ids 0 to "
+        f"{num_blocks - 1} in every column that the sequence's tokens reach"
+    )

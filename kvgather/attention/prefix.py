@@ -1,0 +1,206 @@
+"""The prefix path: write the new tokens, read them together with the cached ones, attend."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..cache import PagedKVCache
+from ..device import require_triton, triton_available
+from ..formats.checks import check_choice, check_int, check_tensor, described
+from ..formats.fp8 import FLOATS
+from .batch import PrefixBatch
+from .choose import PATHS, check_facts, choose
+from .dense import dense_attention
+from .merge import apply_sinks
+from .pieces import Attend, Piece
+from .states import RunningState
+from .workspace import Pieces, common_piece, in_pieces
+
+_COMMON_STEP = 1024  # key lengths of the unmasked part are multiples of it, because cuDNN plans each length anew
+
+
+@torch.no_grad()
+def prefix_attention(
+    q: Tensor,
+    k_new: Tensor | None,
+    v_new: Tensor | None,
+    cache: PagedKVCache,
+    batch: PrefixBatch,
+    softmax_scale: float | None = None,
+    sinks: Tensor | None = None,
+    window: int | None = None,
+    workspace_tokens: int | None = None,
+    path: str = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Write a batch's new tokens to the cache and attend to them and to everything before them.
+
+    Args:
+        q: `[batch.total_q, q_heads, head_dim]`, bfloat16, float16 or float32; `q_heads` a multiple of the KV heads.
+        k_new, v_new: `[batch.total_q, kv_heads, head_dim]` and `[…, v_head_dim]`; both None when they are in the cache
+            already.
+        cache: what the batch's block ids point into. Its scales say themselves of which kind they are.
+        batch: from `PrefixBatch.build`, for this cache's page size.
+        softmax_scale: what scores are multiplied by; None is `head_dim ** -0.5`.
+        sinks: `[q_heads]`, a logit per head that counts in the denominator alone.
+        window: how many keys a query sees at most, itself included; None is all.
+        workspace_tokens: at most so many tokens are gathered at a time; None is all at once. Any context fits: partial
+            results are merged, and the sink enters once, at the end.
+        path: "gather", "direct" (straight from the pages), or "auto": the faster one, see `batch.explain`.
+        return_lse: also return the log-sum-exp.
+
+    Returns:
+        out `[total_q, q_heads, v_head_dim]` in q's dtype, or (out, lse) with the natural log-sum-exp, the sink's
+        included, `[total_q, q_heads]` FP32. Rows that belong to no sequence are 0 (and −inf, or the sink); rows that
+        need a bad block id are NaN.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong, or the combination not supported; nothing was written or launched.
+    """
+    _check(q, k_new, v_new, cache, batch)
+    g = cache.geometry
+    scale = _softmax_scale(softmax_scale, g.head_dim)
+    if sinks is not None:
+        check_tensor(sinks, "sinks", ndim=1, dtypes=FLOATS, device=g.device)
+        if sinks.shape[0] != q.shape[1]:
+            raise ValueError(f"sinks has shape {list(sinks.shape)}; accepted for {q.shape[1]} query heads: one each")
+    if window is not None:
+        window = check_int(window, "window", minimum=1)
+    if workspace_tokens is not None:
+        workspace_tokens = check_int(workspace_tokens, "workspace_tokens", minimum=1)
+    if check_choice(path, "path", PATHS) == "auto":
+        path = choose(check_facts(cache, batch.max_q, batch.max_k, q.shape[1], q.dtype, window)).path
+    if path == "direct":
+        require_triton(g.device)
+        pieces = None
+    else:
+        pieces = batch.once((window, workspace_tokens), lambda: in_pieces(batch, window, workspace_tokens))
+
+    if k_new is not None and v_new is not None:
+        cache.write(k_new, v_new, batch.slots)
+    if q.stride(2) != 1:
+        q = q.contiguous()
+    if pieces is None:
+        out, lse = _direct(q, cache, batch, scale, sinks, window)
+    elif (common := _common_length(q, batch, window, workspace_tokens)) > 0:
+        out, lse = _common_part_first(q, cache, batch, common, scale, sinks)
+    else:
+        out, lse = _gathered(q, cache, pieces, scale, sinks)
+    return (out, lse) if return_lse else out
+
+
+def _check(q: Tensor, k_new: Tensor | None, v_new: Tensor | None, cache: PagedKVCache, batch: PrefixBatch) -> None:
+    """Raise unless the tensors, the cache and the batch belong together."""
+    if not isinstance(cache, PagedKVCache):
+        raise TypeError(f"cache is {described(cache)}; accepted: a PagedKVCache")
+    if not isinstance(batch, PrefixBatch):
+        raise TypeError(f"batch is {described(batch)}; accepted: a PrefixBatch, from PrefixBatch.build(...)")
+    g = cache.geometry
+    if batch.page_size != g.page_size:
+        raise ValueError(f"batch was made for page_size {batch.page_size}; accepted: the cache's, {g.page_size}")
+    if batch.num_blocks > g.num_blocks:
+        raise ValueError(
+            f"batch was made for a pool of {batch.num_blocks} blocks; accepted: at most the cache's {g.num_blocks}"
+        )
+    if batch.device != g.device:
+        raise ValueError(f"batch is on {batch.device}; accepted: the cache's device, {g.device}")
+    rows = batch.total_q
+    check_tensor(q, "q", ndim=3, dtypes=FLOATS, device=g.device)
+    if q.shape[0] != rows or q.shape[2] != g.head_dim or q.shape[1] % g.num_kv_heads or q.shape[1] == 0:
+        raise ValueError(
+            f"q has shape {list(q.shape)}; accepted for total_q {rows}: [{rows}, a multiple of {g.num_kv_heads} heads, "
+            f"{g.head_dim}]"
+        )
+    if (k_new is None) != (v_new is None):
+        missing, given = ("k_new", "v_new") if k_new is None else ("v_new", "k_new")
+        raise TypeError(f"{missing} is None and {given} is not; accepted: both, or neither (already in the cache)")
+    for name, tensor, dim in (("k_new", k_new, g.head_dim), ("v_new", v_new, g.v_head_dim)):
+        if tensor is None:
+            continue
+        check_tensor(tensor, name, ndim=3, dtypes=FLOATS, device=g.device)
+        if tuple(tensor.shape) != (rows, g.num_kv_heads, dim):
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}; accepted for total_q {rows}: [{rows}, {g.num_kv_heads}, {dim}]"
+            )
+
+
+def _softmax_scale(given: object, head_dim: int) -> float:
+    if given is None:
+        return float(head_dim**-0.5)
+    if isinstance(given, bool) or not isinstance(given, (int, float)):
+        raise TypeError(f"softmax_scale is {described(given)}; accepted: None, or a float")
+    if not math.isfinite(given):
+        raise ValueError(f"softmax_scale is {given}; accepted: a finite number")
+    return float(given)
+
+
+def _gathered(
+    q: Tensor, cache: PagedKVCache, pieces: Pieces, scale: float, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gather each piece into the same memory, attend, merge; the sinks come once, when all is merged."""
+    g = cache.geometry
+    state = RunningState(q.shape[0], q.shape[1], g.v_head_dim, torch.float32 if pieces.merged else q.dtype, q.device)
+    k, v = (q.new_empty((pieces.capacity, g.num_kv_heads, dim)) for dim in (g.head_dim, g.v_head_dim))
+    for piece in pieces.pieces if pieces.capacity else ():
+        cache.gather(piece.plan, out_dtype=q.dtype, out=(k, v))
+        for attend in piece.attends:
+            part = _dense(q, k, v, piece, attend, scale)
+            if pieces.merged:
+                state.add(attend.rows, *part)
+            else:
+                state.put(attend.rows, *part)
+            del part  # or it would still be there beside the next one
+    out, lse = state.out, state.lse
+    del state, k, v
+    if sinks is not None:
+        out, lse = apply_sinks(out, lse, sinks)
+    return out.to(q.dtype), lse
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, piece: Piece, attend: Attend, scale: float) -> tuple[Tensor, Tensor]:
+    return dense_attention(
+        q[attend.rows], k[: piece.plan.total_tokens], v[: piece.plan.total_tokens],
+        attend.cu_seqlens_q, attend.cu_seqlens_k, max_q=attend.max_q, max_k=attend.max_k, softmax_scale=scale,
+        causal=attend.causal, window=attend.window, seqlens_q=attend.seqlens_q, seqlens_k=attend.seqlens_k,
+    )  # fmt: skip
+
+
+def _common_length(q: Tensor, batch: PrefixBatch, window: int | None, workspace_tokens: int | None) -> int:
+    """How many tokens at the beginning of every sequence are cached, as far as an unmasked kernel can take them.
+
+    0 where that pays nothing: on a CPU, in a window, in FP32, with lengths that the host does not know.
+    """
+    if q.device.type != "cuda" or q.dtype == torch.float32 or window is not None or workspace_tokens is not None:
+        return 0
+    if batch.seqlens_q is None or batch.seqlens_k is None or not triton_available():
+        return 0
+    cached = (k - q for q, k in zip(batch.seqlens_q, batch.seqlens_k, strict=True))
+    return min(cached, default=0) // _COMMON_STEP * _COMMON_STEP
+
+
+def _common_part_first(
+    q: Tensor, cache: PagedKVCache, batch: PrefixBatch, length: int, scale: float, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gather what is cached in every sequence, attend with no mask, and go on from there straight from the pages."""
+    from .direct import direct_attention
+
+    piece, begin = batch.once(("common", length), lambda: (common_piece(batch, length), _full(batch, length)))
+    k, v = cache.gather(piece.plan, out_dtype=q.dtype)
+    state = _dense(q, k, v, piece, piece.attends[0], scale)
+    del k, v
+    return direct_attention(q, cache, batch, softmax_scale=scale, sinks=sinks, begin=begin, state=state)
+
+
+def _full(batch: PrefixBatch, length: int) -> Tensor:
+    return torch.full((batch.num_sequences,), length, dtype=torch.int32, device=batch.device)
+
+
+def _direct(
+    q: Tensor, cache: PagedKVCache, batch: PrefixBatch, scale: float, sinks: Tensor | None, window: int | None
+) -> tuple[Tensor, Tensor]:
+    from .direct import direct_attention  # needs triton, which this module does not
+
+    return direct_attention(q, cache, batch, softmax_scale=scale, sinks=sinks, window=window)

@@ -1,0 +1,41 @@
+"""The attention state of all rows, to which those of pieces are added in place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class RunningState:
+    """What rows of q have seen so far.
+
+    Attributes:
+        out: `[n, heads, dim]`; FP32 if states are to be merged.
+        lse: `[n, heads]` FP32, natural, −inf where nothing was seen.
+    """
+
+    def __init__(self, rows: int, heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.out = torch.zeros((rows, heads, dim), dtype=dtype, device=device)
+        self.lse = torch.full((rows, heads), -torch.inf, device=device)
+
+    def add(self, rows: slice, out: Tensor, lse: Tensor) -> None:
+        """Merge what `rows` saw elsewhere; in place, because memory for a second state of all rows is not there.
+
+        Args:
+            rows: of this state.
+            out: `[rows, heads, dim]`, any float dtype, 0 where `lse` is −inf.
+            lse: `[rows, heads]` FP32.
+        """
+        held_out, held_lse = self.out[rows], self.lse[rows]
+        merged = torch.logaddexp(held_lse, lse)
+        base = torch.where(merged == -torch.inf, 0, merged)  # −inf less −inf would be NaN
+        held_out *= torch.exp(held_lse - base)[..., None]
+        held_out.addcmul_(out, torch.exp(lse - base)[..., None])
+        held_lse.copy_(merged)
+
+    def put(self, rows: slice, out: Tensor, lse: Tensor) -> None:
+        """Set what `rows` saw, where that is all they see."""
+        if len(self.lse) == len(lse):
+            self.out, self.lse = out, lse
+        else:
+            self.out[rows], self.lse[rows] = out, lse
