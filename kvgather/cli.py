@@ -7,6 +7,7 @@ here), 3 the command itself failed, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,12 @@ from typing import Any
 
 Commands = Any  # what add_subparsers returns has no public name
 OK, NOT_AS_EXPECTED, USAGE, FAILED, INTERRUPTED = 0, 1, 2, 3, 130
+
+BENCHMARKS = {
+    "gather": "the gather against what engines ship and against the memory's limit",
+    "steps": "the kernels of chapter 07, each one change from the one before",
+}
+"""What `kvgather bench` measures: each is the `run` of the module of its name in `kvgather.bench`."""
 
 
 def doctor(arguments: argparse.Namespace) -> int:
@@ -49,14 +56,15 @@ def bench(arguments: argparse.Namespace) -> int:
     """Measure, print a table, and write the rows to a CSV file."""
     import torch
 
-    from .bench import gather, report, steps
+    from .bench import report
+    from .bench.gather import show_progress
     from .device import has_gpu
 
     device = torch.device(arguments.device or ("cuda" if has_gpu() else "cpu"))
     if device.type == "cuda" and not has_gpu():
         raise ValueError("--device is cuda; accepted: cpu, for there is no GPU here")
-    measure = steps.run if arguments.what == "steps" else gather.run
-    rows = measure(device, only=arguments.case, seconds=arguments.seconds, progress=gather.show_progress)
+    measure = importlib.import_module(f".bench.{arguments.what}", __package__).run
+    rows = measure(device, only=arguments.case, seconds=arguments.seconds, progress=show_progress)
     print(report.table(rows))
     if arguments.csv:
         report.write(rows, Path(arguments.csv))
@@ -92,7 +100,8 @@ def _add_bench(commands: Commands) -> None:
         description="Checks each implementation against the reference, then times it; on a GPU in CUDA graphs, over "
         "inputs that do not fit in its cache.",
     )
-    parser.add_argument("what", choices=("gather", "steps"), help="what to measure")
+    told = "; ".join(f"{what}: {about}" for what, about in BENCHMARKS.items())
+    parser.add_argument("what", choices=tuple(BENCHMARKS), metavar="WHAT", help=told)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     parser.add_argument("--case", default="", metavar="TEXT", help="only cases whose name holds TEXT")
     parser.add_argument("--seconds", type=_seconds, default=0.2, help="about how long for each; default: 0.2")
