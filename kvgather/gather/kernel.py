@@ -11,7 +11,8 @@ and 192 waste no lanes, and a unit is a head's dim range of that size.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +78,8 @@ def _load_tile(
     stride_block, stride_head, stride_slot_group, stride_slot, stride_dim_group, stride_dim,
     PAGE: tl.constexpr, DIM: tl.constexpr, HEADS: tl.constexpr,
     SLOTS: tl.constexpr, UNITS: tl.constexpr, UNIT: tl.constexpr, TILES: tl.constexpr,
-    SLOTS_PER_GROUP: tl.constexpr, DIMS_PER_GROUP: tl.constexpr, INTEGER: tl.constexpr, WIDE: tl.constexpr,
+    SLOTS_PER_GROUP: tl.constexpr, DIMS_PER_GROUP: tl.constexpr, ALIGN: tl.constexpr,
+    INTEGER: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """What the pool holds in one tile of a page, `[SLOTS, UNITS, UNIT]`; of page 0 when block is −1."""
     slot = slot0 + tl.arange(0, SLOTS)
@@ -87,16 +89,18 @@ def _load_tile(
         unit = unit.to(tl.int64)
     head = unit // (DIM // UNIT)
     dim = ((unit % (DIM // UNIT)) * UNIT)[:, None] + tl.arange(0, UNIT)[None, :]  # [UNITS, UNIT]
+    # Strides come divided by ALIGN: their product is a multiple of it that Triton can see, and loads that widely.
     if SLOTS_PER_GROUP > 1:  # V of SHUFFLE
-        slot_offset = (slot // SLOTS_PER_GROUP) * stride_slot_group + (slot % SLOTS_PER_GROUP) * stride_slot
+        slot_offset = (slot // SLOTS_PER_GROUP) * stride_slot_group * ALIGN + (slot % SLOTS_PER_GROUP) * stride_slot
+        dim_offset = dim * stride_dim_group * ALIGN
+    elif DIMS_PER_GROUP > 1:  # K of SHUFFLE
+        slot_offset = slot * stride_slot_group * ALIGN
+        dim_offset = (dim // DIMS_PER_GROUP) * stride_dim_group * ALIGN + (dim % DIMS_PER_GROUP) * stride_dim
     else:
-        slot_offset = slot * stride_slot_group
-    if DIMS_PER_GROUP > 1:  # K of SHUFFLE
-        dim_offset = (dim // DIMS_PER_GROUP) * stride_dim_group + (dim % DIMS_PER_GROUP) * stride_dim
-    else:
+        slot_offset = slot * stride_slot_group * ALIGN
         dim_offset = dim * stride_dim_group
-    inside = slot_offset[:, None, None] + (head * stride_head)[None, :, None] + dim_offset[None, :, :]
-    page_ptr = pool_ptr + tl.maximum(block, 0) * stride_block
+    inside = slot_offset[:, None, None] + (head * stride_head * ALIGN)[None, :, None] + dim_offset[None, :, :]
+    page_ptr = pool_ptr + tl.maximum(block, 0) * stride_block * ALIGN
     units: tl.constexpr = HEADS * (DIM // UNIT)
     whole: tl.constexpr = PAGE % SLOTS == 0 and units % UNITS == 0  # every tile is all inside, or all outside
     present = (slot < PAGE)[:, None] & (unit < units)[None, :]  # [SLOTS, UNITS]
@@ -148,7 +152,7 @@ def _store_tile(
     out_ptr, values, first_row, rows, begin, slot0, unit0,
     stride_row, stride_head, stride_dim,
     DIM: tl.constexpr, HEADS: tl.constexpr, SLOTS: tl.constexpr, UNITS: tl.constexpr, UNIT: tl.constexpr,
-    WIDE: tl.constexpr,
+    ALIGN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Store the tile's slots that belong to the record, one row each."""
     slot = slot0 + tl.arange(0, SLOTS)
@@ -159,8 +163,9 @@ def _store_tile(
         unit = unit.to(tl.int64)
     head = unit // (DIM // UNIT)
     dim = ((unit % (DIM // UNIT)) * UNIT)[:, None] + tl.arange(0, UNIT)[None, :]
-    offset = (slot * stride_row)[:, None, None] + (head[:, None] * stride_head + dim * stride_dim)[None, :, :]
-    page_ptr = out_ptr + (first_row - begin).to(tl.int64) * stride_row
+    column = (head * stride_head * ALIGN)[:, None] + dim * stride_dim  # [UNITS, UNIT]
+    offset = (slot * stride_row * ALIGN)[:, None, None] + column[None, :, :]
+    page_ptr = out_ptr + (first_row - begin).to(tl.int64) * stride_row * ALIGN
     tl.store(page_ptr + offset, values, mask=mask[:, :, None])
 
 
@@ -179,6 +184,7 @@ def gather_kernel(
     SLOTS: tl.constexpr, K_UNITS: tl.constexpr, K_UNIT: tl.constexpr, V_UNITS: tl.constexpr, V_UNIT: tl.constexpr,
     TILES: tl.constexpr, PAGE_TILES: tl.constexpr,
     V_SLOTS_PER_GROUP: tl.constexpr, K_DIMS_PER_GROUP: tl.constexpr,
+    K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, OUT_ALIGN: tl.constexpr,
     K_KIND: tl.constexpr, V_KIND: tl.constexpr,
     FORMAT: tl.constexpr, BIAS: tl.constexpr, HARDWARE: tl.constexpr, BY_HAND: tl.constexpr,
     K_RAW: tl.constexpr, V_RAW: tl.constexpr, NAN_CODE: tl.constexpr, WIDE: tl.constexpr,
@@ -198,12 +204,12 @@ def gather_kernel(
     k_held = _load_tile(
         k_ptr, block, slot0, tile * K_UNITS,
         stride_k_block, stride_k_head, stride_k_slot_group, stride_k_slot, stride_k_dim_group, stride_k_dim,
-        PAGE, K_DIM, HEADS, SLOTS, K_UNITS, K_UNIT, TILES, 1, K_DIMS_PER_GROUP, FORMAT != "" or K_RAW, WIDE,
+        PAGE, K_DIM, HEADS, SLOTS, K_UNITS, K_UNIT, TILES, 1, K_DIMS_PER_GROUP, K_ALIGN, FORMAT != "" or K_RAW, WIDE,
     )  # fmt: skip
     v_held = _load_tile(
         v_ptr, block, slot0, tile * V_UNITS,
         stride_v_block, stride_v_head, stride_v_slot_group, stride_v_slot, stride_v_dim_group, stride_v_dim,
-        PAGE, V_DIM, HEADS, SLOTS, V_UNITS, V_UNIT, TILES, V_SLOTS_PER_GROUP, 1, FORMAT != "" or V_RAW, WIDE,
+        PAGE, V_DIM, HEADS, SLOTS, V_UNITS, V_UNIT, TILES, V_SLOTS_PER_GROUP, 1, V_ALIGN, FORMAT != "" or V_RAW, WIDE,
     )  # fmt: skip
     k_scale = _load_scale(
         k_scale_ptr, block, slot0, tile * K_UNITS, stride_k_scale_block, stride_k_scale_head, stride_k_scale_slot,
@@ -218,14 +224,14 @@ def gather_kernel(
     )  # fmt: skip
     _store_tile(
         k_out_ptr, k, first_row, rows, begin, slot0, tile * K_UNITS,
-        stride_k_out_row, stride_k_out_head, stride_k_out_dim, K_DIM, HEADS, SLOTS, K_UNITS, K_UNIT, WIDE,
+        stride_k_out_row, stride_k_out_head, stride_k_out_dim, K_DIM, HEADS, SLOTS, K_UNITS, K_UNIT, OUT_ALIGN, WIDE,
     )  # fmt: skip
     v = _finish(
         v_held, v_scale, block, v_out_ptr.dtype.element_ty, V_RAW, NAN_CODE, FORMAT, BIAS, HARDWARE, BY_HAND
     )  # fmt: skip
     _store_tile(
         v_out_ptr, v, first_row, rows, begin, slot0, tile * V_UNITS,
-        stride_v_out_row, stride_v_out_head, stride_v_out_dim, V_DIM, HEADS, SLOTS, V_UNITS, V_UNIT, WIDE,
+        stride_v_out_row, stride_v_out_head, stride_v_out_dim, V_DIM, HEADS, SLOTS, V_UNITS, V_UNIT, OUT_ALIGN, WIDE,
     )  # fmt: skip
 
 
@@ -252,18 +258,18 @@ def _power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def choose_tile(page_size: int, num_heads: int, k_dim: int, v_dim: int, itemsize: int) -> Tile:
+def choose_tile(page_size: int, num_heads: int, k_dim: int, v_dim: int, itemsize: int, lanes: int = 32) -> Tile:
     """The tile for a geometry, by shape alone; no result depends on it.
 
     16 slots are the 16 bytes that V of SHUFFLE keeps together, and in every layout a tile of 16 slots and 512 columns
-    (8 heads of 64) was the fastest or within 1 % of it on an H100; so were a warp for each 512 elements of it.
+    (8 heads of 64) was the fastest or within 1 % of it on an H100; so were 16 elements for each of a warp's `lanes`.
     """
     slots = min(_power_of_two(page_size), 16)
     columns = max(64, 512 // max(1, itemsize // 2))
     heads = max(1, min(_power_of_two(num_heads), columns // _power_of_two(max(k_dim, v_dim))))
     k_units, v_units = (min(_power_of_two(n * dim // _unit(dim)) for n in (num_heads, heads)) for dim in (k_dim, v_dim))
     elements = slots * k_units * _unit(k_dim)
-    return Tile(slots, k_units, v_units, num_warps=max(1, min(16, elements // 512)))
+    return Tile(slots, k_units, v_units, num_warps=max(1, min(16, elements // (16 * lanes))))
 
 
 def _inner_extent(tensor: Tensor) -> int:
@@ -324,11 +330,11 @@ class _Prepared:
 _PREPARED: dict[object, _Prepared] = {}
 
 
-def _prepare(k: _Side, v: _Side, layout: str, dtype: torch.dtype, interpreted: bool) -> _Prepared:
+def _prepare(k: _Side, v: _Side, layout: str, dtype: torch.dtype, interpreted: bool, lanes: int) -> _Prepared:
     fmt = FORMATS.get(dtype)
     page_size, num_heads, k_dim = as_nhd(k.pool[:0], layout, "key").shape[1:]
     v_dim = v.out.shape[2]
-    tile = choose_tile(page_size, num_heads, k_dim, v_dim, dtype.itemsize)
+    tile = choose_tile(page_size, num_heads, k_dim, v_dim, dtype.itemsize, lanes)
     k_unit, v_unit = _unit(k_dim), _unit(v_dim)
     tiles = max(
         triton.cdiv(num_heads * k_dim // k_unit, tile.k_units),
@@ -336,11 +342,16 @@ def _prepare(k: _Side, v: _Side, layout: str, dtype: torch.dtype, interpreted: b
     )
     page_tiles = tiles * triton.cdiv(page_size, tile.slots)
     pool_strides: list[int] = []
+    aligns: list[int] = []
     scale_strides: list[int] = []
     widest = 0
     for side in (k, v):
         s, scale = PoolStrides.of(side.pool, layout, side.which), side.scale
-        pool_strides += [s.block, s.head, s.slot_group, s.slot, s.dim_group, s.dim]
+        grouped = layout == "SHUFFLE"  # elsewhere a group is one element, and its stride is 1
+        align = _granule((s.block, s.head, s.slot_group, s.dim_group if grouped else 0), dtype.itemsize)
+        dim_group = s.dim_group // align if grouped else s.dim_group
+        pool_strides += [s.block // align, s.head // align, s.slot_group // align, s.slot, dim_group, s.dim]
+        aligns.append(align)
         scale_strides += [scale.stride_block, scale.stride_head, scale.stride_slot]
         widest = max(
             widest,
@@ -348,6 +359,7 @@ def _prepare(k: _Side, v: _Side, layout: str, dtype: torch.dtype, interpreted: b
             _inner_extent(side.out) + page_size * side.out.stride(0),
             num_heads * scale.stride_head + page_size * scale.stride_slot,
         )
+    out_align = _granule([n for side in (k, v) for n in side.out.stride()[:2]], k.out.element_size())
     constants = {
         "PAGE": page_size,
         "HEADS": num_heads,
@@ -362,6 +374,9 @@ def _prepare(k: _Side, v: _Side, layout: str, dtype: torch.dtype, interpreted: b
         "PAGE_TILES": page_tiles,
         "V_SLOTS_PER_GROUP": PoolStrides.of(v.pool, layout, "value").slots_per_group,
         "K_DIMS_PER_GROUP": PoolStrides.of(k.pool, layout, "key").dims_per_group,
+        "K_ALIGN": aligns[0],
+        "V_ALIGN": aligns[1],
+        "OUT_ALIGN": out_align,
         "K_KIND": _kernel_kind(k.scale),
         "V_KIND": _kernel_kind(v.scale),
         "FORMAT": "" if fmt is None else fmt.name,
@@ -374,8 +389,19 @@ def _prepare(k: _Side, v: _Side, layout: str, dtype: torch.dtype, interpreted: b
         "WIDE": widest >= 2**31,
         "num_warps": tile.num_warps,
     }
-    strides = (*pool_strides, *scale_strides, *k.out.stride(), *v.out.stride())
-    return _Prepared(strides, page_tiles, constants)
+    out_strides: list[int] = []
+    for row, head, dim in (k.out.stride(), v.out.stride()):
+        out_strides += [row // out_align, head // out_align, dim]
+    return _Prepared((*pool_strides, *scale_strides, *out_strides), page_tiles, constants)
+
+
+def _granule(strides: Iterable[int], itemsize: int) -> int:
+    """What strides are divided by to say that 16 bytes of elements may move at once; 1 if Triton sees that itself.
+
+    It looks at each number it is given for multiples of 16, and at no others: 8 of SHUFFLE's bfloat16 are 16 bytes too.
+    """
+    common = math.gcd(16, *strides)
+    return 1 if common == 16 else math.gcd(16 // itemsize, common)
 
 
 def _kernel_kind(scale: Scale) -> str:
@@ -411,7 +437,8 @@ def launch(
     if prepared is None:
         if len(_PREPARED) >= 1024:
             _PREPARED.clear()
-        prepared = _PREPARED[key] = _prepare(k, v, layout, dtype, interpreted)
+        lanes = 32 if interpreted else torch.cuda.get_device_properties(key_cache.device).warp_size
+        prepared = _PREPARED[key] = _prepare(k, v, layout, dtype, interpreted, lanes)
     pointers = (*k.pointers(records, dtype.itemsize), *v.pointers(records, dtype.itemsize))
     with launching(key_cache, interpreted):
         gather_kernel[(len(records) * prepared.page_tiles,)](

@@ -76,7 +76,7 @@ def compile_one(variant: Variant, target: str) -> dict[str, Any]:
     case, gpu = variant.case, gpu_target(target)
     key, value = pools_of(variant)
     k, v = side_of(case, "key", key), side_of(case, "value", value)
-    prepared = _prepare(k, v, case.layout, case.dtype, interpreted=False)
+    prepared = _prepare(k, v, case.layout, case.dtype, interpreted=False, lanes=gpu.warp_size)
     constants = dict(prepared.constants)
     if case.dtype in FORMATS:  # the one constant that a launch asks the device for
         constants["HARDWARE"] = case.dtype in fp8_in_hardware(*target.split(":"))

@@ -18,14 +18,6 @@ from tests.gather.variants import FLOAT_POOLS, MAIN, VARIANTS
 pytestmark = pytest.mark.triton
 
 NEEDS_TRITON = {"hip:gfx1250": (3, 7)}  # 3.6 makes assembly for it that its own linker refuses
-NARROW = {
-    "16 warps of 64 lanes leave 8 bytes of FP8 to each lane": lambda case, target: (
-        target.startswith("hip:gfx9") and case.dtype.itemsize == 1
-    ),
-    "Triton knows multiples of 16 alone, and SHUFFLE's strides of 8 and 4 elements are none": lambda case, target: (
-        case.layout == "SHUFFLE" and case.dtype.itemsize > 1
-    ),
-}
 Compiled = dict[tuple[Variant, str], Assembly]
 
 
@@ -36,14 +28,11 @@ def compiled() -> Compiled:
     return dict(zip(jobs, compile_all(jobs), strict=True))
 
 
-def jobs_of(*tables: dict[Variant, tuple[str, ...]], narrow: bool = False) -> Any:
-    """Each variant of the tables with each of its targets; `narrow` marks those whose loads are known to be narrow."""
-    jobs = []
-    for variant, target in ((v, target) for table in tables for v, targets in table.items() for target in targets):
-        reasons = [reason for reason, has in NARROW.items() if narrow and has(variant.case, target)]
-        marks = [pytest.mark.xfail(raises=AssertionError, reason=reason) for reason in reasons]  # strict
-        jobs.append(pytest.param(variant, target, marks=marks, id=f"{variant.name}-{target.replace(':', '')}"))
-    return pytest.mark.parametrize(("variant", "target"), jobs)
+def jobs_of(*tables: dict[Variant, tuple[str, ...]]) -> Any:
+    """Each variant of the tables with each of its targets."""
+    jobs = [(variant, target) for table in tables for variant, targets in table.items() for target in targets]
+    names = [f"{variant.name}-{target.replace(':', '')}" for variant, target in jobs]
+    return pytest.mark.parametrize(("variant", "target"), jobs, ids=names)
 
 
 def assembly_of(compiled: Compiled, variant: Variant, target: str) -> Assembly:
@@ -82,7 +71,7 @@ def test_every_variant_compiles(compiled: Compiled, variant: Variant, target: st
     assert wide is variant.heads_outermost
 
 
-@jobs_of(MAIN, FLOAT_POOLS, narrow=True)
+@jobs_of(MAIN, FLOAT_POOLS)
 def test_pools_and_rows_move_16_bytes_a_thread(compiled: Compiled, variant: Variant, target: str) -> None:
     """No store is narrower, and loads of 16 bytes bring the whole tile; a record's words and scales are 4 bytes."""
     assembly = assembly_of(compiled, variant, target)
