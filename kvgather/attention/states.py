@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..gather.dispatch import choose_backend
+
 
 class RunningState:
     """What rows of q have seen so far.
@@ -14,8 +16,11 @@ class RunningState:
         lse: `[n, heads]` FP32, natural, −inf where nothing was seen.
     """
 
-    def __init__(self, rows: int, heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, rows: int, heads: int, dim: int, dtype: torch.dtype, device: torch.device, backend: str = "auto"
+    ) -> None:
         self.out = torch.zeros((rows, heads, dim), dtype=dtype, device=device)
+        self.backend = backend
         self.lse = torch.full((rows, heads), -torch.inf, device=device)
 
     def add(self, rows: slice, out: Tensor, lse: Tensor) -> None:
@@ -27,6 +32,11 @@ class RunningState:
             lse: `[rows, heads]` FP32.
         """
         held_out, held_lse = self.out[rows], self.lse[rows]
+        if choose_backend(self.backend, out.device) == "triton":
+            from .states_kernel import add_state  # needs triton, which this module does not
+
+            add_state(held_out, held_lse, out, lse)
+            return
         merged = torch.logaddexp(held_lse, lse)
         base = torch.where(merged == -torch.inf, 0, merged)  # −inf less −inf would be NaN
         held_out *= torch.exp(held_lse - base)[..., None]
