@@ -16,6 +16,7 @@ from tests.where import nothing_waits
 pytestmark = [pytest.mark.gpu, pytest.mark.triton]
 
 NEW, CACHED = [1, 16, 512, 100, 0, 128], [8192, 4099, 0, 1500, 33, 1]
+SHAPES = HEADS | {"8/2x64": ((8, 2), (64, 64))}
 COMMON = ([16, 1, 200], [3000, 2048, 1025])  # at least 1,024 cached in each
 WAYS: dict[str, tuple[bool, dict[str, Any]]] = {  # whether the host knows the lengths, and the call
     "gather": (True, {"path": "gather"}),
@@ -37,14 +38,14 @@ def layout_for(page_size: int, dim: int, dtype: torch.dtype, turn: int) -> str:
 
 def on_gpu(new: list[int], cached: list[int], heads: str = "64/8x64", **more: Any) -> Setup:
     shape = {"dtype": torch.float8_e4m3fn, "q_dtype": torch.bfloat16, "page_size": 16, **more}
-    return setup(new, cached, heads=HEADS[heads][0], dims=HEADS[heads][1], device="cuda", **shape)
+    return setup(new, cached, heads=SHAPES[heads][0], dims=SHAPES[heads][1], device="cuda", **shape)
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("page_size", [1, 16, 64])
 @pytest.mark.parametrize("heads", HEADS)
-def test_every_shape_on_every_path(heads: str, page_size: int, dtype: torch.dtype) -> None:
-    turn = list(HEADS).index(heads) + page_size + dtype.itemsize
+def test_every_shape_on_every_path(heads: str, page_size: int) -> None:
+    turn = list(HEADS).index(heads) + (1, 16, 64).index(page_size)
+    dtype = (torch.float8_e4m3fn, torch.bfloat16)[turn % 2]
     layout = layout_for(page_size, HEADS[heads][1][0], dtype, turn)
     for new, cached in ((NEW, CACHED), COMMON):
         made = on_gpu(new, cached, heads, page_size=page_size, dtype=dtype, layout=layout, spare=3)
@@ -57,6 +58,8 @@ def test_every_shape_on_every_path(heads: str, page_size: int, dtype: torch.dtyp
                 sinks = sinks_of(which, HEADS[heads][0][0], "cuda")
                 wanted = made.wanted(window=window, sinks=sinks)
                 for way, (lengths, call) in WAYS.items():
+                    if "direct" in way and (window == 1 or sinks is None):
+                        continue  # each would compile a kernel more; tests/attention/test_direct.py has them
                     out, lse = made.attend(batches[lengths], window=window, sinks=sinks, **call)
                     try:
                         assert_close((out, lse), wanted, made.rows)
@@ -135,10 +138,10 @@ def test_nothing_waits_for_the_gpu(window: int | None, way: str) -> None:
 @pytest.mark.parametrize("way", [way for way in WAYS if "bounds" in way])
 def test_a_graph_replays_with_other_lengths_and_tables(way: str, window: int | None) -> None:
     """The batch is built inside the graph, from buffers whose contents change; sizes are bounds."""
-    steps = [setup(new, cached, heads=(8, 2), dims=(64, 64), page_size=16, dtype=torch.float8_e4m3fn, device="cuda",
-                   q_dtype=torch.bfloat16, seed=seed)
-             for seed, (new, cached) in enumerate([([5, 30, 1], [300, 90, 700]), ([1, 1, 1], [900, 0, 16]),
-                                                   ([0, 36, 0], [5, 64, 0]), ([12, 12, 12], [100, 100, 100])])]  # fmt: skip
+    mixes = [
+        ([5, 30, 1], [300, 90, 700]), ([1, 1, 1], [900, 0, 16]), ([0, 36, 0], [5, 64, 0]), ([12] * 3, [100] * 3),
+    ]  # fmt: skip
+    steps = [on_gpu(new, cached, "8/2x64", seed=seed) for seed, (new, cached) in enumerate(mixes)]
     rows, tokens, columns, blocks = 36, 1500, 64, max(step.cache.geometry.num_blocks for step in steps)
     cache = kg.PagedKVCache(blocks, 16, 2, 64, dtype=torch.float8_e4m3fn, k_scale=0.03, v_scale=0.02, device="cuda")
     table = torch.zeros((3, columns), dtype=torch.int64, device="cuda")
@@ -211,4 +214,5 @@ def test_memory_stays_within_the_workspace_and_two_outputs(window: int | None, n
     extra = torch.cuda.max_memory_allocated() - before
     allowed = workspace * 8 * (64 + 64) * 2 + 2 * out.numel() * 4
     assert extra <= 1.05 * allowed, f"{extra / allowed:.2f} of what is allowed"
-    assert error(out, made.wanted(sinks=sinks, window=window)[0]) <= 1e-2
+    whole = kg.prefix_attention(made.q, None, None, made.cache, batch, sinks=sinks, window=window, path="gather")
+    assert isinstance(whole, Tensor) and error(out, whole.double()) <= 1e-2
