@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from .device import has_gpu
-from .formats.checks import check_choice, check_int, check_tensor, described, overlaps_itself
+from .formats.checks import check_choice, check_inside_storage, check_int, check_tensor, described, overlaps_itself
 from .formats.fp8 import FLOATS, check_pool_dtype
 from .formats.layout import Geometry, key_shape, value_shape
 from .formats.scale import KINDS, Scale, check_values, kind_shape, resolve
-from .gather import gather
+from .gather.dispatch import gather_resolved
 from .plan import GatherPlan
 from .scatter import SlotError, scatter
 
@@ -218,10 +218,14 @@ class PagedKVCache:
         Returns:
             K `[total_tokens, heads, head_dim]` and V `[total_tokens, heads, v_head_dim]`.
         """
-        return gather(
-            self.key_cache, self.value_cache, plan, layout=self.layout, k_scale=self.k_scale, v_scale=self.v_scale,
-            k_kind=self.k_kind, v_kind=self.v_kind, out_dtype=out_dtype, out=out, backend=backend,
-        )  # fmt: skip
+        if not torch.compiler.is_compiling():  # what an engine's pools and scales are does not change; its memory may
+            tensors = (self.key_cache, self.value_cache, self.k_scale, self.v_scale)
+            for name, tensor in zip(("key_cache", "value_cache", "k_scale", "v_scale"), tensors, strict=True):
+                if tensor is not None:
+                    check_inside_storage(tensor, name)
+        return gather_resolved(
+            self.key_cache, self.value_cache, plan, self.geometry, self._scales, out_dtype, out, backend
+        )
 
     def check(self) -> None:
         """Raise if a write was given slots past the pool, or if a scale holds a value that no scale may have.

@@ -71,9 +71,7 @@ def require_triton(device: torch.device) -> None:
     """
     if not triton_available():
         raise BackendError('backend="triton" needs triton, which is not installed here; accepted: "torch" or "auto"')
-    if interpreting():
-        return
-    if device.type == "cuda":
+    if device.type == "cuda" or interpreting():
         return
     if has_gpu():
         raise BackendError(

@@ -11,7 +11,7 @@ from ..device import require_triton, triton_available
 from ..formats.checks import check_choice, check_tensor, described, dtype_name, extent, overlaps_itself
 from ..formats.fp8 import FLOATS
 from ..formats.layout import Geometry
-from ..formats.scale import resolve
+from ..formats.scale import Scale, resolve
 from ..plan import GatherPlan
 from . import ops
 
@@ -86,26 +86,52 @@ def gather_named(
     }
     k = resolve(k_scale, scale_names[0], **sizes, device=device, kind=k_kind)
     v = resolve(v_scale, scale_names[1], **sizes, device=device, kind=v_kind)
+    return gather_resolved(
+        key_cache, value_cache, plan, geometry, (k, v), out_dtype, out, backend,
+        out_names=out_names, dtype_name_of=dtype_name_of,
+    )  # fmt: skip
+
+
+def gather_resolved(
+    key_cache: Tensor,
+    value_cache: Tensor,
+    plan: GatherPlan,
+    geometry: Geometry,
+    scales: tuple[Scale, Scale],
+    out_dtype: torch.dtype,
+    out: Sequence[Tensor] | None,
+    backend: str,
+    *,
+    out_names: tuple[str, str] = ("out[0]", "out[1]"),
+    dtype_name_of: str = "out_dtype",
+) -> tuple[Tensor, Tensor]:
+    """`gather` from pools whose geometry was read, and with scales that were checked against it."""
+    k, v = scales
     _check_plan(plan, geometry)
     _check_out_dtype(out_dtype, geometry.dtype, (k.kind, v.kind) != ("none", "none"), dtype_name_of)
-    backend = choose_backend(backend, device)
+    backend = choose_backend(backend, geometry.device)
 
-    key_operand, name = ops.as_operand(key_cache)
-    value_operand, _ = ops.as_operand(value_cache)
+    compiling = torch.compiler.is_compiling()
+    pools = ops.as_operand(key_cache), ops.as_operand(value_cache)
     held_dtype = torch.uint8 if out_dtype.itemsize == 1 else out_dtype
-    pools = (key_operand, value_operand, k.tensor, v.tensor, plan.records)
-    meaning = (layout, name, k.kind, v.kind, backend)
+    meaning = (geometry.layout, dtype_name(geometry.dtype), k.kind, v.kind, backend)
     rows, heads = plan.total_tokens, geometry.num_kv_heads
-    if out is None and torch.compiler.is_compiling():
-        outs = ops.gather_new(*pools, rows, heads, geometry.head_dim, geometry.v_head_dim, held_dtype, *meaning)
+    if out is None and compiling:
+        outs = ops.gather_new(
+            *pools, k.tensor, v.tensor, plan.records, rows, heads, geometry.head_dim, geometry.v_head_dim, held_dtype,
+            *meaning,
+        )  # fmt: skip
         return outs[0].view(out_dtype), outs[1].view(out_dtype)
     if out is None:
         k_out = key_cache.new_empty((rows, heads, geometry.head_dim), dtype=out_dtype)
         v_out = value_cache.new_empty((rows, heads, geometry.v_head_dim), dtype=out_dtype)
     else:
         k_out, v_out = _check_out(out, geometry, rows, out_dtype, (key_cache, value_cache), out_names)
-    run = ops.gather_out if torch.compiler.is_compiling() else ops.run
-    run(*pools, k_out.view(held_dtype), v_out.view(held_dtype), *meaning)
+    outs = (k_out, v_out) if held_dtype == out_dtype else (k_out.view(held_dtype), v_out.view(held_dtype))
+    if compiling:
+        ops.gather_out(*pools, k.tensor, v.tensor, plan.records, *outs, *meaning)
+    else:  # an operator costs more than a launch
+        ops.run(*pools, k, v, plan.records, *outs, geometry.layout, geometry.dtype, backend)
     return k_out, v_out
 
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..device import require_triton
-from ..formats.checks import dtype_name
 from ..formats.layout import Which
 from ..formats.scale import Scale
 from .reference import gather_pool
@@ -19,27 +18,23 @@ from .reference import gather_pool
 def run(
     key_cache: Tensor,
     value_cache: Tensor,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
+    k_scale: Scale,
+    v_scale: Scale,
     records: Tensor,
     k_out: Tensor,
     v_out: Tensor,
     layout: str,
-    pool_dtype: str,
-    k_kind: str,
-    v_kind: str,
+    dtype: torch.dtype,
     backend: str,
 ) -> None:
-    """What both operators do. Without torch.compile it is called as it is: an operator costs more than a launch."""
-    dtype: torch.dtype = getattr(torch, pool_dtype)
-    scales = Scale.of(k_kind, k_scale), Scale.of(v_kind, v_scale)
+    """What both operators do, and what is called without them where nothing is compiled."""
     if backend == "triton" and key_cache.shape[0]:
         from .kernel import launch
 
-        launch(key_cache, value_cache, layout, dtype, *scales, records, k_out, v_out)
+        launch(key_cache, value_cache, layout, dtype, k_scale, v_scale, records, k_out, v_out)
         return
     sides: tuple[tuple[Tensor, Which, Scale, Tensor], ...]
-    sides = ((key_cache, "key", scales[0], k_out), (value_cache, "value", scales[1], v_out))
+    sides = ((key_cache, "key", k_scale, k_out), (value_cache, "value", v_scale, v_out))
     for pool, which, scale, out in sides:
         raw = scale.kind == "none" and out.dtype == pool.dtype
         gather_pool(pool.view(dtype), layout, which, scale, records, out.view(dtype) if raw else out)
@@ -63,9 +58,8 @@ def gather_out(
     """Fill `k_out` and `v_out`; rows that no record names stay as they are."""
     if backend == "triton":
         require_triton(key_cache.device)
-    run(
-        key_cache, value_cache, k_scale, v_scale, records, k_out, v_out, layout, pool_dtype, k_kind, v_kind, backend
-    )  # fmt: skip
+    scales = Scale.of(k_kind, k_scale), Scale.of(v_kind, v_scale)
+    run(key_cache, value_cache, *scales, records, k_out, v_out, layout, getattr(torch, pool_dtype), backend)
 
 
 @gather_out.register_fake
@@ -109,9 +103,8 @@ def gather_new(
         require_triton(key_cache.device)
     k_out = key_cache.new_empty((total_tokens, num_heads, k_dim), dtype=out_dtype)
     v_out = value_cache.new_empty((total_tokens, num_heads, v_dim), dtype=out_dtype)
-    run(
-        key_cache, value_cache, k_scale, v_scale, records, k_out, v_out, layout, pool_dtype, k_kind, v_kind, backend
-    )  # fmt: skip
+    scales = Scale.of(k_kind, k_scale), Scale.of(v_kind, v_scale)
+    run(key_cache, value_cache, *scales, records, k_out, v_out, layout, getattr(torch, pool_dtype), backend)
     return k_out, v_out
 
 
@@ -139,7 +132,6 @@ def _(
     )
 
 
-def as_operand(pool: Tensor) -> tuple[Tensor, str]:
-    """A pool as the operators take it: FP8 as uint8, and the name of the dtype it holds."""
-    name = dtype_name(pool.dtype)
-    return (pool.view(torch.uint8), name) if pool.dtype.itemsize == 1 else (pool, name)
+def as_operand(pool: Tensor) -> Tensor:
+    """A pool as the operators take it: FP8 as uint8."""
+    return pool.view(torch.uint8) if pool.dtype.itemsize == 1 else pool

@@ -69,7 +69,7 @@ def side_of(case: Case, which: Which, pool: Tensor) -> _Side:
         scale = torch.empty(kind_shape(kind, case.num_blocks, case.num_heads, case.page_size) or (1,), device=META)
     held = torch.uint8 if case.out_dtype.itemsize == 1 else case.out_dtype
     rows = torch.empty((case.total_tokens, case.num_heads, dim), dtype=held, device=META)
-    return _Side(which, as_operand(pool)[0], Scale.of(kind, scale), rows)
+    return _Side(which, as_operand(pool), Scale.of(kind, scale), rows)
 
 
 def compile_one(variant: Variant, target: str) -> dict[str, Any]:

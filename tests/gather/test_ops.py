@@ -10,6 +10,7 @@ from torch import Tensor
 
 import kvgather as kg
 from kvgather.bench.cases import Built, Case, build
+from kvgather.formats.checks import dtype_name
 from kvgather.gather import ops
 from tests.gather.oracle import assert_same
 from tests.where import CPU, GPU
@@ -29,8 +30,8 @@ BACKENDS = [
 def operands(built: Built) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     cache = built.cache
     pools = [ops.as_operand(pool) for pool in (cache.key_cache, cache.value_cache)]
-    tensors = (pools[0][0], pools[1][0], cache.k_scale, cache.v_scale, built.plan.records)
-    return tensors, (built.case.layout, pools[0][1], cache.k_kind, cache.v_kind)
+    tensors = (*pools, cache.k_scale, cache.v_scale, built.plan.records)
+    return tensors, (built.case.layout, dtype_name(built.case.dtype), cache.k_kind, cache.v_kind)
 
 
 @pytest.mark.parametrize(("backend", "where"), BACKENDS)

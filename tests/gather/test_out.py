@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kvgather as kg
 from kvgather.bench.cases import LAYOUTS, Case, build
 from kvgather.device import interpreting
-from kvgather.formats.layout import as_nhd
+from kvgather.formats.layout import Geometry, as_nhd
 from tests.gather.oracle import assert_same, first_difference, untouched
 from tests.where import on_each_device
 
@@ -214,6 +215,29 @@ def test_wrong_arguments(wrong: dict[str, Any], error: type[Exception], message:
     kg.gather(**good)
     with pytest.raises(error, match=message):
         kg.gather(**{**good, **wrong})
+
+
+@pytest.mark.parametrize("name", ["key_cache", "value_cache", "k_scale", "v_scale"])
+def test_a_cache_whose_memory_went_away_is_refused(name: str) -> None:
+    """Engines free their pools when they sleep; the strides that were checked before reach nowhere then."""
+    built = build(Case(k_kind="per-token-head", v_kind="per-head"))
+    memory = getattr(built.cache, name).untyped_storage()
+    memory.resize_(memory.nbytes() - 1)
+    with pytest.raises(ValueError, match=rf"{name} with shape .* reaches byte .* of its memory, which has"):
+        built.cache.gather(built.plan)
+
+
+def test_a_cache_is_not_read_again_for_each_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its geometry and scales were checked when it was made; to do it again took half of a gather's host time."""
+    built = build(Case(k_kind="per-token-head"))
+    wanted = built.cache.gather(built.plan)
+
+    def again(*_: object, **__: object) -> None:
+        raise AssertionError("checked again")
+
+    monkeypatch.setattr(sys.modules["kvgather.gather.dispatch"], "resolve", again)
+    monkeypatch.setattr(Geometry, "of", again)
+    assert_same(built.cache.gather(built.plan), wanted)
 
 
 def test_k_and_v_scales_are_not_swapped() -> None:
