@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import pickle
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from triton.runtime.driver import driver
 
 from ..bench.cases import Case
@@ -25,6 +29,10 @@ def _warm_up(name: str, case: Case, target: str) -> tuple[Any, int]:
     scale = torch.empty(1, device=META)
     rows = torch.empty(case.total_tokens, case.num_heads, case.k_dim, dtype=case.out_dtype, device=META)
     records = torch.empty(case.total_tokens // case.page_size + 1, 4, dtype=torch.int32, device=META)
+    if "\n" in name:
+        codes = torch.empty(case.page_size * case.num_heads * case.k_dim, dtype=torch.uint8, device=META)
+        shape = {"HEADS": case.num_heads, "PAGE": case.page_size, "DIM": case.k_dim}
+        return _kernel_in(name).warmup(codes, key.view(torch.uint8), 1, **shape, num_warps=16, grid=(1,)), 16
     hardware = case.dtype in fp8_in_hardware(*target.split(":"))
     if name.startswith("0"):
         index = torch.empty(64, dtype=torch.int32, device=META)
@@ -36,7 +44,7 @@ def _warm_up(name: str, case: Case, target: str) -> tuple[Any, int]:
         return kernel, 4
     if name.startswith("5"):
         k, v = side_of(case, "key", key), side_of(case, "value", value)
-        prepared = _prepare(k, v, case.layout, case.dtype, interpreted=False)
+        prepared = _prepare(k, v, case.layout, case.dtype, interpreted=False, lanes=gpu_target(target).warp_size)
         constants = prepared.constants | {"HARDWARE": hardware}
         pointers = (*k.pointers(records, 1), *v.pointers(records, 1))
         kernel = gather_kernel.warmup(records, *pointers, *prepared.strides, **constants, grid=(1,))
@@ -47,6 +55,18 @@ def _warm_up(name: str, case: Case, target: str) -> tuple[Any, int]:
     pools = (key.view(torch.uint8), value.view(torch.uint8))
     kernel = step.kernel.warmup(records, *pools, scale, scale, rows, rows, **constants, num_warps=num_warps, grid=(1,))
     return kernel, num_warps
+
+
+def _kernel_in(source: str) -> Any:
+    """The kernel that a piece of source defines; Triton reads kernels from files."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel_of_a_reader.py"
+        path.write_text(f"import triton\nimport triton.language as tl\n\n\n{source}\n")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return next(thing for thing in vars(module).values() if isinstance(thing, triton.JITFunction))
 
 
 def compile_one(name: str, case: Case, target: str) -> dict[str, Any]:
