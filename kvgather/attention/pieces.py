@@ -39,3 +39,22 @@ class Piece:
 
     plan: GatherPlan
     attends: tuple[Attend, ...]
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """The pieces of one kind of layer.
+
+    Attributes:
+        pieces: each row of q attends in at least one, if its sequence has keys.
+        capacity: rows that a workspace for any of them needs.
+        merged: whether a row attends in more than one, so that states have to be merged.
+    """
+
+    pieces: tuple[Piece, ...]
+    capacity: int
+    merged: bool
+
+    @classmethod
+    def of(cls, pieces: tuple[Piece, ...], merged: bool) -> Pieces:
+        return cls(pieces, max((piece.plan.total_tokens for piece in pieces), default=0), merged)

@@ -13,13 +13,12 @@ from ..formats.checks import check_choice, check_int, check_tensor, described
 from ..formats.fp8 import FLOATS
 from .batch import PrefixBatch
 from .choose import PATHS, check_facts, choose
+from .cut_by_lengths import STEP, common_piece
 from .dense import dense_attention
 from .merge import apply_sinks
-from .pieces import Attend, Piece
+from .pieces import Attend, Piece, Pieces
 from .states import RunningState
-from .workspace import Pieces, common_piece, in_pieces
-
-_COMMON_STEP = 1024  # key lengths of the unmasked part are multiples of it, because cuDNN plans each length anew
+from .workspace import in_pieces
 
 
 @torch.no_grad()
@@ -177,8 +176,8 @@ def _common_length(q: Tensor, batch: PrefixBatch, window: int | None, workspace_
         return 0
     if batch.seqlens_q is None or batch.seqlens_k is None or not triton_available():
         return 0
-    cached = (k - q for q, k in zip(batch.seqlens_q, batch.seqlens_k, strict=True))
-    return min(cached, default=0) // _COMMON_STEP * _COMMON_STEP
+    cached = (k - new for new, k in zip(batch.seqlens_q, batch.seqlens_k, strict=True) if new)
+    return min(cached, default=0) // STEP * STEP
 
 
 def _common_part_first(
@@ -187,7 +186,7 @@ def _common_part_first(
     """Gather what is cached in every sequence, attend with no mask, and go on from there straight from the pages."""
     from .direct import direct_attention
 
-    piece, begin = batch.once(("common", length), lambda: (common_piece(batch, length), _full(batch, length)))
+    piece, begin = batch.once(("common", length), lambda: (common_piece(batch, 0, length), _full(batch, length)))
     k, v = cache.gather(piece.plan, out_dtype=q.dtype)
     state = _dense(q, k, v, piece, piece.attends[0], scale)
     del k, v

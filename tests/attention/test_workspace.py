@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 import kvgather as kg
-from kvgather.attention import prefix
-from kvgather.attention.pieces import Piece
+from kvgather.attention import cut_by_lengths, prefix
+from kvgather.attention.pieces import Piece, Pieces
 from kvgather.attention.reference import reference_attention
 from kvgather.attention.states import RunningState
-from kvgather.attention.workspace import Pieces, in_pieces
+from kvgather.attention.workspace import in_pieces
 from tests.attention.batches import Setup, assert_close, error, setup
 from tests.where import interpreted
 
@@ -77,6 +77,22 @@ def test_new_tokens_that_do_not_fit_are_cut_too() -> None:
     ]
 
 
+def test_what_all_have_cached_is_cut_into_equal_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cut_by_lengths, "STEP", 4)
+    made = setup([2, 0, 1, 1], [9, 20, 17, 24])
+    pieces = in_pieces(made.batch(), None, 13)
+    assert cut(pieces, made) == [
+        ([[0, 4], [0, 4], [0, 4]], [(0, 4, False)]),
+        ([[4, 8], [4, 8], [4, 8]], [(0, 4, False)]),
+        ([[8, 11], [8, 18]], [(0, 3, True)]),  # the second sequence has nothing new
+        ([[8, 21]], [(3, 4, False)]),
+        ([[21, 25]], [(3, 4, False)]),
+    ]
+    assert pieces.merged and pieces.capacity == 13
+    for tokens in (13, 12, 17, 29):
+        assert_close(made.attend(made.batch(), workspace_tokens=tokens), made.wanted(raw=True))
+
+
 def test_a_window_is_cut_along_the_new_tokens() -> None:
     made = setup([6, 1, 1], [10, 8, 0])
     pieces = in_pieces(made.batch(), 3, 4)
@@ -108,7 +124,7 @@ def test_what_fits_is_one_piece() -> None:
 
 
 @pytest.mark.parametrize(
-    ("lengths", "window", "workspace", "message"),
+    ("lengths", "window", "tokens", "message"),
     [
         (True, 5, 4, r"workspace_tokens is 4; accepted for a window of 5: 5 or more"),
         (False, None, 1, r"workspace_tokens is 1; accepted for 2 sequences of unknown lengths: 2 or more"),
@@ -120,12 +136,12 @@ def test_what_fits_is_one_piece() -> None:
         ),
     ],
 )
-def test_a_workspace_that_is_too_small(lengths: bool, window: int | None, workspace: int, message: str) -> None:
+def test_a_workspace_that_is_too_small(lengths: bool, window: int | None, tokens: int, message: str) -> None:
     batch = setup([9, 9], [4, 2]).batch(lengths)
     with pytest.raises(ValueError, match=message):
-        in_pieces(batch, window, workspace)
+        in_pieces(batch, window, tokens)
     with pytest.raises(ValueError, match=message):
-        in_pieces(batch, window, workspace)
+        in_pieces(batch, window, tokens)
 
 
 @pytest.mark.parametrize("lengths", [True, False], ids=["lengths", "bounds"])
@@ -137,8 +153,8 @@ def test_any_workspace_gives_the_same(q_dtype: torch.dtype, dtype: torch.dtype, 
     made.attend(made.batch())
     for window in (None, 5):
         wanted = made.wanted(sinks=sinks, window=window)
-        for workspace in (15, 16, 17, 24, 40, 64, 200):  # most split a page
-            got = made.attend(made.batch(lengths), sinks=sinks, window=window, workspace_tokens=workspace)
+        for tokens in (15, 16, 17, 24, 40, 64, 200):  # most split a page
+            got = made.attend(made.batch(lengths), sinks=sinks, window=window, workspace_tokens=tokens)
             assert got[0].dtype == q_dtype
             assert_close(got, wanted, made.rows)
             assert got[0][made.rows :].eq(0).all()
@@ -157,10 +173,10 @@ def test_the_sink_enters_once(sink: float, lengths: bool, monkeypatch: pytest.Mo
         return apply_sinks(*arguments)
 
     monkeypatch.setattr(prefix, "apply_sinks", counted)
-    for workspace in (4, 7, 16, 45, None):
+    for tokens in (4, 7, 16, 45, None):
         calls.clear()
         assert_close(
-            made.attend(made.batch(lengths), sinks=sinks, workspace_tokens=workspace),
+            made.attend(made.batch(lengths), sinks=sinks, workspace_tokens=tokens),
             made.wanted(raw=True, sinks=sinks),
         )
         assert len(calls) == 1
@@ -169,8 +185,8 @@ def test_the_sink_enters_once(sink: float, lengths: bool, monkeypatch: pytest.Mo
 def test_scores_that_are_far_apart_from_piece_to_piece() -> None:
     made = setup([3], [60])
     made.q *= 200  # log-sum-exps in the hundreds, of either sign
-    for workspace in (3, 8, 30):
-        got = made.attend(made.batch(), workspace_tokens=workspace)
+    for tokens in (3, 8, 30):
+        got = made.attend(made.batch(), workspace_tokens=tokens)
         assert_close(got, made.wanted(raw=True))
 
 
