@@ -1,0 +1,73 @@
+"""Partial attention states: what rows saw in one set of keys, and in another, makes what they saw in both.
+
+With l the log of a part's softmax denominator, both parts weigh e^l: out = (e^a·out_a + e^b·out_b) / (e^a + e^b). An
+attention sink is a part that has a denominator and no values.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..formats.checks import check_tensor
+from ..formats.fp8 import FLOATS
+
+
+@torch.no_grad()
+def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge what the same queries saw in two disjoint sets of keys.
+
+    Args:
+        out_a, out_b: `[n, heads, dim]`, bfloat16, float16 or float32. Where a log-sum-exp is −inf they may hold
+            anything.
+        lse_a, lse_b: `[n, heads]` float32, natural; −inf where a query saw nothing.
+
+    Returns:
+        out `[n, heads, dim]`, in the dtype that both promote to, and lse `[n, heads]` float32. Where one side saw
+        nothing it is exactly the other; where both saw nothing, 0 and −inf.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape or device.
+
+    Source: the online softmax of Milakov and Gimelshein (arXiv:1805.02867), as cascade inference merges it.
+    """
+    check_tensor(out_a, "out_a", ndim=3, dtypes=FLOATS)
+    for name, tensor, dtypes, shape in (
+        ("lse_a", lse_a, (torch.float32,), out_a.shape[:2]),
+        ("out_b", out_b, FLOATS, out_a.shape),
+        ("lse_b", lse_b, (torch.float32,), out_a.shape[:2]),
+    ):
+        check_tensor(tensor, name, ndim=len(shape), dtypes=dtypes, device=out_a.device)
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}; accepted for out_a of shape {list(out_a.shape)}: {list(shape)}"
+            )
+    no_a, no_b = lse_a == -math.inf, lse_b == -math.inf
+    top = torch.maximum(lse_a, lse_b)
+    weight_a, weight_b = torch.exp(lse_a - top), torch.exp(lse_b - top)  # one of them is 1
+    total = weight_a + weight_b
+    out = out_a.float() * (weight_a / total)[..., None] + out_b.float() * (weight_b / total)[..., None]
+    # Chosen, not multiplied by 0: a side that saw nothing may hold NaN, and the other has to stay as it is.
+    out = torch.where(no_a[..., None], out_b.float(), torch.where(no_b[..., None], out_a.float(), out))
+    out = out.masked_fill((no_a & no_b)[..., None], 0)
+    lse = torch.where(no_a, lse_b, torch.where(no_b, lse_a, top + total.log()))
+    return out.to(torch.promote_types(out_a.dtype, out_b.dtype)), lse
+
+
+@torch.no_grad()
+def apply_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Let a sink into the denominator of finished rows; once, when everything is merged.
+
+    Args:
+        out: `[n, heads, dim]`.
+        lse: `[n, heads]` float32, without the sink.
+        sinks: `[heads]`, a logit per head.
+
+    Returns:
+        out in its dtype and the log-sum-exp with the sink. Rows that saw nothing are 0, and the sink.
+    """
+    logits = sinks.float()
+    share = torch.where(lse == -math.inf, 0, torch.sigmoid(lse - logits))
+    return (out * share[..., None]).to(out.dtype), torch.logaddexp(lse, logits.expand_as(lse))
