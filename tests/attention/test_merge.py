@@ -117,8 +117,11 @@ def test_any_split_of_the_keys_merges_to_the_whole_in_any_order(keys: int, seed:
 
 
 GOOD: dict[str, Any] = {
-    "out_a": torch.zeros(3, 2, 4), "lse_a": torch.zeros(3, 2), "out_b": torch.zeros(3, 2, 4), "lse_b": torch.zeros(3, 2),
-}  # fmt: skip
+    "out_a": torch.zeros(3, 2, 4),
+    "lse_a": torch.zeros(3, 2),
+    "out_b": torch.zeros(3, 2, 4),
+    "lse_b": torch.zeros(3, 2),
+}
 
 
 @pytest.mark.parametrize(
