@@ -3,12 +3,15 @@
 #   make lab    set everything up in .venv and open JupyterLab on the first chapter
 #   make test   set everything up and run every check
 #
-# Variables, for either:
+# And to measure, on a GPU if there is one: make bench
+#
+# Variables, for each:
 #
 #   PYTHON=/path/to/python3.12   the Python to set up with (3.11 to 3.14)
 #   TORCH=own                    use the torch that PYTHON already has, not the pinned one
-#   ARGS="--no-browser"          more arguments, for JupyterLab or for pytest
+#   ARGS="--no-browser"          more arguments: for JupyterLab, for pytest, or for kvgather bench
 #   BROWSER=none                 make test: do not install a browser when there is none
+#   WHAT=steps                   make bench: what to measure (kvgather bench --help has the list)
 #
 # Paths are relative and nothing runs through a console script, so that the clone may lie under any path.
 
@@ -16,11 +19,12 @@ SHELL = /bin/sh
 PY = .venv/bin/python
 ARGS =
 BROWSER = chromium
+WHAT = gather
 NOTEBOOKS = $(sort $(wildcard notebooks/*.ipynb))
 NBVAL = --nbval --nbval-sanitize-with tests/notebooks/sanitize.cfg --nbval-cell-timeout 120 $(NOTEBOOKS)
 export PYTHON TORCH
 
-.PHONY: help lab test setup browser lint types format notebooks clean
+.PHONY: help lab test bench setup browser lint types format notebooks clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -32,6 +36,10 @@ lab: setup
 # output is pytest's own: CI reads it.
 test: setup lint types browser
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadscope tests $(if $(NOTEBOOKS),$(NBVAL)) $(ARGS)
+
+# ARGS="--case SHUFFLE-8x64 --csv" measures some cases and keeps their rows in benchmarks/results/.
+bench: setup
+	@$(PY) -m kvgather bench $(WHAT) $(ARGS)
 
 setup:
 	@sh tools/setup.sh

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ BENCHMARKS = {
     "steps": "the kernels of chapter 07, each one change from the one before",
 }
 """What `kvgather bench` measures: each is the `run` of the module of its name in `kvgather.bench`."""
+RESULTS = Path("benchmarks") / "results"
 
 
 def doctor(arguments: argparse.Namespace) -> int:
@@ -56,19 +58,24 @@ def bench(arguments: argparse.Namespace) -> int:
     """Measure, print a table, and write the rows to a CSV file."""
     import torch
 
-    from .bench import report
-    from .bench.gather import show_progress
+    from .bench import report, runner
+    from .bench.progress import Progress
     from .device import has_gpu
 
     device = torch.device(arguments.device or ("cuda" if has_gpu() else "cpu"))
     if device.type == "cuda" and not has_gpu():
         raise ValueError("--device is cuda; accepted: cpu, for there is no GPU here")
+    if arguments.commit:
+        os.environ[runner.COMMIT] = arguments.commit
     measure = importlib.import_module(f".bench.{arguments.what}", __package__).run
-    rows = measure(device, only=arguments.case, seconds=arguments.seconds, progress=show_progress)
+    with Progress() as progress:
+        rows = measure(device, only=arguments.case, seconds=arguments.seconds, progress=progress)
     print(report.table(rows))
-    if arguments.csv:
-        report.write(rows, Path(arguments.csv))
-        print(f"\n{len(rows)} rows in {arguments.csv}")
+    if arguments.csv is not None:
+        slug = "cpu" if device.type == "cpu" else report.slug(rows[0].device)
+        path = Path(arguments.csv or RESULTS / f"{arguments.what}_{slug}.csv")
+        report.write(rows, path)
+        print(f"\n{len(rows)} rows in {path}")
     return OK
 
 
@@ -106,8 +113,13 @@ def _add_bench(commands: Commands) -> None:
     parser.add_argument("--case", default="", metavar="TEXT", help="only cases whose name holds TEXT")
     parser.add_argument("--seconds", type=_seconds, default=0.2, help="about how long for each; default: 0.2")
     parser.add_argument(
-        "--csv", metavar="FILE", help="also write the rows to FILE, in place of older ones of its cases"
-    )
+        "--csv", metavar="FILE", nargs="?", const="", help="also write the rows to FILE, in place of older ones of "
+        f"its cases; without FILE to {RESULTS}/WHAT_DEVICE.csv"
+    )  # fmt: skip
+    parser.add_argument(
+        "--commit", metavar="TEXT", help="the commit for the rows where git cannot tell; default: the environment's "
+        "KVGATHER_COMMIT"
+    )  # fmt: skip
     parser.set_defaults(run=bench)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvgather import cli
+from kvgather.bench import report, runner
 from kvgather.lab import crash
 from kvgather.lab.crash import Outcome
 
@@ -56,6 +58,38 @@ def test_crash_that_cannot_write_fails(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(crash, "run_all", outcomes("segfault", "ok"))
     assert cli.main(["crash", "--json", str(tmp_path / "no" / "out.json")]) == cli.FAILED
     assert capsys.readouterr().err.startswith("kvgather: ")
+
+
+class Measured:
+    """A benchmark that takes no time."""
+
+    @staticmethod
+    def run(device, *, only, seconds, progress):
+        progress("[1/1] a case")
+        where = runner.machine.__wrapped__(device.type)
+        return [report.Row("steps", f"a{only}", "kvgather", 1, 2, 3, 5, 10, 1, 1, 0, 0, **where)]
+
+
+def test_bench_keeps_rows_where_they_belong(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(runner, "_line", lambda *command: "")  # no git here
+    monkeypatch.delenv(runner.COMMIT, raising=False)
+    monkeypatch.setitem(sys.modules, "kvgather.bench.steps", Measured)
+    monkeypatch.chdir(tmp_path)
+    bench = ["bench", "steps", "--device", "cpu"]
+    assert cli.main(bench) == cli.OK
+    assert "kvgather" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv(runner.COMMIT, "abc1234")
+    assert cli.main([*bench, "--csv"]) == cli.OK
+    assert cli.main([*bench, "--case", "b", "--csv", "own.csv", "--commit", "fed4321"]) == cli.OK
+    assert capsys.readouterr().err == "[1/1] a case\n" * 2
+    found = [report.read(tmp_path / name)[0] for name in ("benchmarks/results/steps_cpu.csv", "own.csv")]
+    assert [(row.case, row.commit) for row in found] == [("a", "abc1234"), ("ab", "fed4321")]
+
+
+def test_every_benchmark_has_its_module():
+    for what in cli.BENCHMARKS:
+        assert callable(importlib.import_module(f"kvgather.bench.{what}").run)
 
 
 def test_ctrl_c(monkeypatch, capsys):

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..formats.fp8 import FORMATS, dequantize
-from ..formats.layout import LAYOUTS, as_nhd
-from .cases import Built, Case, build
+from ..formats.fp8 import dequantize
+from ..formats.layout import LAYOUTS
+from .cases import Case, build
+from .implementations import Implementation, empty_launch, ours, plan_build, python_loop, token_per_program, torch_index
 from .report import Row
-from .runner import Call, Timing, cache_bytes, machine, time_calls
-
-Outputs = tuple[Tensor, Tensor]
-Implementation = Callable[[Built, Outputs], Call]
+from .runner import Timing, cache_bytes, machine, run_cases, time_calls
 
 RAGGED = tuple(8192 + 113 * (5 * i % 16) - 847 for i in range(16))
-"""16 sequences around 8,192 tokens, none a multiple of a page."""
+"""16 sequences around 8,192 tokens, one for each remainder by 16."""
+LONGER = tuple(length + 870 for length in RAGGED)
+"""145,000 tokens, of which a plan is built."""
+ONE_LAUNCH = 2048
+"""Up to so many tokens a launch is timed alone: what it costs to begin and to end is then most of it."""
 GPU_BASE = Case(num_heads=8, k_dim=64, v_dim=64, lengths=RAGGED, starts=())
 CPU_BASE = replace(GPU_BASE, lengths=(4096,) * 8)
 
@@ -41,6 +42,8 @@ def _gpu_cases() -> Iterator[Case]:
         yield replace(GPU_BASE, layout=layout, dtype=torch.bfloat16, k_kind="none", v_kind="none")
         yield replace(GPU_BASE, layout=layout, dtype=torch.float8_e5m2)
         yield replace(GPU_BASE, layout=layout, dtype=torch.float8_e4m3fnuz)  # decoded in software here
+        yield replace(GPU_BASE, layout=layout, lengths=(1500,))
+        yield replace(GPU_BASE, layout=layout, lengths=LONGER)
 
 
 def _cpu_cases() -> Iterator[Case]:
@@ -62,79 +65,6 @@ def moved_bytes(case: Case) -> int:
     return codes * (case.dtype.itemsize + case.out_dtype.itemsize) + scales
 
 
-def ours(built: Built, out: Outputs) -> Call:
-    """This package's gather, checks included."""
-    return lambda: built.cache.gather(built.plan, out=out)
-
-
-def token_per_program(built: Built, out: Outputs) -> Call:
-    """The kernel that engines ship, told the right kind of scale."""
-    from ..lab.before_fix import cp_mha_gather_cache, token_to_batch
-
-    case, cache = built.case, built.cache
-    batches = token_to_batch(built.cu_seqlens_k)
-    starts = torch.zeros(len(case.lengths), dtype=torch.int32, device=batches.device)
-    return lambda: cp_mha_gather_cache(
-        cache.key_cache, cache.value_cache, *out, built.block_table, cache.k_scale, cache.v_scale, built.cu_seqlens_k,
-        batches, starts, True, case.layout, case.total_tokens, per_token_quant=case.k_kind == "per-token-head",
-    )  # fmt: skip
-
-
-def torch_index(built: Built, out: Outputs) -> Call:
-    """Plain torch: one advanced index per pool over all tokens, then the formula."""
-    case = built.case
-    position = torch.cat([torch.arange(n, device=out[0].device) for n in case.lengths])
-    lengths = built.cu_seqlens_k.diff().long()
-    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=position.device), lengths)
-    block = built.block_table[sequence, position // case.page_size].long()
-    slot = position % case.page_size
-
-    def run() -> None:
-        for pool, scale, target in _sides(built, out):
-            held = pool.view(torch.uint8) if pool.dtype in FORMATS else pool
-            which = "key" if target is out[0] else "value"
-            if case.layout == "SHUFFLE" and which == "value":
-                x = pool.shape[4]
-                rows = held[block, :, slot // x, :, slot % x]
-            elif case.layout == "SHUFFLE":
-                rows = held[block, :, :, slot].flatten(2, 3)
-            else:
-                rows = held[block, slot] if case.layout == "NHD" else held[block, :, slot]
-            target.copy_(dequantize(rows.view(pool.dtype), _factor(scale, block, slot), target.dtype))
-
-    return run
-
-
-def python_loop(built: Built, out: Outputs) -> Call:
-    """What an engine falls back to without a kernel: a Python loop over the blocks of every sequence."""
-    case = built.case
-    table = built.block_table.tolist()
-
-    def run() -> None:
-        row = 0
-        for sequence, length in enumerate(case.lengths):
-            for column, begin in enumerate(range(0, length, case.page_size)):
-                block, rows = table[sequence][column], min(case.page_size, length - begin)
-                for pool, scale, target in _sides(built, out):
-                    page = as_nhd(pool[block : block + 1], case.layout, "key" if target is out[0] else "value")[0]
-                    factor = scale if scale is None or scale.ndim < 3 else scale[block].t()[:, :, None]
-                    target[row : row + rows] = dequantize(page, factor, target.dtype)[:rows]
-                row += rows
-
-    return run
-
-
-def _sides(built: Built, out: Outputs) -> Iterable[tuple[Tensor, Tensor | None, Tensor]]:
-    cache = built.cache
-    return (cache.key_cache, cache.k_scale, out[0]), (cache.value_cache, cache.v_scale, out[1])
-
-
-def _factor(scale: Tensor | None, block: Tensor, slot: Tensor) -> Tensor | None:
-    if scale is None or scale.numel() == 1:
-        return scale
-    return scale[:, None] if scale.ndim == 1 else scale[block, :, slot][..., None]
-
-
 def measure(case: Case, device: torch.device, *, seconds: float = 0.2) -> list[Row]:
     """Check every implementation against the reference on a case, then time it.
 
@@ -149,7 +79,7 @@ def measure(case: Case, device: torch.device, *, seconds: float = 0.2) -> list[R
     Raises:
         ArithmeticError: an implementation's rows are not the reference's.
     """
-    moved = moved_bytes(case)
+    moved, alone = moved_bytes(case), is_timed_alone(case, device)
     copies = 1 if device.type == "cpu" else min(8, -(-3 * cache_bytes(device) // moved))
     builts = [build(case, device, seed, values="normal") for seed in range(copies)]
     outs = [(_empty(case, case.k_dim, device), _empty(case, case.v_dim, device)) for _ in builts]
@@ -164,29 +94,37 @@ def measure(case: Case, device: torch.device, *, seconds: float = 0.2) -> list[R
             if not torch.equal(got, expected):
                 raise ArithmeticError(f"{name} is not the reference on {case.name}")
         loop = name == "python loop"
-        timings[name] = time_calls(calls[:1] if loop else calls, device, seconds=seconds, graph=not loop)
+        timings[name] = time_calls(calls[:1] if loop else calls, device, seconds=seconds, graph=not loop, alone=alone)
+    no_gathers = {
+        name: time_calls([prepare(*pair) for pair in zip(builts, outs, strict=True)], device, seconds=seconds,
+                         alone=alone)
+        for name, prepare in _no_gathers(case, device).items()
+    }  # fmt: skip
     limits, limit_bytes = _limits(case, device, seconds)
-    rate = {name: moved / t.p50 for name, t in timings.items()} | {
-        name: limit_bytes / t.p50 for name, t in limits.items()
-    }
+    cast = limit_bytes / limits["contiguous cast"].p50
+
+    def against(name: str, timing: Timing) -> float:
+        return round(timings[name].p50 / timing.p50, 2) if name in timings else 0.0
+
+    def row(name: str, timing: Timing, size: int) -> Row:
+        return Row(
+            benchmark="gather", case=case.name + "-one_launch" * alone, implementation=name,
+            p20_us=round(timing.p20, 2), p50_us=round(timing.p50, 2), p80_us=round(timing.p80, 2),
+            samples=timing.samples, bytes=size, gb_per_s=round(size / timing.p50 / 1e3, 1),
+            share_of_cast=round(size / timing.p50 / cast, 4), against_loop=against("python loop", timing),
+            against_token=against("token per program", timing), **machine(device.type),
+        )  # fmt: skip
+
     return [
-        Row(
-            benchmark="gather",
-            case=case.name,
-            implementation=name,
-            p20_us=round(t.p20, 2),
-            p50_us=round(t.p50, 2),
-            p80_us=round(t.p80, 2),
-            samples=t.samples,
-            bytes=limit_bytes if name in limits else moved,
-            gb_per_s=round(rate[name] / 1e3, 1),
-            share_of_cast=round(rate[name] / rate["contiguous cast"], 4),
-            against_loop=round(timings["python loop"].p50 / t.p50, 2) if "python loop" in timings else 0.0,
-            against_token=round(timings["token per program"].p50 / t.p50, 2) if "token per program" in timings else 0.0,
-            **machine(device.type),
-        )
-        for name, t in (timings | limits).items()
+        *(row(name, timing, moved) for name, timing in timings.items()),
+        *(row(name, timing, 0) for name, timing in no_gathers.items()),
+        *(row(name, timing, limit_bytes) for name, timing in limits.items()),
     ]
+
+
+def is_timed_alone(case: Case, device: torch.device) -> bool:
+    """Whether each launch is a CUDA graph of its own, instead of one of several in a row."""
+    return device.type == "cuda" and case.total_tokens <= ONE_LAUNCH
 
 
 def _implementations(case: Case, device: torch.device) -> dict[str, Implementation]:
@@ -200,13 +138,23 @@ def _implementations(case: Case, device: torch.device) -> dict[str, Implementati
     return found
 
 
+def _no_gathers(case: Case, device: torch.device) -> dict[str, Implementation]:
+    """What a gather needs besides, and what it cannot be faster than."""
+    found: dict[str, Implementation] = {}
+    if is_timed_alone(case, device):
+        found["empty launch"] = empty_launch
+    if device.type == "cuda" and case.lengths == LONGER:
+        found["plan build"] = plan_build
+    return found
+
+
 def _empty(case: Case, dim: int, device: torch.device) -> Tensor:
     return torch.empty(case.total_tokens, case.num_heads, dim, dtype=case.out_dtype, device=device)
 
 
 def _limits(case: Case, device: torch.device, seconds: float) -> tuple[dict[str, Timing], int]:
     """A contiguous cast with a scale, and a contiguous copy, of as many codes as the case has, and their bytes."""
-    n = case.total_tokens * case.num_heads * (case.k_dim + case.v_dim)
+    n, alone = case.total_tokens * case.num_heads * (case.k_dim + case.v_dim), is_timed_alone(case, device)
     moved = n * (case.dtype.itemsize + case.out_dtype.itemsize)
     copies = 1 if device.type == "cpu" else min(8, -(-3 * cache_bytes(device) // moved))
     scale = torch.full((1,), 0.5, device=device)
@@ -216,8 +164,9 @@ def _limits(case: Case, device: torch.device, seconds: float) -> tuple[dict[str,
     for half in halves:
         half.random_(0, 256)
     pairs = zip(halves[::2], halves[1::2], strict=True)
-    copy = time_calls([partial(target.copy_, source) for target, source in pairs], device, seconds=seconds)
-    del halves
+    copies_of_bytes = [partial(target.copy_, source) for target, source in pairs]
+    copy = time_calls(copies_of_bytes, device, seconds=seconds, alone=alone)
+    del halves, copies_of_bytes
     if device.type == "cpu":
         plain = partial(dequantize, held[0], scale, case.out_dtype)
         casts = [time_calls([plain], device, seconds=seconds)]
@@ -229,6 +178,7 @@ def _limits(case: Case, device: torch.device, seconds: float) -> tuple[dict[str,
                 [partial(cast, codes, scale, rows, tile) for codes, rows in zip(held, out, strict=True)],
                 device,
                 seconds=seconds / 2,
+                alone=alone,
             )
             for tile in CAST_TILES
         ]
@@ -249,17 +199,4 @@ def run(
     Raises:
         ValueError: no case's name holds `only`.
     """
-    chosen: Sequence[Case] = [case for case in cases(device) if only in case.name]
-    if not chosen:
-        raise ValueError(f"--case is {only!r}; accepted: part of one of {', '.join(c.name for c in cases(device))}")
-    rows: list[Row] = []
-    for nth, case in enumerate(chosen, 1):
-        if progress is not None:
-            progress(f"[{nth}/{len(chosen)}] {case.name}")
-        rows += measure(case, device, seconds=seconds)
-    return rows
-
-
-def show_progress(line: str) -> None:
-    """One line on stderr, replaced by the next where a person is watching."""
-    print(f"\r\x1b[K{line}" if sys.stderr.isatty() else line, end="" if sys.stderr.isatty() else "\n", file=sys.stderr)
+    return run_cases(cases(device), partial(measure, device=device, seconds=seconds), only=only, progress=progress)

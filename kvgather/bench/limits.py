@@ -1,4 +1,5 @@
-"""The limit a gather is held against on a GPU: a contiguous cast with a scale, the gather without the gather."""
+"""The limits a gather is held against on a GPU: a contiguous cast with a scale, the gather without the gather, and a
+launch of nothing."""
 
 from __future__ import annotations
 
@@ -54,3 +55,19 @@ def cast(held: Tensor, scale: Tensor, out: Tensor, tile: tuple[int, int] = CAST_
             BY_HAND=interpreted,
             num_warps=num_warps,
         )
+
+
+@triton.jit
+def empty_kernel(out_ptr):
+    pass
+
+
+def empty(out: Tensor, programs: int, num_warps: int) -> None:
+    """Launch programs that do nothing.
+
+    Args:
+        out: any tensor on the device; it is neither read nor written.
+        programs, num_warps: how many, and the warps of each.
+    """
+    with launching(out, interpreting()):
+        empty_kernel[(programs,)](out, num_warps=num_warps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -16,7 +17,7 @@ class Row:
         benchmark, case, implementation: what was measured.
         p20_us, p50_us, p80_us: percentiles of the time of one call.
         samples: how many times were taken.
-        bytes: what has to be moved: codes and scales read once, rows written once.
+        bytes: what has to be moved: codes and scales read once, rows written once; 0 of what gathers nothing.
         gb_per_s: bytes over the median, in 10⁹ bytes per second.
         share_of_cast: the contiguous cast's median per byte over this one's, measured in the same run.
         against_loop: the Python loop's median over this one's, same run; 0 where the loop was not run.
@@ -74,18 +75,31 @@ def read(path: Path) -> list[Row]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as text, one line each, cases apart."""
-    lines: list[str] = []
+    """The rows as text, one line each, cases apart; the last column is the time against the case's first row."""
     width = max((len(row.implementation) for row in rows), default=0)
-    case = ""
+    columns = f"{'median':>10}  {'20 % to 80 %':>22}  {'GB/s':>7}  {'of the cast':>11}  {'time':>8}"
+    lines = [f"{'':{width + 2}}  {columns}"]
+    case, first = "", 0.0
     for row in rows:
         if row.case != case:
-            case = row.case
-            lines += ["", case] if lines else [case]
-        ratios = [f"{row.share_of_cast:.3f} of the cast"]
-        ratios += [f"{row.against_token:.1f}× token-per-program"] if row.against_token else []
-        ratios += [f"{row.against_loop:.1f}× loop"] if row.against_loop else []
-        lines.append(
-            f"  {row.implementation:<{width}}  {row.p50_us:10.1f} µs  {row.gb_per_s:7.1f} GB/s  " + ", ".join(ratios)
-        )
+            case, first = row.case, row.p50_us
+            lines += ["", case]
+        spread = f"{_time(row.p20_us)} to {_time(row.p80_us)}"
+        moved = f"{row.gb_per_s:7.1f}  {row.share_of_cast:11.3f}" if row.bytes else f"{'':7}  {'':11}"
+        time = f"{_time(row.p50_us):>10}  {spread:>22}"
+        lines.append(f"  {row.implementation:<{width}}  {time}  {moved}  {row.p50_us / first:6.2f} ×")
     return "\n".join(lines)
+
+
+def _time(microseconds: float) -> str:
+    return f"{microseconds:.1f} µs" if microseconds < 10_000 else f"{microseconds / 1000:.1f} ms"
+
+
+def slug(device: str) -> str:
+    """A device's name in the name of a file: "h100" of "NVIDIA H100 80GB HBM3", "cpu" of any CPU's."""
+    words = [word for word in re.split(r"[^a-z0-9]+", device.lower()) if word not in _MAKERS]
+    size = next((at for at, word in enumerate(words) if re.fullmatch(r"\d+gb|sxm\d*|pcie|nvl|oam", word)), len(words))
+    return "_".join(words[:size])
+
+
+_MAKERS = ("", "nvidia", "amd", "geforce", "instinct", "tesla")

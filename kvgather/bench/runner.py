@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import os
 import platform
 import statistics
 import subprocess
@@ -15,8 +16,12 @@ from pathlib import Path
 import torch
 
 from ..device import triton_available
+from .cases import Case
+from .report import Row
 
 Call = Callable[[], object]
+COMMIT = "KVGATHER_COMMIT"
+"""The environment variable that says which commit this is where git cannot: an installed package, or a bare copy."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,9 @@ def cache_bytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 64 * 2**20
 
 
-def time_calls(calls: Sequence[Call], device: torch.device, *, seconds: float = 0.2, graph: bool = True) -> Timing:
+def time_calls(
+    calls: Sequence[Call], device: torch.device, *, seconds: float = 0.2, graph: bool = True, alone: bool = False
+) -> Timing:
     """Time one call, taking the given ones in turn.
 
     Args:
@@ -49,30 +56,38 @@ def time_calls(calls: Sequence[Call], device: torch.device, *, seconds: float = 
         device: where they run.
         seconds: about how long to measure, after a warm-up.
         graph: on a GPU, whether the calls can be captured in a CUDA graph, which takes the host's time out.
+        alone: on a GPU, whether each call is a graph of its own and is timed by itself, its launch included.
 
     Returns:
-        Percentiles over the samples; on a GPU with a graph a sample is a replay of all calls.
+        Percentiles over the samples; on a GPU with a graph a sample is a replay of all calls, unless each is alone.
     """
     for call in calls:
         call()
     if device.type == "cpu":
         return _time_on_cpu(calls, seconds)
     torch.cuda.synchronize(device)
-    work: Call = _captured(calls) if graph else (lambda: [call() for call in calls])
-    work()
+    works: list[Call]
+    if not graph:
+        works = [lambda: [call() for call in calls]]
+    else:
+        works = [_captured([call]) for call in calls] if alone else [_captured(calls)]
+    for work in works:
+        work()
     torch.cuda.synchronize(device)
     samples: list[float] = []
     end = time.monotonic() + seconds
     while time.monotonic() < end and len(samples) < 400:
         batch = []
-        for _ in range(5 if graph else 1):
+        if alone:  # the GPU waits a millisecond, so that the host's time to ask for it is not between the events
+            torch.cuda._sleep(2_000_000)
+        for work in works * (5 if graph else 1):
             start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             work()
             stop.record()
             batch.append((start, stop))
         torch.cuda.synchronize(device)
-        samples += [1e3 * start.elapsed_time(stop) / len(calls) for start, stop in batch]
+        samples += [1e3 * start.elapsed_time(stop) * len(works) / len(calls) for start, stop in batch]
     return Timing.of(samples)
 
 
@@ -95,6 +110,35 @@ def _time_on_cpu(calls: Sequence[Call], seconds: float) -> Timing:
     return Timing.of(samples)
 
 
+def run_cases(
+    cases: Sequence[Case],
+    measure: Callable[[Case], list[Row]],
+    *,
+    only: str = "",
+    progress: Callable[[str], None] | None = None,
+) -> list[Row]:
+    """Measure the cases whose name holds `only`.
+
+    Args:
+        cases: all there are.
+        measure: gives a case's rows.
+        only: part of a case's name; empty is all.
+        progress: called with a line before each case, such as `[3/72] NHD-8x64-…`.
+
+    Raises:
+        ValueError: no case's name holds `only`.
+    """
+    chosen = [case for case in cases if only in case.name]
+    if not chosen:
+        raise ValueError(f"--case is {only!r}; accepted: part of one of {', '.join(case.name for case in cases)}")
+    rows: list[Row] = []
+    for nth, case in enumerate(chosen, 1):
+        if progress is not None:
+            progress(f"[{nth}/{len(chosen)}] {case.name}")
+        rows += measure(case)
+    return rows
+
+
 @functools.cache
 def machine(device_type: str) -> dict[str, str]:
     """What a row says about where it was measured: device, driver, versions, commit and date."""
@@ -113,7 +157,7 @@ def machine(device_type: str) -> dict[str, str]:
         "driver": driver,
         "torch": torch.__version__,
         "triton": importlib.metadata.version("triton") if triton_available() else "",
-        "commit": _line("git", "-C", str(here), "rev-parse", "--short", "HEAD"),
+        "commit": _line("git", "-C", str(here), "rev-parse", "--short", "HEAD") or os.environ.get(COMMIT, ""),
         "date": datetime.date.today().isoformat(),
     }
 

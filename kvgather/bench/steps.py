@@ -9,7 +9,8 @@ from functools import partial
 import torch
 
 from .cases import Built, Case, build
-from .gather import GPU_BASE, Implementation, Outputs, _empty, _limits, moved_bytes, ours, token_per_program
+from .gather import GPU_BASE, _empty, _limits, moved_bytes
+from .implementations import Implementation, Outputs, ours, token_per_program
 from .report import Row
 from .runner import Call, Timing, cache_bytes, machine, time_calls
 

@@ -1,0 +1,125 @@
+"""What `kvgather bench gather` times: our gather, what engines ship, and what one would write in plain torch; and
+what a gather needs besides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..device import interpreting
+from ..formats.fp8 import FORMATS, dequantize
+from ..formats.layout import as_nhd
+from ..plan import GatherPlan
+from .cases import Built
+from .runner import Call
+
+Outputs = tuple[Tensor, Tensor]
+Implementation = Callable[[Built, Outputs], Call]
+"""From a case's tensors and the rows to fill, the call to time."""
+
+
+def ours(built: Built, out: Outputs) -> Call:
+    """This package's gather, checks included."""
+    return lambda: built.cache.gather(built.plan, out=out)
+
+
+def token_per_program(built: Built, out: Outputs) -> Call:
+    """The kernel that engines ship, told the right kind of scale."""
+    from ..lab.before_fix import cp_mha_gather_cache, token_to_batch
+
+    case, cache = built.case, built.cache
+    batches = token_to_batch(built.cu_seqlens_k)
+    starts = torch.zeros(len(case.lengths), dtype=torch.int32, device=batches.device)
+    return lambda: cp_mha_gather_cache(
+        cache.key_cache, cache.value_cache, *out, built.block_table, cache.k_scale, cache.v_scale, built.cu_seqlens_k,
+        batches, starts, True, case.layout, case.total_tokens, per_token_quant=case.k_kind == "per-token-head",
+    )  # fmt: skip
+
+
+def torch_index(built: Built, out: Outputs) -> Call:
+    """Plain torch: one advanced index per pool over all tokens, then the formula."""
+    case = built.case
+    position = torch.cat([torch.arange(n, device=out[0].device) for n in case.lengths])
+    lengths = built.cu_seqlens_k.diff().long()
+    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=position.device), lengths)
+    block = built.block_table[sequence, position // case.page_size].long()
+    slot = position % case.page_size
+
+    def run() -> None:
+        for pool, scale, target in _sides(built, out):
+            held = pool.view(torch.uint8) if pool.dtype in FORMATS else pool
+            which = "key" if target is out[0] else "value"
+            if case.layout == "SHUFFLE" and which == "value":
+                x = pool.shape[4]
+                rows = held[block, :, slot // x, :, slot % x]
+            elif case.layout == "SHUFFLE":
+                rows = held[block, :, :, slot].flatten(2, 3)
+            else:
+                rows = held[block, slot] if case.layout == "NHD" else held[block, :, slot]
+            target.copy_(dequantize(rows.view(pool.dtype), _factor(scale, block, slot), target.dtype))
+
+    return run
+
+
+def python_loop(built: Built, out: Outputs) -> Call:
+    """What an engine falls back to without a kernel: a Python loop over the blocks of every sequence."""
+    case = built.case
+    table = built.block_table.tolist()
+
+    def run() -> None:
+        row = 0
+        for sequence, length in enumerate(case.lengths):
+            for column, begin in enumerate(range(0, length, case.page_size)):
+                block, rows = table[sequence][column], min(case.page_size, length - begin)
+                for pool, scale, target in _sides(built, out):
+                    page = as_nhd(pool[block : block + 1], case.layout, "key" if target is out[0] else "value")[0]
+                    factor = scale if scale is None or scale.ndim < 3 else scale[block].t()[:, :, None]
+                    target[row : row + rows] = dequantize(page, factor, target.dtype)[:rows]
+                row += rows
+
+    return run
+
+
+def plan_build(built: Built, out: Outputs) -> Call:
+    """Building the checked plan, which then serves every layer; nothing in it waits, so it can be captured.
+
+    Raises:
+        ArithmeticError: the records are not those that a CPU builds.
+    """
+
+    def plan_of(block_table: Tensor, cu_seqlens_k: Tensor) -> GatherPlan:
+        return GatherPlan.build(
+            block_table, cu_seqlens_k, page_size=built.case.page_size, num_blocks=built.cache.geometry.num_blocks,
+            total_tokens=built.case.total_tokens,
+        )  # fmt: skip
+
+    run = partial(plan_of, built.block_table, built.cu_seqlens_k)
+    if not torch.equal(run().records.cpu(), plan_of(built.block_table.cpu(), built.cu_seqlens_k.cpu()).records):
+        raise ArithmeticError(f"plan build is not the reference on {built.case.name}")
+    return run
+
+
+def empty_launch(built: Built, out: Outputs) -> Call:
+    """A kernel that does nothing, with as many programs and warps as our gather has on the case."""
+    from ..gather.kernel import _prepare, _Side
+    from .limits import empty
+
+    cache, (k_scale, v_scale) = built.cache, built.cache._scales
+    k, v = _Side("key", cache.key_cache, k_scale, out[0]), _Side("value", cache.value_cache, v_scale, out[1])
+    lanes = torch.cuda.get_device_properties(out[0].device).warp_size if out[0].is_cuda else 32
+    prepared = _prepare(k, v, cache.layout, built.case.dtype, interpreting(), lanes)
+    return partial(empty, out[0], len(built.plan.records) * prepared.page_tiles, prepared.constants["num_warps"])
+
+
+def _sides(built: Built, out: Outputs) -> Iterable[tuple[Tensor, Tensor | None, Tensor]]:
+    cache = built.cache
+    return (cache.key_cache, cache.k_scale, out[0]), (cache.value_cache, cache.v_scale, out[1])
+
+
+def _factor(scale: Tensor | None, block: Tensor, slot: Tensor) -> Tensor | None:
+    if scale is None or scale.numel() == 1:
+        return scale
+    return scale[:, None] if scale.ndim == 1 else scale[block, :, slot][..., None]

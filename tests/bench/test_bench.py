@@ -1,0 +1,170 @@
+"""The benchmark: what it times is what it says, and its rows come back from the file as they went in."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvgather.bench import gather, report, runner
+from kvgather.bench.cases import Case, build
+from kvgather.bench.implementations import empty_launch, plan_build
+from kvgather.bench.progress import Progress
+from kvgather.bench.report import Row
+from kvgather.plan import GatherPlan
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CASE = Case(num_heads=2, k_dim=16, v_dim=16, lengths=(19, 3), starts=())
+ROW = Row(
+    "gather", "a case", "kvgather", 146.0, 147.25, 150.0, 400, 402677760, 2734.7, 0.951, 0.0, 5.2, "NVIDIA H100", "580",
+    "2.11.0", "3.6.0", "abc", "2026-11-22",
+)  # fmt: skip
+
+
+def outputs(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    return gather._empty(case, case.k_dim, CPU), gather._empty(case, case.v_dim, CPU)
+
+
+@pytest.mark.parametrize("layout", ["NHD", "SHUFFLE"])
+def test_a_cpu_times_what_it_can_and_checks_it_first(monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
+    monkeypatch.setenv(runner.COMMIT, "given")
+    case = replace(CASE, layout=layout, k_kind="per-token-head")
+    rows = gather.measure(case, CPU, seconds=0.001)
+    assert [row.implementation for row in rows] == [
+        "kvgather", "torch index", "python loop", "contiguous cast", "contiguous copy"
+    ]  # fmt: skip
+    for row in rows:
+        assert (row.benchmark, row.case) == ("gather", case.name)
+        assert 0 < row.p20_us <= row.p50_us <= row.p80_us and row.samples >= 5
+        assert row.gb_per_s == round(row.bytes / row.p50_us / 1e3, 1)
+        assert row.device and row.torch == torch.__version__ and row.commit and len(row.date) == 10
+    assert rows[0].bytes == 22 * 2 * 32 * 3 + 22 * 2 * 4
+    assert [row.share_of_cast for row in rows if row.implementation == "contiguous cast"] == [1]
+
+
+def test_an_implementation_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gather, "torch_index", lambda built, out: lambda: out[0].zero_() + out[1].zero_())
+    with pytest.raises(ArithmeticError, match=rf"torch index is not the reference on {CASE.name}"):
+        gather.measure(CASE, CPU, seconds=0.001)
+
+
+def test_a_gpus_cases_are_those_that_are_asked_for() -> None:
+    """Every row of the table that the gather has to reach."""
+    cases = gather.cases(CUDA)
+    assert len(set(cases)) == len(cases) and len({case.name for case in cases}) == len(cases)
+    assert sum(case.lengths == gather.RAGGED and case.num_heads == 8 for case in cases) >= 72
+    assert {(case.k_dim, case.v_dim) for case in cases} == {(64, 64), (128, 128), (192, 128)}
+    assert {case.num_heads for case in cases} == {1, 8}
+    assert {len(case.lengths) for case in cases} == {1, 16, 256}
+    assert sum(gather.LONGER) == 145_000
+    assert {length % 16 for length in gather.RAGGED} == set(range(16))
+    alone = [case for case in cases if gather.is_timed_alone(case, CUDA)]
+    assert {sum(case.lengths) for case in alone} == {1500}
+    for case in alone:
+        assert list(gather._no_gathers(case, CUDA)) == ["empty launch"]
+        assert not gather._no_gathers(case, CPU)
+    planned = [case for case in cases if "plan build" in gather._no_gathers(case, CUDA)]
+    assert {case.layout for case in planned} == {"NHD", "HND", "SHUFFLE"}
+
+
+def test_the_plan_that_is_timed_is_the_cases() -> None:
+    built = build(CASE)
+    plan = plan_build(built, outputs(CASE))()
+    assert isinstance(plan, GatherPlan)
+    assert torch.equal(plan.records, built.plan.records) and plan.total_tokens == built.plan.total_tokens
+
+
+@pytest.mark.triton
+def test_the_empty_launch_has_the_gathers_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvgather.bench import limits
+
+    launched = []
+    monkeypatch.setattr(limits, "empty", lambda out, programs, num_warps: launched.append((programs, num_warps)))
+    case = replace(CASE, num_heads=16, k_dim=64, v_dim=64, page_size=32)
+    built = build(case)
+    empty_launch(built, outputs(case))()
+    assert launched == [(len(built.plan.records) * 2 * 2, 16)]  # pages × slots of 16 × columns of 512
+    monkeypatch.undo()
+    out = outputs(CASE)
+    out[0].fill_(3)
+    empty_launch(build(CASE), out)()
+    assert (out[0] == 3).all()
+
+
+def test_rows_go_into_a_file_and_come_back(tmp_path: Path) -> None:
+    path = tmp_path / "results" / "gather.csv"
+    report.write([ROW, replace(ROW, implementation="x"), replace(ROW, case="other")], path)
+    report.write([replace(ROW, p50_us=1.5), replace(ROW, device="another")], path)  # of its case and device, in place
+    assert report.read(path) == [replace(ROW, case="other"), replace(ROW, p50_us=1.5), replace(ROW, device="another")]
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match=r"gather.csv has columns \['a', 'b'\]; accepted: \['benchmark'"):
+        report.read(path)
+
+
+def test_committed_rows_say_where_and_when() -> None:
+    for path in (Path(__file__).parents[2] / "benchmarks" / "results").glob("*.csv"):
+        for row in report.read(path):
+            assert row.device and row.torch and len(row.date) == 10, (path.name, row)
+            assert row.p20_us <= row.p50_us <= row.p80_us, (path.name, row)
+
+
+def test_the_table_is_for_people() -> None:
+    text = report.table([ROW, replace(ROW, implementation="empty launch", p50_us=0.5, bytes=0), replace(ROW, case="b")])
+    lines = text.splitlines()
+    assert lines[2] == "a case" and lines[6] == "b"
+    assert lines[3].split() == "kvgather 147.2 µs 146.0 µs to 150.0 µs 2734.7 0.951 1.00 ×".split()
+    assert lines[4].split()[:2] == ["empty", "launch"] and lines[4].endswith("0.00 ×") and "GB" not in lines[4]
+    assert len({len(line) for line in (lines[0], lines[3], lines[4], lines[7])}) == 1
+    assert len(lines[0]) < 100
+    assert report.table([])
+
+
+@pytest.mark.parametrize(
+    ("device", "slug"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA GeForce RTX 4090", "rtx_4090"),
+        ("AMD Instinct MI300X OAM", "mi300x"),
+        ("Tesla T4", "t4"),
+    ],
+)
+def test_slugs(device: str, slug: str) -> None:
+    assert report.slug(device) == slug
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_is_a_bar_for_people_and_lines_for_files() -> None:
+    lines, bar = io.StringIO(), Terminal()
+    for file in (lines, bar):
+        with Progress(file) as progress:
+            progress("[1/4] NHD")
+            progress("[3/4] HND")
+    assert lines.getvalue() == "[1/4] NHD\n[3/4] HND\n"
+    first, second, cleared = bar.getvalue().split("\r\x1b[K")[1:]
+    assert first.startswith("░" * 20 + " 1/4 ") and first.endswith("NHD")
+    assert second.startswith("█" * 10 + "░" * 10 + " 3/4  ") and "0:00 left" in second
+    assert cleared == ""
+
+
+def test_every_field_of_a_row_is_explained() -> None:
+    assert Row.__doc__ is not None
+    for field in fields(Row):
+        assert field.name in Row.__doc__
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [(1500,), gather.LONGER], ids=["one_launch", "plan"])
+def test_a_gpu_times_what_is_no_gather(lengths: tuple[int, ...]) -> None:
+    case = replace(gather.GPU_BASE, lengths=lengths)
+    rows = {row.implementation: row for row in gather.measure(case, CUDA, seconds=0.02)}
+    other = rows["empty launch" if lengths == (1500,) else "plan build"]
+    assert other.bytes == 0 and 0 < other.p50_us < 1000
+    assert rows["kvgather"].case == case.name + ("-one_launch" if lengths == (1500,) else "")
