@@ -12,7 +12,8 @@ import kvgather as kg
 
 def test_the_public_names() -> None:
     assert set(kg.__all__) >= {
-        "BlockPool", "GatherPlan", "PagedKVCache", "PlanError", "cp_mha_gather_cache", "device", "gather",
+        "BlockPool", "GatherPlan", "PagedKVCache", "PlanError", "PrefixBatch", "cp_mha_gather_cache", "device",
+        "gather", "merge_states", "prefix_attention",
     }  # fmt: skip
     assert sorted(kg.__all__) == sorted(set(kg.__all__))
     for name in kg.__all__:
@@ -44,6 +45,17 @@ def test_signatures_are_the_designs() -> None:
         "block_table": required, "cu_seqlens_k": required, "page_size": required, "num_blocks": required,
         "total_tokens": None, "seq_starts": None,
     }  # fmt: skip
+    assert parameters(kg.PrefixBatch.build) == {
+        "block_table": required, "cu_seqlens_q": required, "cu_seqlens_k": required, "page_size": required,
+        "num_blocks": required, "total_q": None, "total_k": None, "max_q": None, "max_k": None, "seqlens_q": None,
+        "seqlens_k": None, "windows": (),
+    }  # fmt: skip
+    assert parameters(kg.prefix_attention) == {
+        "q": required, "k_new": required, "v_new": required, "cache": required, "batch": required,
+        "softmax_scale": None, "sinks": None, "window": None, "workspace_tokens": None, "path": "auto",
+        "return_lse": False,
+    }  # fmt: skip
+    assert list(parameters(kg.merge_states)) == ["out_a", "lse_a", "out_b", "lse_b"]
     assert list(parameters(kg.PagedKVCache.from_tensors)) == [
         "key_cache", "value_cache", "layout", "k_scale", "v_scale", "k_kind", "v_kind",
     ]  # fmt: skip
@@ -69,6 +81,30 @@ def test_allocate_write_gather(layout: str) -> None:
     )  # fmt: skip
     assert torch.equal(same[0], k_all) and torch.equal(same[1], v_all)
     assert cache.gather(plan)[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("layout", ["NHD", "HND", "SHUFFLE"])
+def test_two_prompts_one_prefix(layout: str) -> None:
+    """As an engine would call it: the second prompt's blocks are the first one's, and only its suffix is computed."""
+    pool = kg.BlockPool(num_blocks=8, page_size=16)
+    cache = kg.PagedKVCache(8, 16, 2, 32, layout=layout, scale="per-token-head", device="cpu")
+    for prompt, cached in ((list(range(20)), 0), ([*range(16), 7, 7, 7], 16)):
+        seq = pool.allocate(prompt)
+        new = seq.num_tokens - seq.num_cached_tokens
+        assert seq.num_cached_tokens == cached
+        batch = kg.PrefixBatch.build(
+            pool.block_table([seq]), torch.tensor([0, new]), torch.tensor([0, seq.num_tokens]), page_size=16,
+            num_blocks=8, total_q=new, total_k=seq.num_tokens,
+        )  # fmt: skip
+        q, k, v = (torch.randn(new, heads, 32, dtype=torch.bfloat16) for heads in (6, 2, 2))
+        out = kg.prefix_attention(q, k, v, cache, batch)
+        pool.commit(seq)
+        assert isinstance(out, torch.Tensor) and out.shape == (new, 6, 32) and out.dtype == torch.bfloat16
+        first = out[0, ::3].float() if cached == 0 else None
+        if first is not None:  # the first token sees itself alone
+            torch.testing.assert_close(first, v[0].float(), rtol=0.07, atol=0.01)
+    parts = [torch.randn(5, 6, 32), torch.randn(5, 6)]
+    assert torch.equal(kg.merge_states(*parts, parts[0], torch.full((5, 6), -torch.inf))[0], parts[0])
 
 
 def test_errors_are_value_and_type_errors() -> None:

@@ -1,5 +1,7 @@
 """Attention over a prefix that is cached: gathered and dense, or straight from the pages."""
 
 from .batch import PrefixBatch
+from .merge import merge_states
+from .prefix import prefix_attention
 
-__all__ = ["PrefixBatch"]
+__all__ = ["PrefixBatch", "merge_states", "prefix_attention"]
