@@ -14,15 +14,17 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..bench.cases import Case
 from .assembly import ROOT, TARGETS, AssemblyError, width, widths
-from .trace import Access
+from .trace import Access, Trace
 
 _LAYOUT = re.compile(
     r"#ttg\.blocked<\{sizePerThread = \[([\d, ]+)\], threadsPerWarp = \[([\d, ]+)\], "
@@ -31,6 +33,8 @@ _LAYOUT = re.compile(
 _TILE = re.compile(r"tt\.load .*: tensor<((?:\d+x)+)!tt\.ptr<(?:i8|u8|f8\w+)>, (#\w+)>")
 LOOKUP = "ld.global.b32"
 """One number of four bytes: a record, an entry of a table, a scale. Not counted among the loads of codes."""
+POOLS = {"K": ("k_ptr", "key_cache_ptr"), "V": ("v_ptr", "value_cache_ptr")}
+"""What the kernels call the pools."""
 SECTOR = 32
 """Bytes that an NVIDIA GPU moves at the least."""
 
@@ -105,6 +109,47 @@ class TileLoad:
         return at.reshape(warps, lanes, held // self.width, self.width).swapaxes(1, 2).reshape(-1, lanes, self.width)
 
 
+@dataclass(frozen=True)
+class Reads:
+    """What a run reads of one pool.
+
+    Attributes:
+        programs: that read the pool; those of a plan's unused records do not.
+        lookups: their loads of anything but the two pools: records, tables, scales.
+        loads: of warps, from this pool; one that has all its lanes off is none.
+        sectors: that these loads touch, each load counted for itself.
+        used: bytes that the programs asked for.
+    """
+
+    programs: int
+    lookups: int
+    loads: int
+    sectors: int
+    used: int
+
+
+def reads(trace: Trace, compiled: Compiled, pool: str = "V") -> Reads:
+    """Count a traced run as the compiled kernel would make it.
+
+    Args:
+        trace: of a launch of the same kernel, for the same heads, page and head_dim.
+        compiled: it, for an NVIDIA GPU.
+        pool: "K" or "V".
+    """
+    tile = compiled.tiles()["KV".index(pool)]
+    asked = [access for access in trace.select(kind="load") if access.argument in POOLS[pool] and access.mask.any()]
+    loads = [load for access in asked for load in tile.of_warps(access) if (load >= 0).any()]
+    programs = {access.program for access in asked}
+    others = [access for access in trace.select(kind="load") if access.argument not in (*POOLS["K"], *POOLS["V"])]
+    return Reads(
+        programs=len(programs),
+        lookups=sum(access.program in programs for access in others),
+        loads=len(loads),
+        sectors=sum(map(sectors, loads)),
+        used=sum(int(access.mask.sum()) for access in asked),
+    )
+
+
 def sectors(addresses: NDArray[np.int64]) -> int:
     """How many 32-byte sectors hold these bytes; negative ones are none."""
     return len(np.unique(addresses[addresses >= 0] // SECTOR))
@@ -175,7 +220,7 @@ def _is_store(instruction: str) -> bool:
     return instruction.startswith("st.") or "_store" in instruction
 
 
-def compile_steps(jobs: Sequence[tuple[str, Case, str]], *, timeout: float = 300.0) -> list[Compiled]:
+def compile_steps(jobs: Sequence[tuple[str, Case, str]], *, timeout: float = 300.0) -> Iterator[Compiled]:
     """Compile kernels of chapter 07 for targets, in a child process; needs no GPU.
 
     Args:
@@ -184,26 +229,36 @@ def compile_steps(jobs: Sequence[tuple[str, Case, str]], *, timeout: float = 300
             SHUFFLE: `(out_ptr, k_ptr, block, HEADS, PAGE, DIM)`.
         timeout: seconds that all of it may take.
 
-    Returns:
-        One `Compiled` for each job, in their order; a failed compilation does not raise: its `error` says why.
+    Yields:
+        One `Compiled` for each job, in their order, as they are done; a failed compilation does not raise: its `error`
+        says why.
 
     Raises:
-        AssemblyError: there is no such target, or the child did not answer.
+        AssemblyError: there is no such target, or the child ended early.
     """
     for _, _, target in jobs:
         if target not in TARGETS:
             raise AssemblyError(f"target is {target!r}; accepted: {', '.join(TARGETS)}")
-    with tempfile.TemporaryDirectory() as cache:
-        environment = dict(os.environ) | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache}
+    with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "words", "w+b") as words:
+        environment = dict(os.environ) | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": folder}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
         command = [sys.executable, "-P", "-m", "kvgather.lab._steps_child"]
-        asked = pickle.dumps(list(jobs))
-        try:
-            child = subprocess.run(command, input=asked, env=environment, capture_output=True, timeout=timeout)
-        except subprocess.TimeoutExpired:
-            raise AssemblyError(f"{len(jobs)} compilations took longer than {timeout:g} s") from None
-    answers = [json.loads(line) for line in child.stdout.splitlines() if line.startswith(b"{")]
-    if len(answers) != len(jobs):
-        words = child.stderr.decode(errors="replace").strip().splitlines()[-3:]
-        raise AssemblyError(f"exit {child.returncode}: " + " | ".join(words))
-    return [Compiled(name, target, **answer) for (name, _, target), answer in zip(jobs, answers, strict=True)]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=words, env=environment) as child:
+            assert child.stdin is not None and child.stdout is not None
+            timer = threading.Timer(timeout, child.kill)
+            timer.start()
+            try:
+                child.stdin.write(pickle.dumps(list(jobs)))
+                child.stdin.close()
+                answers = (line for line in child.stdout if line.startswith(b"{"))
+                for name, _, target in jobs:
+                    answer = next(answers, None)
+                    if answer is None:
+                        words.seek(0)
+                        said = words.read().decode(errors="replace").strip().splitlines()[-3:]
+                        raise AssemblyError(f"no answer for {name!r:.40}, exit {child.wait()}: {' | '.join(said)}")
+                    yield Compiled(name, target, **json.loads(answer))
+            finally:
+                timer.cancel()
+                child.kill()

@@ -73,7 +73,7 @@ def roofline_picture(panels: Mapping[str, Sequence[Row]]) -> Figure:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:,g}"))
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_minor_locator(NullLocator())
-        sizes = [row.bytes for row in rows]
+        sizes: list[float] = [row.bytes for row in rows]
         middle = (min(sizes) * max(sizes)) ** 0.5
         ticks = sorted({min(sizes), max(sizes)} | {size for size in sizes if 0.8 < size / middle < 1.25})
         axes.set_xticks(_apart(ticks))
@@ -92,7 +92,7 @@ def _roof(axes: Axes, rows: Sequence[Row]) -> None:
         for row in rows:
             if row.implementation == name:
                 best[row.bytes] = max(best.get(row.bytes, 0.0), row.gb_per_s)
-        points = sorted(best.items())
+        points: list[tuple[float, float]] = sorted(best.items())
         if len(points) == 1:
             points = [(points[0][0] * factor, points[0][1]) for factor in (0.7, 1.4)]
         if points:

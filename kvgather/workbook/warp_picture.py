@@ -18,20 +18,24 @@ from .figures import EMPTY, INK, PALETTE, figure
 __all__ = ["warp_picture"]
 
 
-def warp_picture(loads: Mapping[str, NDArray[np.int64]], first: int, size: int) -> Figure:
-    """A panel for each load, with a row of boxes for each sector of a piece of memory.
+def warp_picture(loads: Mapping[str, NDArray[np.int64]], size: int, *, label: str = "byte") -> Figure:
+    """A panel for each load, with a row of boxes for each sector of the piece of memory that it reads from.
 
     Args:
         loads: by title, `[lanes, width]` byte addresses; −1 for lanes that are off.
-        first, size: the piece of memory, in bytes; whole sectors.
+        size: of a piece, in bytes; whole sectors, and pieces begin at its multiples.
+        label: what the offsets beside the rows count.
     """
     rows = size // SECTOR
     drawing, grid = figure(3.5 * len(loads), 1.2 + 0.115 * rows, columns=len(loads), squeeze=False)
     for (title, addresses), axes in zip(loads.items(), grid[0], strict=True):
-        asked = addresses[addresses >= 0].ravel() - first
+        asked = addresses[addresses >= 0].ravel()
+        asked = asked - asked.min() // size * size
         _draw(axes, asked, rows)
-        axes.set_title(f"{title}\n{len(np.unique(asked))} bytes from {sectors(addresses)} sectors", fontsize=9.5)
-    grid[0][0].set_ylabel("byte of this head's V in the page", fontsize=8.5)
+        count = sectors(addresses)
+        words = f"{len(np.unique(asked))} bytes from {count} sector{'s' if count > 1 else ''}"
+        axes.set_title(f"{title}\n{words}", fontsize=9.5)
+    grid[0][0].set_ylabel(label, fontsize=8.5)
     names = {"a byte that a lane asks for": PALETTE[0], "comes with it: the rest of the 32-byte sector": MOVED}
     handles = [Rectangle((0, 0), 1, 1, facecolor=color) for color in names.values()]
     drawing.legend(handles, list(names), loc="outside upper left", ncols=2, frameon=False, fontsize=9)

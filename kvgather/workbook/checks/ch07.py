@@ -1,0 +1,82 @@
+"""Checks of chapter 07: the sectors of a load, bytes in flight, lanes along V of SHUFFLE, and a load made wide."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from kvgather.bench.cases import Case
+from kvgather.formats.layout import as_nhd, byte_offset, key_shape, value_shape
+from kvgather.lab.assembly import width
+from kvgather.lab.trace import trace
+from kvgather.lab.warps import compile_steps
+from kvgather.workbook.checks import NotYet, Wrong, exercise, expect
+
+PAGE = 16
+
+
+@exercise("07.1", correct="so many sectors does the GPU move for it")
+def sectors_of(answer: Callable[..., Any]) -> None:
+    loads: dict[str, tuple[list[int], int, int]] = {
+        "32 lanes, one byte each, side by side from byte 64": (list(range(64, 96)), 1, 1),
+        "32 lanes, one byte each, side by side from byte 72": (list(range(72, 104)), 1, 2),
+        "32 lanes, one byte each, 16 apart from byte 0": (list(range(0, 512, 16)), 1, 16),
+        "32 lanes, one byte each, 16 apart from byte 5": (list(range(5, 517, 16)), 1, 16),
+        "32 lanes, 16 bytes each, side by side from byte 0": (list(range(0, 512, 16)), 16, 16),
+        "one lane, 16 bytes, from byte 24": ([24], 16, 2),
+        "32 lanes, all at byte 100": ([100] * 32, 1, 1),
+        "32 lanes, 16 bytes each, 256 apart": (list(range(0, 8192, 256)), 16, 32),
+    }
+    for what, (addresses, size, want) in loads.items():
+        expect(want, answer(addresses, size), what)
+
+
+@exercise("07.2", correct="and that times the rounds per second is the speed")
+def in_flight(answer: Callable[..., Any]) -> None:
+    sizes = ((128, 4, 2048), (2048, 2, 65536), (16384, 16, 65536), (2048, 1, 65536), (300, 5, 3600), (4096, 64, 4096))
+    for codes, warps, want in sizes:
+        expect(want, answer(codes, warps), f"programs of {warps} warps that ask for {codes} bytes each")
+
+
+@exercise("07.3", correct="32 lanes, one sector: neighbouring lanes walk the slots")
+def place(answer: Callable[..., Any]) -> None:
+    pool = torch.empty(value_shape("SHUFFLE", 1, PAGE, 1, 64, 1), dtype=torch.uint8)
+    for lane in range(32):
+        got = answer(lane)
+        if not isinstance(got, tuple | list) or len(got) != 2 or not all(isinstance(n, int) for n in got):
+            expect((0, 0), got, f"lane {lane}")
+            raise Wrong(f"lane {lane}: expected two ints, slot and dim, got {got!r:.60}")
+        slot, dim = got
+        if not (0 <= slot < PAGE and 0 <= dim < 64):
+            raise Wrong(f"lane {lane}: slot {slot}, dim {dim} is not in a page of {PAGE} slots and 64 dims")
+        expect(lane, byte_offset(pool, "SHUFFLE", "value", 0, 0, slot, dim), f"the byte that lane {lane} reads")
+
+
+@exercise(
+    "07.4",
+    correct="the same bytes, in loads of 16",
+    not_yet="right values, in loads of one byte; give head and dim an axis each",
+)
+def copy_page_kernel(kernel: Any) -> None:
+    if not hasattr(kernel, "fn"):
+        raise Wrong(f"expected a Triton kernel, got {type(kernel).__name__}; keep the decorator")
+    heads, dim = 2, 32
+    pool = torch.randint(0, 256, key_shape("SHUFFLE", 3, PAGE, heads, dim, 1), dtype=torch.uint8)
+    out = torch.zeros(PAGE, heads, dim, dtype=torch.uint8)
+    with trace() as t:
+        kernel[(1,)](out, pool, 1, HEADS=heads, PAGE=PAGE, DIM=dim)
+    if t.violations:
+        raise Wrong(f"it leaves a tensor: {t.violations[0].argument}, element {t.violations[0].element}")
+    expect(as_nhd(pool, "SHUFFLE", "key")[1], out, "the page [slot, head, dim]")
+    case = Case(layout="SHUFFLE", num_heads=8, k_dim=64, v_dim=64, lengths=(PAGE,), starts=(), num_blocks=4)
+    (compiled,) = compile_steps([(inspect.getsource(kernel.fn), case, "cuda:90")])
+    if compiled.error:
+        raise Wrong(f"it does not compile: {compiled.error:.200}")
+    narrow = [name for name in compiled.loads if width(name) < 16]
+    if narrow and [a.bytes.shape for a in t.select("k_ptr")] == [(PAGE, heads * dim)]:
+        raise NotYet
+    if narrow:
+        raise Wrong(f"right values, but {compiled.loads[narrow[0]]} × {narrow[0]}: {width(narrow[0])} byte(s) a lane")
