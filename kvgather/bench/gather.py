@@ -130,6 +130,10 @@ def is_timed_alone(case: Case, device: torch.device) -> bool:
 def _implementations(case: Case, device: torch.device) -> dict[str, Implementation]:
     found: dict[str, Implementation] = {"kvgather": ours}
     plain = case.dtype == torch.float8_e4m3fn and case.k_kind in ("per-tensor", "per-token-head")
+    if device.type == "cuda" and plain and case.page_size == 16 and case.lengths in (RAGGED, LONGER):
+        from .trusting import trusting
+
+        found["trusts the table"] = trusting
     if device.type == "cuda" and plain and case.layout != "HND":
         found["token per program"] = token_per_program
     if device.type == "cpu" or (plain and case.page_size == 16 and case.lengths == RAGGED):
