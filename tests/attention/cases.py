@@ -28,6 +28,7 @@ HEADS: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {  # query and KV he
     "16/2x256": ((16, 2), (256, 256)),
     "64/4x192:128": ((64, 4), (192, 128)),
     "5/1x80": ((5, 1), (80, 80)),
+    "8/8x64": ((8, 8), (64, 64)),
     "4/2x16": ((4, 2), (16, 16)),  # for the interpreter, which takes its time
     "4/2x32:16": ((4, 2), (32, 16)),
 }
