@@ -82,7 +82,9 @@ def prefix_attention(
         cache.write(k_new, v_new, batch.slots)
     if q.stride(2) != 1:
         q = q.contiguous()
-    if pieces is None:
+    if batch.num_sequences == 0 or min(batch.max_q, batch.max_k) == 0:
+        out, lse = _nothing(q, g.v_head_dim, sinks)
+    elif pieces is None:
         out, lse = _direct(q, cache, batch, scale, sinks, window)
     elif (common := _common_length(q, batch, window, workspace_tokens)) > 0:
         out, lse = _common_part_first(q, cache, batch, common, scale, sinks)
@@ -136,6 +138,12 @@ def _softmax_scale(given: object, head_dim: int) -> float:
     return float(given)
 
 
+def _nothing(q: Tensor, dim: int, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What rows see that belong to no sequence."""
+    state = RunningState(q.shape[0], q.shape[1], dim, q.dtype, q.device)
+    return apply_sinks(state.out, state.lse, sinks) if sinks is not None else (state.out, state.lse)
+
+
 def _gathered(
     q: Tensor, cache: PagedKVCache, pieces: Pieces, scale: float, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -143,7 +151,7 @@ def _gathered(
     g = cache.geometry
     state = RunningState(q.shape[0], q.shape[1], g.v_head_dim, torch.float32 if pieces.merged else q.dtype, q.device)
     k, v = (q.new_empty((pieces.capacity, g.num_kv_heads, dim)) for dim in (g.head_dim, g.v_head_dim))
-    for piece in pieces.pieces if pieces.capacity else ():
+    for piece in pieces.pieces:
         cache.gather(piece.plan, out_dtype=q.dtype, out=(k, v))
         for attend in piece.attends:
             part = _dense(q, k, v, piece, attend, scale)

@@ -351,6 +351,16 @@ def test_explain_says_the_choice_its_numbers_and_where_they_come_from() -> None:
 
 
 @on_each_device
+@pytest.mark.parametrize("mix", ["ragged", "no sequences", "no tokens", "nothing new at all"])
+def test_mixed_batches_straight_from_the_pages(mix: str, where: str) -> None:
+    made = setup(*MIXES[mix], heads=(2, 1), dims=(16, 16), spare=3, device=where)
+    for lengths in (True, False):
+        got = made.attend(made.batch(lengths), path="direct", sinks=sinks_of("on", 2, where))
+        assert error(got[0], made.wanted(sinks=sinks_of("on", 2, where))[0]) <= (1e-5 if where == "cpu" else 1e-2)
+        assert got[0][made.rows :].eq(0).all()
+
+
+@on_each_device
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_both_paths_agree(layout: str, where: str) -> None:
     made = setup(
