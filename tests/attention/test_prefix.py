@@ -17,15 +17,9 @@ from kvgather.formats.fp8 import POOL_DTYPES
 from kvgather.formats.layout import LAYOUTS
 from kvgather.formats.scale import KINDS
 from tests.attention.batches import Setup, assert_close, error, setup
+from tests.attention.cases import HEADS, MODELS, PAGES, SINKS, WINDOWS
 from tests.where import on_each_device
 
-HEADS = {
-    "64/8x64": ((64, 8), (64, 64)),
-    "32/8x128": ((32, 8), (128, 128)),
-    "16/2x256": ((16, 2), (256, 256)),
-    "64/4x192:128": ((64, 4), (192, 128)),
-    "5/1x80": ((5, 1), (80, 80)),
-}
 MIXES: dict[str, tuple[list[int], list[int]]] = {  # new tokens, cached tokens
     "nothing cached": ([5, 3], [0, 0]),
     "all but one cached": ([1, 1], [15, 16]),
@@ -37,7 +31,6 @@ MIXES: dict[str, tuple[list[int], list[int]]] = {  # new tokens, cached tokens
     "no tokens": ([0, 0], [0, 0]),
     "nothing new at all": ([0, 0], [7, 3]),
 }
-SINKS = {"off": None, "on": 0.5, "very large": 1e4, "very small": -1e4}
 
 
 def sinks_of(which: str, heads: int, device: str = "cpu") -> Tensor | None:
@@ -65,9 +58,9 @@ def test_mixed_batches(mix: str, lengths: bool) -> None:
 
 
 @pytest.mark.parametrize("sinks", SINKS)
-@pytest.mark.parametrize("window", [None, 1, 128])
-@pytest.mark.parametrize("page_size", [1, 16, 64])
-@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("page_size", PAGES)
+@pytest.mark.parametrize("heads", MODELS)
 def test_every_shape(heads: str, page_size: int, window: int | None, sinks: str) -> None:
     made = setup([3, 1, 2], [128, 0, 17], heads=HEADS[heads][0], dims=HEADS[heads][1], page_size=page_size)
     logits = sinks_of(sinks, HEADS[heads][0][0])

@@ -10,7 +10,8 @@ from torch import Tensor
 
 import kvgather as kg
 from tests.attention.batches import Setup, assert_close, error, setup
-from tests.attention.test_prefix import HEADS, SINKS, sinks_of
+from tests.attention.cases import HEADS, MODELS, PAGES, SINKS, WINDOWS
+from tests.attention.test_prefix import sinks_of
 from tests.where import nothing_waits
 
 pytestmark = [pytest.mark.gpu, pytest.mark.triton]
@@ -41,10 +42,10 @@ def on_gpu(new: list[int], cached: list[int], heads: str = "64/8x64", **more: An
     return setup(new, cached, heads=SHAPES[heads][0], dims=SHAPES[heads][1], device="cuda", **shape)
 
 
-@pytest.mark.parametrize("page_size", [1, 16, 64])
-@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("page_size", PAGES)
+@pytest.mark.parametrize("heads", MODELS)
 def test_every_shape_on_every_path(heads: str, page_size: int) -> None:
-    turn = list(HEADS).index(heads) + (1, 16, 64).index(page_size)
+    turn = MODELS.index(heads) + PAGES.index(page_size)
     dtype = (torch.float8_e4m3fn, torch.bfloat16)[turn % 2]
     layout = layout_for(page_size, HEADS[heads][1][0], dtype, turn)
     for new, cached in ((NEW, CACHED), COMMON):
@@ -53,7 +54,7 @@ def test_every_shape_on_every_path(heads: str, page_size: int) -> None:
         for batch in batches.values():
             batch.check()
         made.attend(batches[True])
-        for window in (None, 1, 128):
+        for window in WINDOWS:
             for which in SINKS:
                 sinks = sinks_of(which, HEADS[heads][0][0], "cuda")
                 wanted = made.wanted(window=window, sinks=sinks)
