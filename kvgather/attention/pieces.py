@@ -55,6 +55,12 @@ class Pieces:
     capacity: int
     merged: bool
 
+    def all_at_once(self, rows: int) -> bool:
+        """Whether one attention does all there is, for all `rows` of q."""
+        if self.merged or len(self.pieces) != 1:
+            return False
+        return self.pieces[0].attends[0].rows == slice(0, rows)
+
     @classmethod
     def of(cls, pieces: tuple[Piece, ...], merged: bool) -> Pieces:
         return cls(pieces, max((piece.plan.total_tokens for piece in pieces), default=0), merged)

@@ -149,8 +149,13 @@ def _gathered(
 ) -> tuple[Tensor, Tensor]:
     """Gather each piece into the same memory, attend, merge; the sinks come once, when all is merged."""
     g = cache.geometry
-    state = RunningState(q.shape[0], q.shape[1], g.v_head_dim, torch.float32 if pieces.merged else q.dtype, q.device)
     k, v = (q.new_empty((pieces.capacity, g.num_kv_heads, dim)) for dim in (g.head_dim, g.v_head_dim))
+    if pieces.all_at_once(len(q)):
+        (piece,) = pieces.pieces
+        cache.gather(piece.plan, out_dtype=q.dtype, out=(k, v))
+        out, lse = _dense(q, k, v, piece, piece.attends[0], scale)
+        return apply_sinks(out, lse, sinks) if sinks is not None else (out, lse)
+    state = RunningState(q.shape[0], q.shape[1], g.v_head_dim, torch.float32 if pieces.merged else q.dtype, q.device)
     for piece in pieces.pieces:
         cache.gather(piece.plan, out_dtype=q.dtype, out=(k, v))
         for attend in piece.attends:
