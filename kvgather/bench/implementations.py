@@ -9,7 +9,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..device import interpreting
 from ..formats.fp8 import FORMATS, dequantize
 from ..formats.layout import as_nhd
 from ..plan import GatherPlan
@@ -100,18 +99,6 @@ def plan_build(built: Built, out: Outputs) -> Call:
     if not torch.equal(run().records.cpu(), plan_of(built.block_table.cpu(), built.cu_seqlens_k.cpu()).records):
         raise ArithmeticError(f"plan build is not the reference on {built.case.name}")
     return run
-
-
-def empty_launch(built: Built, out: Outputs) -> Call:
-    """A kernel that does nothing, with as many programs and warps as our gather has on the case."""
-    from ..gather.kernel import _prepare, _Side
-    from .limits import empty
-
-    cache, (k_scale, v_scale) = built.cache, built.cache._scales
-    k, v = _Side("key", cache.key_cache, k_scale, out[0]), _Side("value", cache.value_cache, v_scale, out[1])
-    lanes = torch.cuda.get_device_properties(out[0].device).warp_size if out[0].is_cuda else 32
-    prepared = _prepare(k, v, cache.layout, built.case.dtype, interpreting(), lanes)
-    return partial(empty, out[0], len(built.plan.records) * prepared.page_tiles, prepared.constants["num_warps"])
 
 
 def _sides(built: Built, out: Outputs) -> Iterable[tuple[Tensor, Tensor | None, Tensor]]:

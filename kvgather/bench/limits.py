@@ -1,5 +1,4 @@
-"""The limits a gather is held against on a GPU: a contiguous cast with a scale, the gather without the gather, and a
-launch of nothing."""
+"""The limit a gather is held against on a GPU: a contiguous cast with a scale, the gather without the gather."""
 
 from __future__ import annotations
 
@@ -55,19 +54,3 @@ def cast(held: Tensor, scale: Tensor, out: Tensor, tile: tuple[int, int] = CAST_
             BY_HAND=interpreted,
             num_warps=num_warps,
         )
-
-
-@triton.jit
-def empty_kernel(out_ptr):
-    pass
-
-
-def empty(out: Tensor, programs: int, num_warps: int) -> None:
-    """Launch programs that do nothing.
-
-    Args:
-        out: any tensor on the device; it is neither read nor written.
-        programs, num_warps: how many, and the warps of each.
-    """
-    with launching(out, interpreting()):
-        empty_kernel[(programs,)](out, num_warps=num_warps)

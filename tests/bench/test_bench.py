@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from kvgather.bench import gather, report, runner
 from kvgather.bench.cases import Case, build
-from kvgather.bench.implementations import empty_launch, plan_build
+from kvgather.bench.implementations import plan_build
 from kvgather.bench.progress import Progress
 from kvgather.bench.report import Row
 from kvgather.plan import GatherPlan
@@ -47,6 +48,17 @@ def test_a_cpu_times_what_it_can_and_checks_it_first(monkeypatch: pytest.MonkeyP
     assert [row.share_of_cast for row in rows if row.implementation == "contiguous cast"] == [1]
 
 
+@pytest.mark.triton
+def test_what_gathers_nothing_has_a_row_without_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvgather.bench.launches import empty_launch
+
+    monkeypatch.setattr(gather, "_no_gathers", lambda *_: {"empty launch": empty_launch, "plan build": plan_build})
+    rows = {row.implementation: row for row in gather.measure(CASE, CPU, seconds=0.001)}
+    for name in ("empty launch", "plan build"):
+        row = rows[name]
+        assert (row.bytes, row.gb_per_s, row.share_of_cast) == (0, 0, 0) and row.p50_us > 0
+
+
 def test_an_implementation_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gather, "torch_index", lambda built, out: lambda: out[0].zero_() + out[1].zero_())
     with pytest.raises(ArithmeticError, match=rf"torch index is not the reference on {CASE.name}"):
@@ -80,16 +92,14 @@ def test_the_plan_that_is_timed_is_the_cases() -> None:
 
 
 @pytest.mark.triton
-def test_the_empty_launch_has_the_gathers_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvgather.bench import limits
+def test_the_empty_launch_has_the_gathers_programs() -> None:
+    from kvgather.bench.launches import empty_launch
 
-    launched = []
-    monkeypatch.setattr(limits, "empty", lambda out, programs, num_warps: launched.append((programs, num_warps)))
-    case = replace(CASE, num_heads=16, k_dim=64, v_dim=64, page_size=32)
-    built = build(case)
-    empty_launch(built, outputs(case))()
-    assert launched == [(len(built.plan.records) * 2 * 2, 16)]  # pages × slots of 16 × columns of 512
-    monkeypatch.undo()
+    built = build(replace(CASE, num_heads=16, k_dim=64, v_dim=64, page_size=32))
+    launch = empty_launch(built, outputs(built.case))
+    assert isinstance(launch, partial)
+    assert launch.args[1] == (len(built.plan.records) * 2 * 2,)  # pages × slots of 16 × columns of 512
+    assert launch.keywords == {"num_warps": 16}
     out = outputs(CASE)
     out[0].fill_(3)
     empty_launch(build(CASE), out)()
@@ -99,8 +109,9 @@ def test_the_empty_launch_has_the_gathers_programs(monkeypatch: pytest.MonkeyPat
 @pytest.mark.triton
 @on_each_device
 @pytest.mark.parametrize("layout", ["NHD", "HND", "SHUFFLE"])
-def test_the_gather_that_trusts_the_table_gathers_the_same(layout: str, where: str) -> None:
-    from kvgather.bench.trusting import trusting
+@pytest.mark.parametrize("which", ["trusting", "software_decode"])
+def test_what_is_launched_beside_the_gather_gathers_the_same(which: str, layout: str, where: str) -> None:
+    from kvgather.bench import launches
 
     for case in (
         replace(CASE, layout=layout, k_kind="per-token-head", lengths=(37, 0, 3)),
@@ -110,7 +121,7 @@ def test_the_gather_that_trusts_the_table_gathers_the_same(layout: str, where: s
         built = build(case, where)
         wanted = built.cache.gather(built.plan, backend="triton")
         got = torch.full_like(wanted[0], -7), torch.full_like(wanted[1], -7)
-        trusting(built, got)()
+        getattr(launches, which)(built, got)()
         assert_same(got, wanted)
 
 

@@ -1,9 +1,13 @@
-"""The gather that trusts the block table: the same tiles, and no records between the table and the addresses.
+"""Launches beside our gather's, with its tiles: of nothing, of a decode in software, and of a gather that trusts.
 
-It says what the checked records cost. With a bad id in its table it reads outside the pool, so it stays here.
+The last reads the block table, and no checked records, so it says what they cost. With a bad id in its table it reads
+outside the pool; it stays here.
 """
 
 from __future__ import annotations
+
+from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -11,10 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ..device import interpreting
-from ..gather.kernel import _finish, _load_scale, _load_tile, _prepare, _Side, _store_tile, launching
+from ..gather.kernel import _finish, _load_scale, _load_tile, _prepare, _Side, _store_tile, gather_kernel, launching
 from ..gather.ops import as_operand
 from .cases import Built
 from .runner import Call
+
+
+@triton.jit
+def empty_kernel(out_ptr):
+    pass
 
 
 @triton.jit
@@ -86,22 +95,44 @@ def trusting_kernel(
     )  # fmt: skip
 
 
+class _Launch:
+    """What our gather's launch on a case has, for others to launch alike."""
+
+    def __init__(self, built: Built, out: tuple[Tensor, Tensor]) -> None:
+        case, cache, self.interpreted = built.case, built.cache, interpreting()
+        k_scale, v_scale = cache._scales
+        k = _Side("key", as_operand(cache.key_cache), k_scale, out[0])
+        v = _Side("value", as_operand(cache.value_cache), v_scale, out[1])
+        self.records = built.plan.records
+        itemsize = case.dtype.itemsize
+        self.pointers = (*k.pointers(self.records, itemsize), *v.pointers(self.records, itemsize))
+        lanes = 32 if self.interpreted else torch.cuda.get_device_properties(out[0].device).warp_size
+        self.prepared = _prepare(k, v, case.layout, case.dtype, self.interpreted, lanes)
+        self.programs = len(self.records) * self.prepared.page_tiles
+
+    def run(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        with launching(self.records, self.interpreted):
+            kernel[grid](*arguments, **constants)
+
+
+def empty_launch(built: Built, out: tuple[Tensor, Tensor]) -> Call:
+    """A kernel that does nothing, with as many programs and warps as our gather has."""
+    ours = _Launch(built, out)
+    warps = ours.prepared.constants["num_warps"]
+    return partial(ours.run, empty_kernel, (ours.programs,), ours.records, num_warps=warps)
+
+
+def software_decode(built: Built, out: tuple[Tensor, Tensor]) -> Call:
+    """Our gather as it is where the hardware does not decode the pool's format."""
+    ours = _Launch(built, out)
+    constants = ours.prepared.constants | {"HARDWARE": False}
+    arguments = (ours.records, *ours.pointers, *ours.prepared.strides)
+    return partial(ours.run, gather_kernel, (ours.programs,), *arguments, **constants)
+
+
 def trusting(built: Built, out: tuple[Tensor, Tensor]) -> Call:
     """The same tiles from the block table as it is; sequences that begin at 0, and nothing is checked."""
-    case, cache, interpreted = built.case, built.cache, interpreting()
-    k_scale, v_scale = cache._scales
-    k = _Side("key", as_operand(cache.key_cache), k_scale, out[0])
-    v = _Side("value", as_operand(cache.value_cache), v_scale, out[1])
-    lanes = 32 if interpreted else torch.cuda.get_device_properties(out[0].device).warp_size
-    prepared = _prepare(k, v, case.layout, case.dtype, interpreted, lanes)
-    table, offsets = built.block_table, built.cu_seqlens_k
-    pointers = (*k.pointers(table, case.dtype.itemsize), *v.pointers(table, case.dtype.itemsize))
-    grid = (triton.cdiv(max(case.lengths), case.page_size) * prepared.page_tiles, len(case.lengths))
-
-    def run() -> None:
-        with launching(table, interpreted):
-            trusting_kernel[grid](
-                table, offsets, table.stride(0), *pointers, *prepared.strides, **prepared.constants
-            )  # fmt: skip
-
-    return run
+    ours, case, table = _Launch(built, out), built.case, built.block_table
+    grid = (triton.cdiv(max(case.lengths), case.page_size) * ours.prepared.page_tiles, len(case.lengths))
+    arguments = (table, built.cu_seqlens_k, table.stride(0), *ours.pointers, *ours.prepared.strides)
+    return partial(ours.run, trusting_kernel, grid, *arguments, **ours.prepared.constants)
