@@ -83,7 +83,7 @@ def choose(facts: Facts) -> Choice:
     if not facts.triton:
         return Choice("gather", "Triton is not available, and the direct path is a Triton kernel")
     if facts.dtype == torch.float32:
-        return Choice("gather", "q is float32, and the direct kernel multiplies in 16 bits what the cache holds in 8")
+        return Choice("gather", "q is float32, and what the direct kernel gains it gains from 16-bit products")
     rows = facts.new * facts.group
     if rows <= MOST_DIRECT_ROWS:
         return Choice("direct", f"{facts.new} new × {facts.group} = {rows} rows ≤ {MOST_DIRECT_ROWS}")
