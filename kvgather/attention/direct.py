@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from ..cache import PagedKVCache
@@ -32,6 +33,7 @@ class Tile:
     num_warps: int
     num_stages: int
     splits: int
+    registers: int | None = None  # at most so many a thread
 
 
 def _power_of_two(n: int) -> int:
@@ -48,12 +50,18 @@ def choose_tile(rows: int, keys: int, programs: int, k_pad: int, v_pad: int, pro
         k_pad, v_pad: head dims, rounded up to powers of two.
         processors: of the GPU.
     """
-    m = min(max(16, _power_of_two(rows)), 128)
-    n = 64
-    wide = max(k_pad, v_pad) > 128
+    wide = max(k_pad, v_pad)
+    if wide > 128:
+        m, n, num_warps, num_stages, registers, resident = min(max(16, _power_of_two(rows)), 64), 64, 8, 2, None, 1
+    elif rows <= 16:  # tensor cores fed from registers; how many programs fit on a processor decides
+        m, n, num_warps, num_stages, registers, resident = 16, 64, 2, 3, 128, 8
+    elif rows <= 64 or wide > 64:
+        m, n, num_warps, num_stages, registers, resident = 64, 128, 4, 3 if wide <= 64 else 2, None, 2
+    else:
+        m, n, num_warps, num_stages, registers, resident = 128, 64, 4, 3, None, 2
     tiles = programs * -(-rows // m)
-    splits = min(max(1, 4 * processors // max(tiles, 1)), 32, max(1, keys // (4 * n)))
-    return Tile(m, n, 8 if wide or m == 128 else 4, 2 if wide else 3, splits)
+    splits = min(max(1, resident * processors // max(tiles, 1)), 64, max(1, keys // (4 * n)))
+    return Tile(m, n, num_warps, num_stages, splits, registers)
 
 
 def direct_attention(
@@ -113,7 +121,9 @@ def direct_attention(
         part_lse = torch.empty((tile.splits, n, q_heads), dtype=torch.float32, device=q.device)
     state_out, state_lse = state if state is not None else (out, lse)
     nothing = batch.cu_seqlens_q  # stands in for what is never read
+    hardware = not interpreted and (fmt is None or fp8_support(q.device)[g.dtype] == "hardware")
     qk, pv = _operand_dtypes(q.dtype, g.dtype, v_scale.kind, interpreted)
+    limit = {"maxnreg": tile.registers} if tile.registers and torch.version.cuda and not interpreted else {}
     with launching(q, interpreted):
         direct_kernel[((sequences + 1) * tiles * tile.splits * g.num_kv_heads,)](
             q, batch.block_table, batch.cu_seqlens_q, batch.cu_seqlens_k,
@@ -121,7 +131,7 @@ def direct_attention(
             state_out, state_lse, part, part_lse,
             pools[0], nothing if k_scale.tensor is None else k_scale.tensor,
             pools[1], nothing if v_scale.tensor is None else v_scale.tensor,
-            sequences, batch.block_table.shape[1], tiles, n, softmax_scale * LOG2E,
+            sequences, batch.block_table.shape[1], tiles, tile.splits, n, softmax_scale * LOG2E,
             q.stride(0), q.stride(1),
             k_strides.block, k_strides.head, k_strides.slot_group, k_strides.slot, k_strides.dim_group, k_strides.dim,
             v_strides.block, v_strides.head, v_strides.slot_group, v_strides.slot, v_strides.dim_group, v_strides.dim,
@@ -129,19 +139,19 @@ def direct_attention(
             v_scale.stride_block, v_scale.stride_head, v_scale.stride_slot,
             PAGE=g.page_size, KV_HEADS=g.num_kv_heads, GROUP=group,
             K_DIM=g.head_dim, V_DIM=g.v_head_dim, K_PAD=k_pad, V_PAD=v_pad,
-            M=tile.m, N=tile.n, SAME_PAGE=math.gcd(g.page_size, tile.n), SPLITS=tile.splits, WINDOW=window or 0,
+            M=tile.m, N=tile.n, SAME_PAGE=math.gcd(g.page_size, tile.n), SPLIT=split, WINDOW=window or 0,
             BEGINS=begin is not None, STATE=state is not None, SINKS=sinks is not None,
             V_SLOTS_PER_GROUP=v_strides.slots_per_group, K_DIMS_PER_GROUP=k_strides.dims_per_group,
             K_KIND=k_scale.kind, V_KIND=v_scale.kind,
             FORMAT="" if fmt is None else fmt.name, BIAS=0 if fmt is None else fmt.bias,
-            HARDWARE=not interpreted and (fmt is None or fp8_support(q.device)[g.dtype] == "hardware"),
+            HARDWARE=hardware,
             QK=qk, PV=pv, INTERPRETED=interpreted, STAGES=tile.num_stages,
-            num_warps=tile.num_warps,
+            num_warps=tile.num_warps, **limit,
         )  # fmt: skip
         if split:
             combine_kernel[(triton.cdiv(n * q_heads, 16),)](
-                part, part_lse, nothing if sinks is None else sinks, out, lse, n * q_heads,
-                Q_HEADS=q_heads, V_DIM=g.v_head_dim, V_PAD=v_pad, SPLITS=tile.splits,
+                part, part_lse, nothing if sinks is None else sinks, out, lse, n * q_heads, tile.splits,
+                Q_HEADS=q_heads, V_DIM=g.v_head_dim, V_PAD=v_pad,
                 R=16, SINKS=sinks is not None, BY_HAND=interpreted,
             )  # fmt: skip
     return out, lse
@@ -153,8 +163,6 @@ def _operand_dtypes(q: torch.dtype, pool: torch.dtype, v_kind: str, interpreted:
     FP16 holds FP8 exactly, and an H100 makes it of FP8 in a third of BF16's instructions. P times a scale that differs
     from key to key can leave FP16's range, not BF16's.
     """
-    import triton.language as tl
-
     if interpreted or torch.float32 in (q, pool):
         return tl.float32, tl.float32
     if pool == torch.bfloat16:

@@ -35,44 +35,60 @@ def _as_operand(held, FORMAT: tl.constexpr, BIAS: tl.constexpr, HARDWARE: tl.con
 
 
 @triton.jit
-def _load_page_rows(
-    pool_ptr, ids, key, end, dim, present, dims_present,
-    stride_block, stride_slot_group, stride_slot, stride_dim_group, stride_dim,
-    PAGE: tl.constexpr, SLOTS_PER_GROUP: tl.constexpr, DIMS_PER_GROUP: tl.constexpr,
+def _load_rows(
+    pool_ptr, ids, key, dim, present, dims_present,
+    stride_block, stride_slot, stride_dim_group, stride_dim,
+    PAGE: tl.constexpr, DIMS_PER_GROUP: tl.constexpr,
     MASKED: tl.constexpr, DIMS_MASKED: tl.constexpr, INTEGER: tl.constexpr,
 ):  # fmt: skip
-    """Rows of one head of the pool, `[N, D]`; zeros where they are not present."""
-    if SLOTS_PER_GROUP > 1:  # V of SHUFFLE
-        # A page is a whole number of groups. Written so, Triton sees that 16 bytes lie side by side.
-        group = tl.max_constancy(key % PAGE // SLOTS_PER_GROUP, [SLOTS_PER_GROUP])
-        slot_offset = group * stride_slot_group + (key % SLOTS_PER_GROUP) * stride_slot
-    else:
-        slot_offset = (key % PAGE) * stride_slot_group
+    """Rows of one head of a pool, `[N, D]`; zeros where they are not present."""
     if DIMS_PER_GROUP > 1:  # K of SHUFFLE
         dim_offset = (dim // DIMS_PER_GROUP) * stride_dim_group + (dim % DIMS_PER_GROUP) * stride_dim
     else:
         dim_offset = dim * stride_dim_group
-    offset = (ids.to(tl.int64) * stride_block + slot_offset)[:, None] + dim_offset[None, :]
+    offset = (ids.to(tl.int64) * stride_block + (key % PAGE) * stride_slot)[:, None] + dim_offset[None, :]
     if not (MASKED or DIMS_MASKED):
         held = tl.load(pool_ptr + offset)
+    elif INTEGER:
+        held = tl.load(pool_ptr + offset, mask=present[:, None] & dims_present[None, :], other=0)
     else:
-        read = present  # a group of slots is read whole, or not at all
-        if SLOTS_PER_GROUP > 1:
-            read = tl.max_constancy(key // SLOTS_PER_GROUP * SLOTS_PER_GROUP < end, [SLOTS_PER_GROUP])
-        mask = read[:, None] & dims_present[None, :]
-        if INTEGER:
-            held = tl.load(pool_ptr + offset, mask=mask, other=0)
-        else:
-            held = tl.load(pool_ptr + offset, mask=mask, other=0.0)
-        if SLOTS_PER_GROUP > 1:
-            held = tl.where(present[:, None], held, tl.zeros_like(held))
+        held = tl.load(pool_ptr + offset, mask=present[:, None] & dims_present[None, :], other=0.0)
     return held
 
 
 @triton.jit
-def _load_key_scale(
-    scale_ptr, ids, slot, present, stride_block, stride_slot, KIND: tl.constexpr, MASKED: tl.constexpr
-):
+def _load_shuffled_rows(
+    pool_ptr, table_ptr, first_key, end, dim, present, dims_present,
+    stride_block, stride_slot_group, stride_slot, stride_dim,
+    PAGE: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr,
+    MASKED: tl.constexpr, DIMS_MASKED: tl.constexpr, INTEGER: tl.constexpr,
+):  # fmt: skip
+    """Rows of one head of SHUFFLE's V, `[N, D]`; zeros where they are not present.
+
+    A group of slots, 16 bytes of one dim, is read whole: as `[D, groups, GROUP]`, so that lanes go from dim to dim.
+    """
+    key = first_key + tl.arange(0, N // GROUP) * GROUP  # [groups]: the first of each
+    if MASKED:
+        ids = tl.load(table_ptr + key // PAGE, mask=key < end, other=0)
+    else:
+        ids = tl.load(table_ptr + key // PAGE)
+    group_offset = tl.maximum(ids, 0).to(tl.int64) * stride_block + (key % PAGE // GROUP) * stride_slot_group
+    slot_offset = tl.arange(0, GROUP) * stride_slot
+    offset = (dim * stride_dim)[:, None, None] + group_offset[None, :, None] + slot_offset[None, None, :]
+    if not (MASKED or DIMS_MASKED):
+        held = tl.load(pool_ptr + offset)
+    elif INTEGER:
+        held = tl.load(pool_ptr + offset, mask=dims_present[:, None, None] & (key < end)[None, :, None], other=0)
+    else:
+        held = tl.load(pool_ptr + offset, mask=dims_present[:, None, None] & (key < end)[None, :, None], other=0.0)
+    rows = tl.trans(tl.reshape(held, [dim.shape[0], N]))
+    if MASKED:
+        rows = tl.where(present[:, None], rows, tl.zeros_like(rows))
+    return rows
+
+
+@triton.jit
+def _load_key_scale(scale_ptr, ids, slot, present, stride_block, stride_slot, KIND: tl.constexpr, MASKED: tl.constexpr):
     """The scale of each key of one head, `[N]`, of the kinds that differ from key to key."""
     offset = ids.to(tl.int64) * stride_block
     if KIND == "per-token-head":
@@ -86,7 +102,7 @@ def _load_key_scale(
 def direct_kernel(
     q_ptr, table_ptr, cu_q_ptr, cu_k_ptr, begin_ptr, sink_ptr, state_out_ptr, state_lse_ptr, out_ptr, lse_ptr,
     k_ptr, k_scale_ptr, v_ptr, v_scale_ptr,
-    num_sequences, columns, tiles, total_q, scale_log2,
+    num_sequences, columns, tiles, splits, total_q, scale_log2,
     stride_q_row, stride_q_head,
     stride_k_block, stride_k_head, stride_k_slot_group, stride_k_slot, stride_k_dim_group, stride_k_dim,
     stride_v_block, stride_v_head, stride_v_slot_group, stride_v_slot, stride_v_dim_group, stride_v_dim,
@@ -94,7 +110,7 @@ def direct_kernel(
     stride_v_scale_block, stride_v_scale_head, stride_v_scale_slot,
     PAGE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     K_DIM: tl.constexpr, V_DIM: tl.constexpr, K_PAD: tl.constexpr, V_PAD: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, SAME_PAGE: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, SAME_PAGE: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr,
     BEGINS: tl.constexpr, STATE: tl.constexpr, SINKS: tl.constexpr,
     V_SLOTS_PER_GROUP: tl.constexpr, K_DIMS_PER_GROUP: tl.constexpr, K_KIND: tl.constexpr, V_KIND: tl.constexpr,
     FORMAT: tl.constexpr, BIAS: tl.constexpr, HARDWARE: tl.constexpr,
@@ -103,9 +119,9 @@ def direct_kernel(
     # Neighbouring programs take the heads of one range of keys: in NHD these lie side by side in memory.
     program = tl.program_id(0)
     kv_head = program % KV_HEADS
-    split = (program // KV_HEADS) % SPLITS
-    tile = (program // (KV_HEADS * SPLITS)) % tiles
-    sequence = program // (KV_HEADS * SPLITS * tiles)
+    split = (program // KV_HEADS) % splits
+    tile = (program // (KV_HEADS * splits)) % tiles
+    sequence = program // (KV_HEADS * splits * tiles)
     Q_HEADS: tl.constexpr = KV_HEADS * GROUP
     dim_v = tl.arange(0, V_PAD)
     dims_v = dim_v < V_DIM
@@ -116,7 +132,11 @@ def direct_kernel(
         while tl.min(row, 0) < total_q.to(tl.int64) * GROUP:
             spare = row < total_q.to(tl.int64) * GROUP
             at = (split * total_q.to(tl.int64) + row // GROUP) * Q_HEADS + kv_head * GROUP + row % GROUP
-            tl.store(out_ptr + at[:, None] * V_DIM + dim_v[None, :], tl.zeros([M, V_PAD], tl.float32).to(out_ptr.dtype.element_ty), mask=spare[:, None] & dims_v[None, :])
+            tl.store(
+                out_ptr + at[:, None] * V_DIM + dim_v[None, :],
+                tl.zeros([M, V_PAD], tl.float32).to(out_ptr.dtype.element_ty),
+                mask=spare[:, None] & dims_v[None, :],
+            )
             tl.store(lse_ptr + at, tl.full([M], float("-inf"), tl.float32), mask=spare)
             row += tiles * M
         return
@@ -144,8 +164,8 @@ def direct_kernel(
         start = tl.maximum(start, first_position - WINDOW + 1)
         full = start
     low = (start // N) * N
-    if SPLITS > 1:
-        share = tl.cdiv(tl.cdiv(end - low, N), SPLITS) * N
+    if SPLIT:
+        share = tl.cdiv(tl.cdiv(end - low, N), splits) * N
         low += split * share
         end = tl.minimum(end, low + share)
 
@@ -181,7 +201,11 @@ def direct_kernel(
     if STATE:
         if split == 0:
             lse = tl.load(state_lse_ptr + out_at, mask=in_use, other=float("-inf"))
-            held = tl.load(state_out_ptr + out_at[:, None] * V_DIM + dim_v[None, :], mask=(in_use & (lse > float("-inf")))[:, None] & dims_v[None, :], other=0.0)
+            held = tl.load(
+                state_out_ptr + out_at[:, None] * V_DIM + dim_v[None, :],
+                mask=(in_use & (lse > float("-inf")))[:, None] & dims_v[None, :],
+                other=0.0,
+            )
             if INTERPRETED and held.dtype == tl.bfloat16:
                 held = (held.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
             acc = held.to(tl.float32) / v_scale
@@ -212,10 +236,10 @@ def direct_kernel(
             worst = tl.minimum(worst, ids)
             ids = tl.max_constancy(tl.maximum(ids, 0), [SAME_PAGE])
             slot = key % PAGE
-            k = _load_page_rows(
-                k_ptr, ids, key, end, dim, present, dims,
-                stride_k_block, stride_k_slot_group, stride_k_slot, stride_k_dim_group, stride_k_dim,
-                PAGE, 1, K_DIMS_PER_GROUP, MASKED, K_PAD > K_DIM, FORMAT != "",
+            k = _load_rows(
+                k_ptr, ids, key, dim, present, dims,
+                stride_k_block, stride_k_slot_group, stride_k_dim_group, stride_k_dim,
+                PAGE, K_DIMS_PER_GROUP, MASKED, K_PAD > K_DIM, FORMAT != "",
             )  # fmt: skip
             scores = tl.dot(q, tl.trans(_as_operand(k, FORMAT, BIAS, HARDWARE, QK)), input_precision="ieee")
             if K_KIND == "per-page-head" or K_KIND == "per-token-head":
@@ -244,18 +268,26 @@ def direct_kernel(
                     v_scale_ptr, ids, slot, present, stride_v_scale_block, stride_v_scale_slot, V_KIND, MASKED
                 )
                 p *= key_scale[None, :]
-            v = _load_page_rows(
-                v_ptr, ids, key, end, dim_v, present, dims_v,
-                stride_v_block, stride_v_slot_group, stride_v_slot, stride_v_dim_group, stride_v_dim,
-                PAGE, V_SLOTS_PER_GROUP, 1, MASKED, V_PAD > V_DIM, FORMAT != "",
-            )  # fmt: skip
-            acc = tl.dot(p.to(PV), _as_operand(v, FORMAT, BIAS, HARDWARE, PV), acc, input_precision="ieee")
+            if V_SLOTS_PER_GROUP > 1:
+                v = _load_shuffled_rows(
+                    v_ptr, table_ptr, step * N, end, dim_v, present, dims_v,
+                    stride_v_block, stride_v_slot_group, stride_v_slot, stride_v_dim_group,
+                    PAGE, N, V_SLOTS_PER_GROUP, MASKED, V_PAD > V_DIM, FORMAT != "",
+                )  # fmt: skip
+            else:
+                v = _load_rows(
+                    v_ptr, ids, key, dim_v, present, dims_v,
+                    stride_v_block, stride_v_slot_group, stride_v_dim_group, stride_v_dim,
+                    PAGE, 1, MASKED, V_PAD > V_DIM, FORMAT != "",
+                )  # fmt: skip
+            v = _as_operand(v, FORMAT, BIAS, HARDWARE, PV)
+            acc = tl.dot(p.to(PV), v, acc, input_precision="ieee")
             top = new_top
 
     acc *= v_scale
     if past_table | (tl.min(worst, 0) < 0):
         acc += float("nan")
-    if SINKS and SPLITS == 1:
+    if SINKS and not SPLIT:
         sink = tl.load(sink_ptr + q_head, mask=in_use, other=float("-inf")).to(tl.float32) * LOG2E
         new_top = tl.maximum(top, sink)
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -266,7 +298,7 @@ def direct_kernel(
     total = tl.where(total == 0, 1.0, total)  # no key was seen: 0, and −inf, which is `top`
     out = acc / total[:, None]
     lse = top * LN2 + tl.log(total)
-    if SPLITS > 1:
+    if SPLIT:
         out_at += split * total_q.to(tl.int64) * Q_HEADS
     out = round_to(out, out_ptr.dtype.element_ty, INTERPRETED)
     tl.store(out_ptr + out_at[:, None] * V_DIM + dim_v[None, :], out, mask=in_use[:, None] & dims_v[None, :])
@@ -275,8 +307,8 @@ def direct_kernel(
 
 @triton.jit
 def combine_kernel(
-    part_ptr, part_lse_ptr, sink_ptr, out_ptr, lse_ptr, rows,
-    Q_HEADS: tl.constexpr, V_DIM: tl.constexpr, V_PAD: tl.constexpr, SPLITS: tl.constexpr,
+    part_ptr, part_lse_ptr, sink_ptr, out_ptr, lse_ptr, rows, splits,
+    Q_HEADS: tl.constexpr, V_DIM: tl.constexpr, V_PAD: tl.constexpr,
     R: tl.constexpr, SINKS: tl.constexpr, BY_HAND: tl.constexpr,
 ):  # fmt: skip
     """Merge the parts that splits found, `[splits, rows, V_DIM]`; the sink enters here, once."""
@@ -287,14 +319,14 @@ def combine_kernel(
     if SINKS:
         top = tl.load(sink_ptr + row % Q_HEADS, mask=in_use, other=float("-inf")).to(tl.float32)
     sink = top
-    for split in tl.static_range(SPLITS):
+    for split in range(splits):
         top = tl.maximum(top, tl.load(part_lse_ptr + split * rows + row, mask=in_use, other=float("-inf")))
     shift = tl.where(top == float("-inf"), 0.0, top)
     total = tl.zeros([R], tl.float32)
     if SINKS:
         total = tl.exp(sink - shift)
     acc = tl.zeros([R, V_PAD], tl.float32)
-    for split in tl.static_range(SPLITS):
+    for split in range(splits):
         at = split * rows + row
         weight = tl.exp(tl.load(part_lse_ptr + at, mask=in_use, other=float("-inf")) - shift)
         mask = (in_use & (weight > 0))[:, None] & (dim < V_DIM)[None, :]
