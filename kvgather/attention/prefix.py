@@ -201,8 +201,9 @@ def _common_part_first(
 
     piece, begin = batch.once(("common", length), lambda: (common_piece(batch, 0, length), _full(batch, length)))
     k, v = cache.gather(piece.plan, out_dtype=q.dtype)
-    state = _dense(q, k, v, piece, piece.attends[0], scale)
+    out, lse = _dense(q, k, v, piece, piece.attends[0], scale)
     del k, v
+    state = out.contiguous(), lse.contiguous()  # the flash kernel's log-sum-exp lies by heads
     return direct_attention(q, cache, batch, softmax_scale=scale, sinks=sinks, begin=begin, state=state)
 
 
