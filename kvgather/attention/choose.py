@@ -13,9 +13,15 @@ from ..formats.fp8 import FLOATS
 
 PATHS = ("auto", "gather", "direct")
 
-# How far the direct path is the faster one. Its work grows with the rows of a KV head's tile, new tokens × query heads
-# of the group; a gather's own cost does not, and dense kernels get more out of the same FLOPs.
-MOST_DIRECT_ROWS = 1024
+MOST_ROWS = {
+    64: {"all keys": 128, "a window": 128},
+    128: {"all keys": 128, "a window": 128},
+    256: {"all keys": 128, "a window": 128},
+}
+"""Up to so many rows (new tokens × query heads of a group) the direct path is the faster one, by the larger head dim,
+up to 64, 128 or 256, and by whether a layer sees all keys or a window. The direct path's work grows with its rows; what
+a gather adds does not, and dense kernels get more out of the same products."""
+
 MEASURED_ON = "a first guess, not measured yet"
 
 
@@ -84,10 +90,17 @@ def choose(facts: Facts) -> Choice:
         return Choice("gather", "Triton is not available, and the direct path is a Triton kernel")
     if facts.dtype == torch.float32:
         return Choice("gather", "q is float32, and what the direct kernel gains it gains from 16-bit products")
-    rows = facts.new * facts.group
-    if rows <= MOST_DIRECT_ROWS:
-        return Choice("direct", f"{facts.new} new × {facts.group} = {rows} rows ≤ {MOST_DIRECT_ROWS}")
-    return Choice("gather", f"{facts.new} new × {facts.group} = {rows} rows > {MOST_DIRECT_ROWS}")
+    rows, most = facts.new * facts.group, most_rows(facts)
+    if rows <= most:
+        return Choice("direct", f"{facts.new} new × {facts.group} = {rows} rows ≤ {most}")
+    return Choice("gather", f"{facts.new} new × {facts.group} = {rows} rows > {most}")
+
+
+def most_rows(facts: Facts) -> int:
+    """The entry of `MOST_ROWS`; 0 for dims past the table."""
+    larger = max(facts.head_dim, facts.v_head_dim)
+    column = "all keys" if facts.window is None else "a window"
+    return next((row[column] for dim, row in MOST_ROWS.items() if larger <= dim), 0)
 
 
 def explained(facts: Facts) -> str:
@@ -100,7 +113,7 @@ def explained(facts: Facts) -> str:
             f"  at most {facts.new} new tokens and {facts.keys} tokens a sequence; window {window}",
             f"  {facts.group} query heads to a KV head, dims {facts.head_dim} and {facts.v_head_dim}, "
             f"{dtype_name(facts.dtype)}, {facts.device}",
-            f"  the rule: direct up to {MOST_DIRECT_ROWS} rows (new tokens × group) on a GPU, else gather",
-            f"  where {MOST_DIRECT_ROWS} comes from: {MEASURED_ON}",
+            f"  the rule for these dims and this window: direct up to {most_rows(facts)} rows on a GPU, else gather",
+            f"  where that comes from: {MEASURED_ON}",
         )
     )
