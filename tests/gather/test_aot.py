@@ -108,9 +108,11 @@ def test_the_list_holds_every_value_that_a_launch_can_have(compiled: Compiled) -
     assert seen["FORMAT"] == {"", "e4m3fn", "e4m3fnuz", "e5m2"}
     decodes = {(a.constants["FORMAT"], a.constants["HARDWARE"]) for a in compiled.values()}
     assert decodes >= set(product(("e4m3fn", "e4m3fnuz", "e5m2"), (True, False)))
-    for name in ("HARDWARE", "K_RAW", "V_RAW", "WIDE"):
+    flags = {"HARDWARE", "K_RAW", "V_RAW", "K_ACROSS", "V_ACROSS", "WIDE"}
+    for name in flags:
         assert seen[name] == {True, False}, name
     assert seen["BY_HAND"] == {False}  # the interpreter's alone
+    assert seen["K_ALIGN"] | seen["V_ALIGN"] | seen["OUT_ALIGN"] == {1, 2, 4, 8}
     assert seen["V_SLOTS_PER_GROUP"] == seen["K_DIMS_PER_GROUP"] == {1, 4, 8, 16}
     assert seen["K_UNIT"] | seen["V_UNIT"] == {2**n for n in range(8)}
     dims = (1, 2, 8, 20, 24, 64, 80, 128, 192, 256)
@@ -119,8 +121,13 @@ def test_the_list_holds_every_value_that_a_launch_can_have(compiled: Compiled) -
     assert seen["SLOTS"] == {tile.slots for tile in tiles}
     assert seen["num_warps"] == {tile.num_warps for tile in tiles}
     assert 1 in seen["TILES"] and max(seen["TILES"]) > 1
-    for name in ("PAGE", "HEADS", "K_DIM", "V_DIM"):
+    sizes = {"PAGE", "HEADS", "K_DIM", "V_DIM"}
+    for name in sizes:
         assert {value & (value - 1) == 0 for value in seen[name]} == {True, False}, name
+    told = {"K_KIND", "V_KIND", "FORMAT", "BY_HAND", "V_SLOTS_PER_GROUP", "K_DIMS_PER_GROUP", "SLOTS", "TILES",
+            "K_UNIT", "V_UNIT", "K_ALIGN", "V_ALIGN", "OUT_ALIGN", "num_warps"}  # fmt: skip
+    follow = {"BIAS", "NAN_CODE", "K_UNITS", "V_UNITS", "PAGE_TILES"}  # from the format, or from the sizes and the tile
+    assert set(seen) == flags | sizes | told | follow, "a new constant needs its values in the list, and a line above"
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvgather.bench.cases import SMALL, Case, build
-from kvgather.formats.fp8 import POOL_DTYPES
+import kvgather as kg
+from kvgather.bench.cases import LAYOUTS, SMALL, Case, build
+from kvgather.formats.fp8 import FLOATS, FORMATS, POOL_DTYPES, decode_table
 from kvgather.formats.scale import KINDS
 from tests.gather.oracle import assert_same, untouched
 from tests.where import on_each_device
@@ -27,6 +28,51 @@ def test_kernel_equals_reference(case: Case, where: str) -> None:
         built.cache.gather(built.plan, out_dtype=case.out_dtype, out=(k_out, v_out), backend=backend)
         outs.append((k_out, v_out))
     assert_same(*outs)
+
+
+@on_each_device
+@pytest.mark.parametrize("software", [False, True], ids=["as_it_is", "in_software"])
+@pytest.mark.parametrize("dtype", list(FORMATS))
+def test_every_code_is_decoded_exactly(
+    dtype: torch.dtype, software: bool, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the hardware where it knows the format, and in software on the same hardware."""
+    from kvgather.gather import kernel
+
+    if software:
+        monkeypatch.setattr(kernel, "fp8_support", lambda device: dict.fromkeys(FORMATS, "software"))
+    monkeypatch.setattr(kernel, "_PREPARED", {})
+    codes = torch.arange(256, dtype=torch.uint8, device=where)
+    pool = codes.view(1, 16, 1, 16).view(dtype)
+    plan = kg.GatherPlan.build(
+        torch.tensor([[0]], device=where), torch.tensor([0, 16], device=where), page_size=16, num_blocks=1
+    )
+    for out_dtype in FLOATS:
+        k, v = kg.gather(pool, pool, plan, v_scale=2.0, out_dtype=out_dtype, backend="triton")
+        values = decode_table(dtype).view(16, 1, 16)
+        assert_same((k, v), (values.to(out_dtype), (values * 2).to(out_dtype)))
+
+
+TILES = ((4, 4, 2, 2), (16, 2, 4, 8), (32, 8, 1, 4), (64, 16, 16, 1))
+
+
+@on_each_device
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_result_depends_on_the_tile(layout: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tile smaller than a page, larger than it, of some heads and of more than there are; pages that are no power
+    of two."""
+    from kvgather.gather import kernel
+
+    for page_size, kind, tiles in ((16, "per-token-head", TILES), (48, "per-head", TILES[2:])):
+        case = Case(
+            layout=layout, k_kind=kind, num_heads=2, k_dim=48, v_dim=24, page_size=page_size, lengths=(5,), starts=(14,)
+        )
+        built = build(case, where)
+        wanted = built.cache.gather(built.plan, backend="torch")
+        for tile in tiles:
+            monkeypatch.setattr(kernel, "choose_tile", lambda *_, tile=tile: kernel.Tile(*tile))
+            monkeypatch.setattr(kernel, "_PREPARED", {})
+            assert_same(built.cache.gather(built.plan, backend="triton"), wanted)
 
 
 def test_table_covers_what_it_says() -> None:

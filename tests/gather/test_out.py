@@ -147,9 +147,10 @@ def test_what_a_page_holds_beside_the_rows_never_shows(layout: str, where: str) 
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("style", ["sliced", "padded", "packed", "permuted", "stepped"])
-def test_no_pool_is_copied(style: str) -> None:
-    case = Case(pool_style=style, layout="SHUFFLE", num_blocks=4096, num_heads=8, k_dim=64, v_dim=64, lengths=(64,))
+def test_no_pool_is_copied(style: str, layout: str) -> None:
+    case = Case(pool_style=style, layout=layout, num_blocks=4096, num_heads=8, k_dim=64, v_dim=64, lengths=(64,))
     case = Case(**{**case.__dict__, "starts": ()})
     built = build(case, "cuda")
     out = tuple(untouched((64, 8, 64), torch.bfloat16, "cuda") for _ in range(2))

@@ -75,8 +75,12 @@ def test_the_tool_sees_the_kernel_as_it_was() -> None:
 
 @pytest.mark.triton
 @interpreted
-def test_what_the_tool_watches_is_right_in_the_interpreter_too() -> None:
-    assert sanitized.good("cpu") == sanitized.GATHERS
+def test_what_the_tool_watches_reads_nothing_outside_in_the_interpreter() -> None:
+    from kvgather.lab.trace import trace
+
+    with trace(strict=True) as t:
+        assert sanitized.good("cpu") == sanitized.GATHERS == len(t.launches)
+    assert not t.violations, t.report()
 
 
 def test_reading_what_the_tool_says() -> None:
