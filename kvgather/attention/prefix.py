@@ -47,7 +47,8 @@ def prefix_attention(
         sinks: `[q_heads]`, a logit per head that counts in the denominator alone.
         window: how many keys a query sees at most, itself included; None is all.
         workspace_tokens: at most so many tokens are gathered at a time; None is all at once. Any context fits: partial
-            results are merged, and the sink enters once, at the end.
+            results are merged, and the sink enters once, at the end. It must hold one token, or the window, if there is
+            one; and that for each sequence where the batch does not know their lengths.
         path: "gather", "direct" (straight from the pages), or "auto": the faster one, see `batch.explain`.
         return_lse: also return the log-sum-exp.
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 import kvgather as kg
+from kvgather.attention.prefix import _common_part_first
 from kvgather.blocks import cu_seqlens
 from kvgather.formats.fp8 import POOL_DTYPES
 from kvgather.formats.layout import LAYOUTS
@@ -350,6 +351,19 @@ def test_mixed_batches_straight_from_the_pages(mix: str, where: str) -> None:
     for lengths in (True, False):
         got = made.attend(made.batch(lengths), path="direct", sinks=sinks_of("on", 2, where))
         assert error(got[0], made.wanted(sinks=sinks_of("on", 2, where))[0]) <= (1e-5 if where == "cpu" else 1e-2)
+        assert got[0][made.rows :].eq(0).all()
+
+
+@on_each_device
+@pytest.mark.parametrize("which", ["off", "on"])
+def test_what_is_cached_in_all_first_and_the_rest_from_the_pages(which: str, where: str) -> None:
+    """What a GPU does for long prefixes, here with short ones."""
+    made = setup([3, 0, 2], [20, 3, 9], heads=(2, 1), dims=(16, 16), spare=2, device=where, q_dtype=torch.bfloat16)
+    batch, sinks = made.batch(), sinks_of(which, 2, where)
+    made.attend(batch)
+    for length in (4, 9):
+        got = _common_part_first(made.q, made.cache, batch, length, 0.25, sinks)
+        assert_close(got, made.wanted(sinks=sinks, softmax_scale=0.25), made.rows)
         assert got[0][made.rows :].eq(0).all()
 
 
