@@ -94,4 +94,4 @@ if __name__ == "__main__":
             before(where)
         except RuntimeError as error:  # the checker ends the kernel at its first bad access
             print(f"stopped: {str(error).splitlines()[0]}", flush=True)
-        os._exit(0)  # what is left of the context cannot be torn down; the checker's own status then says what it saw
+        os._exit(0)  # to free memory in a context that is broken would abort, and hide the checker's own status
