@@ -117,8 +117,7 @@ def _add_bench(commands: Commands) -> None:
         f"its cases; without FILE to {RESULTS}/WHAT_DEVICE.csv"
     )  # fmt: skip
     parser.add_argument(
-        "--commit", metavar="TEXT", help="the commit for the rows where git cannot tell; default: the environment's "
-        "KVGATHER_COMMIT"
+        "--commit", metavar="TEXT", help="the commit for the rows; default: the environment's KVGATHER_COMMIT, or git's"
     )  # fmt: skip
     parser.set_defaults(run=bench)
 

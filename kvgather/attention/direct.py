@@ -108,7 +108,7 @@ def direct_attention(
         processors = 1 if interpreted else torch.cuda.get_device_properties(q.device).multi_processor_count
         keys = batch.max_k if window is None else min(batch.max_k, window + batch.max_q)
         tile = choose_tile(rows, keys, sequences * g.num_kv_heads, k_pad, v_pad, processors)
-    tiles = -(-rows // tile.m)
+    tiles = max(1, -(-rows // tile.m))  # one is there for rows that belong to no sequence
     fmt = FORMATS.get(g.dtype)
     pools = [pool.view(torch.uint8) if fmt else pool for pool in (cache.key_cache, cache.value_cache)]
     k_strides = PoolStrides.of(cache.key_cache, g.layout, "key")
@@ -149,10 +149,12 @@ def direct_attention(
             num_warps=tile.num_warps, **limit,
         )  # fmt: skip
         if split:
-            combine_kernel[(triton.cdiv(n * q_heads, 16),)](
+            splits = _power_of_two(tile.splits)
+            together = max(1, min(16, 4096 // (splits * v_pad)))
+            combine_kernel[(triton.cdiv(n * q_heads, together),)](
                 part, part_lse, nothing if sinks is None else sinks, out, lse, n * q_heads, tile.splits,
-                Q_HEADS=q_heads, V_DIM=g.v_head_dim, V_PAD=v_pad,
-                R=16, SINKS=sinks is not None, BY_HAND=interpreted,
+                Q_HEADS=q_heads, V_DIM=g.v_head_dim, V_PAD=v_pad, SPLITS=splits, R=together,
+                SINKS=sinks is not None, BY_HAND=interpreted,
             )  # fmt: skip
     return out, lse
 

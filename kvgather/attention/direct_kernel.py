@@ -308,33 +308,34 @@ def direct_kernel(
 @triton.jit
 def combine_kernel(
     part_ptr, part_lse_ptr, sink_ptr, out_ptr, lse_ptr, rows, splits,
-    Q_HEADS: tl.constexpr, V_DIM: tl.constexpr, V_PAD: tl.constexpr,
-    R: tl.constexpr, SINKS: tl.constexpr, BY_HAND: tl.constexpr,
+    Q_HEADS: tl.constexpr, V_DIM: tl.constexpr, V_PAD: tl.constexpr, SPLITS: tl.constexpr, R: tl.constexpr,
+    SINKS: tl.constexpr, BY_HAND: tl.constexpr,
 ):  # fmt: skip
-    """Merge the parts that splits found, `[splits, rows, V_DIM]`; the sink enters here, once."""
+    """Merge the parts that splits found, `[splits, rows, V_DIM]`; the sink enters here, once.
+
+    All of a row's parts are loaded together: one wait for memory, not one for each part.
+    """
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    split = tl.arange(0, SPLITS)
     dim = tl.arange(0, V_PAD)
     in_use = row < rows
-    top = tl.full([R], float("-inf"), tl.float32)
+    at = split[None, :].to(tl.int64) * rows + row[:, None]  # [R, SPLITS]
+    here = in_use[:, None] & (split < splits)[None, :]
+    part_lse = tl.load(part_lse_ptr + at, mask=here, other=float("-inf"))
+    mask = here[:, :, None] & (dim < V_DIM)[None, None, :]
+    part = tl.load(part_ptr + at[:, :, None] * V_DIM + dim[None, None, :], mask=mask, other=0.0)
+    top = tl.max(part_lse, 1)
     if SINKS:
-        top = tl.load(sink_ptr + row % Q_HEADS, mask=in_use, other=float("-inf")).to(tl.float32)
-    sink = top
-    for split in range(splits):
-        top = tl.maximum(top, tl.load(part_lse_ptr + split * rows + row, mask=in_use, other=float("-inf")))
-    shift = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.zeros([R], tl.float32)
+        sink = tl.load(sink_ptr + row % Q_HEADS, mask=in_use, other=float("-inf")).to(tl.float32)
+        top = tl.maximum(top, sink)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    weight = tl.exp(part_lse - top[:, None])
+    total = tl.sum(weight, 1)
     if SINKS:
-        total = tl.exp(sink - shift)
-    acc = tl.zeros([R, V_PAD], tl.float32)
-    for split in range(splits):
-        at = split * rows + row
-        weight = tl.exp(tl.load(part_lse_ptr + at, mask=in_use, other=float("-inf")) - shift)
-        mask = (in_use & (weight > 0))[:, None] & (dim < V_DIM)[None, :]
-        acc += weight[:, None] * tl.load(part_ptr + at[:, None] * V_DIM + dim[None, :], mask=mask, other=0.0)
-        total += weight
-    total = tl.where(total == 0, 1.0, total)
-    out = acc / total[:, None]
-    lse = top + tl.log(total)
+        total += tl.exp(sink - top)
+    acc = tl.sum(tl.where((part_lse > float("-inf"))[:, :, None], weight[:, :, None] * part, 0.0), 1)
+    lse = tl.where(total == 0, float("-inf"), top + tl.log(tl.where(total == 0, 1.0, total)))
+    out = acc / tl.where(total == 0, 1.0, total)[:, None]
     mask = in_use[:, None] & (dim < V_DIM)[None, :]
     tl.store(out_ptr + row[:, None] * V_DIM + dim[None, :], round_to(out, out_ptr.dtype.element_ty, BY_HAND), mask=mask)
     tl.store(lse_ptr + row, lse, mask=in_use)

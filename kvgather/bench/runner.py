@@ -21,7 +21,7 @@ from .report import Row
 
 Call = Callable[[], object]
 COMMIT = "KVGATHER_COMMIT"
-"""The environment variable that says which commit this is where git cannot: an installed package, or a bare copy."""
+"""The environment variable that says which commit this is, for a copy of which git does not know."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def machine(device_type: str) -> dict[str, str]:
         "driver": driver,
         "torch": torch.__version__,
         "triton": importlib.metadata.version("triton") if triton_available() else "",
-        "commit": _line("git", "-C", str(here), "rev-parse", "--short", "HEAD") or os.environ.get(COMMIT, ""),
+        "commit": os.environ.get(COMMIT) or _line("git", "-C", str(here), "rev-parse", "--short", "HEAD"),
         "date": datetime.date.today().isoformat(),
     }
 
