@@ -117,14 +117,14 @@ def classify(
         raise ValueError(f"{name} was given; accepted for kind none: None")
     shape = tuple(scale.shape) if isinstance(scale, Tensor) else ()
     one = math.prod(shape) == 1
+    if one and kind in (None, "per-tensor"):
+        return "per-tensor"
     shapes = {k: kind_shape(k, num_blocks, num_heads, page_size) for k in KINDS[2:]}
     if kind is None:
-        if one:
-            return "per-tensor"
         fits = [k for k, wanted in shapes.items() if shape == wanted]
         if fits:
             return fits[0]
-    elif (kind == "per-tensor" and one) or shape == shapes.get(kind):
+    elif shape == shapes.get(kind):
         return kind
     given = f"shape {list(shape)}" if isinstance(scale, Tensor) else f"the value {scale}"
     options = {"per-tensor": "one element (per-tensor)"} | {k: str(list(s)) for k, s in shapes.items()}
@@ -142,8 +142,8 @@ def check_values(scale: Scale, name: str) -> None:
     Raises:
         ValueError: a value is NaN, infinite, zero or negative; the message gives the first one and its index.
     """
-    if scale.tensor is None:
-        return
+    if scale.tensor is None or (scale.tensor.numel() == 1 and 0 < scale.tensor.item() < math.inf):
+        return  # one number is looked at as a number: every call of a gather on a CPU looks
     good = torch.isfinite(scale.tensor) & (scale.tensor > 0)
     if not bool(good.all()):
         first = (~good).nonzero()[0].tolist()
