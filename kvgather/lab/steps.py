@@ -162,7 +162,7 @@ class Step:
 
         Args:
             page_size, num_heads, head_dim: of the cache.
-            lanes: of a warp; AMD's waves mostly have 64.
+            lanes: of a warp; the waves of AMD's server GPUs have 64.
         """
         if self.kernel is page_per_program_kernel:
             return 4

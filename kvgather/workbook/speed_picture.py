@@ -36,10 +36,8 @@ def steps_picture(rows: Mapping[str, Sequence[Row]], predicted: Mapping[str, Map
         cast = next(row for row in measured if row.implementation == CAST)
         for place, row in enumerate(steps):
             axes.barh(place, row.gb_per_s, color=PALETTE[4], height=0.62)
-            inside = row.gb_per_s > 0.3 * cast.gb_per_s
-            text: Any = {"ha": "right" if inside else "left", "va": "center", "fontsize": 8.5}
-            away = -0.02 if inside else 0.02
-            axes.text(row.gb_per_s + away * cast.gb_per_s, place, f"{row.gb_per_s:,.0f}", color=INK, **text)
+            text: Any = {"ha": "left", "va": "center", "fontsize": 8.5, "color": INK}
+            axes.text(0.015 * cast.gb_per_s, place, f"{row.gb_per_s:,.0f}", **text)
             if row.implementation in predicted[layout]:
                 axes.plot(predicted[layout][row.implementation], place, "D", color=PALETTE[5], markersize=6, zorder=3)
         axes.axvline(cast.gb_per_s, color=INK, linewidth=1.2, linestyle="--")
@@ -59,10 +57,12 @@ def roofline_picture(panels: Mapping[str, Sequence[Row]]) -> Figure:
     """Bytes moved against GB/s, a point for each measurement, the limits of the same runs as a roof.
 
     Args:
-        panels: measurements by the panel's title, the cast and the copy of each case among them.
+        panels: measurements by the panel's title, the cast and the copy of each case among them; what is neither of
+            these nor in `MARKS` is not drawn.
     """
     drawing, grid = figure(10.5 if len(panels) > 1 else 8.0, 4.0, columns=len(panels), squeeze=False)
-    for (title, rows), axes in zip(panels.items(), grid[0], strict=True):
+    for (title, measured), axes in zip(panels.items(), grid[0], strict=True):
+        rows = [row for row in measured if row.implementation in (*MARKS, CAST, COPY)]
         _roof(axes, rows)
         for name, (mark, color) in MARKS.items():
             if points := [(row.bytes, row.gb_per_s) for row in rows if row.implementation == name]:
@@ -73,10 +73,7 @@ def roofline_picture(panels: Mapping[str, Sequence[Row]]) -> Figure:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:,g}"))
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_minor_locator(NullLocator())
-        sizes: list[float] = [row.bytes for row in rows]
-        middle = (min(sizes) * max(sizes)) ** 0.5
-        ticks = sorted({min(sizes), max(sizes)} | {size for size in sizes if 0.8 < size / middle < 1.25})
-        axes.set_xticks(_apart(ticks))
+        axes.set_xticks(_apart(sorted({row.bytes for row in rows})))
         axes.grid(axis="y", color=EMPTY)
     handles: dict[str, Any] = {}
     for axes in grid[0]:
@@ -99,12 +96,12 @@ def _roof(axes: Axes, rows: Sequence[Row]) -> None:
             axes.plot(*zip(*points, strict=True), style, color=color, linewidth=1.4, label=name)
 
 
-def _apart(ticks: Sequence[float]) -> list[float]:
-    """Those of the sorted ticks that have room for a label."""
-    kept: list[float] = []
-    for tick in ticks:
-        if not kept or tick > 1.6 * kept[-1]:
-            kept.append(tick)
+def _apart(sizes: Sequence[int]) -> list[int]:
+    """The largest of the sorted sizes, and those before it that have room for a label."""
+    kept: list[int] = []
+    for size in reversed(sizes):
+        if not kept or 1.8 * size < kept[-1]:
+            kept.append(size)
     return kept
 
 
