@@ -20,6 +20,7 @@ OK, NOT_AS_EXPECTED, USAGE, FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 BENCHMARKS = {
     "gather": "the gather against what engines ship and against the memory's limit",
     "steps": "the kernels of chapter 07, each one change from the one before",
+    "prefix": "the prefix path both ways, the choice between them, what engines ship, and the limits",
 }
 """What `kvgather bench` measures: each is the `run` of the module of its name in `kvgather.bench`."""
 RESULTS = Path("benchmarks") / "results"
@@ -67,10 +68,12 @@ def bench(arguments: argparse.Namespace) -> int:
         raise ValueError("--device is cuda; accepted: cpu, for there is no GPU here")
     if arguments.commit:
         os.environ[runner.COMMIT] = arguments.commit
-    measure = importlib.import_module(f".bench.{arguments.what}", __package__).run
+    what = importlib.import_module(f".bench.{arguments.what}", __package__)
     with Progress() as progress:
-        rows = measure(device, only=arguments.case, seconds=arguments.seconds, progress=progress)
+        rows = what.run(device, only=arguments.case, seconds=arguments.seconds, progress=progress)
     print(report.table(rows))
+    if hasattr(what, "summary"):
+        print(f"\n{what.summary(rows)}")
     if arguments.csv is not None:
         slug = "cpu" if device.type == "cpu" else report.slug(rows[0].device)
         path = Path(arguments.csv or RESULTS / f"{arguments.what}_{slug}.csv")

@@ -1,4 +1,5 @@
-"""The limit a gather is held against on a GPU: a contiguous cast with a scale, the gather without the gather."""
+"""The limits that kernels are held against on a GPU: a contiguous cast with a scale, which is the gather without the
+gather, and reading memory once."""
 
 from __future__ import annotations
 
@@ -54,3 +55,33 @@ def cast(held: Tensor, scale: Tensor, out: Tensor, tile: tuple[int, int] = CAST_
             BY_HAND=interpreted,
             num_warps=num_warps,
         )
+
+
+READ_TILES = ((2048, 4), (4096, 4), (4096, 8), (8192, 8))
+"""Words and warps of a program that reads; whichever is fastest is the limit."""
+
+
+@triton.jit
+def read_kernel(in_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    program = tl.program_id(0)
+    offset = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    words = tl.load(in_ptr + offset, mask=offset < n, other=0)  # a lane's neighbours are 4 words, 16 bytes
+    tl.store(out_ptr + program, tl.sum(words, 0))
+
+
+def read_results(words: Tensor, tile: tuple[int, int]) -> Tensor:
+    """Where `read` puts one word for each program, `[programs]` int32."""
+    return torch.empty(triton.cdiv(words.numel(), tile[0]), dtype=torch.int32, device=words.device)
+
+
+def read(words: Tensor, out: Tensor, tile: tuple[int, int] = READ_TILES[0]) -> None:
+    """Read memory once, with next to nothing written: each program the sum of its words, which has to fit in one.
+
+    Args:
+        words: `[n]` int32, contiguous.
+        out: from `read_results`.
+        tile: words and warps of a program.
+    """
+    block, num_warps = tile
+    with launching(words, interpreting()):
+        read_kernel[(len(out),)](words, out, words.numel(), BLOCK=block, num_warps=num_warps)

@@ -17,9 +17,11 @@ class Row:
         benchmark, case, implementation: what was measured.
         p20_us, p50_us, p80_us: percentiles of the time of one call.
         samples: how many times were taken.
-        bytes: what has to be moved: codes and scales read once, rows written once; 0 of what gathers nothing.
+        bytes: what has to be moved: codes and scales read once, rows written once; 0 of what gathers nothing. Of
+            attention: codes and scales read once; or a peak of memory, if the row is named so.
         gb_per_s: bytes over the median, in 10⁹ bytes per second.
-        share_of_cast: the contiguous cast's median per byte over this one's, measured in the same run.
+        share_of_cast: the contiguous cast's median per byte over this one's, measured in the same run; 0 where no cast
+            was.
         against_loop: the Python loop's median over this one's, same run; 0 where the loop was not run.
         against_token: the one-program-per-(token, head) kernel's median over this one's, same run; 0 likewise.
         device, driver, torch, triton, commit, date: where and when.
@@ -85,7 +87,8 @@ def table(rows: Sequence[Row]) -> str:
             case, first = row.case, row.p50_us
             lines += ["", case]
         spread = f"{_time(row.p20_us)} to {_time(row.p80_us)}"
-        moved = f"{row.gb_per_s:7.1f}  {row.share_of_cast:11.3f}" if row.bytes else f"{'':7}  {'':11}"
+        share = f"{row.share_of_cast:11.3f}" if row.share_of_cast else f"{'':11}"
+        moved = f"{row.gb_per_s:7.1f}  {share}" if row.bytes and row.gb_per_s else f"{'':7}  {'':11}"
         time = f"{_time(row.p50_us):>10}  {spread:>22}"
         lines.append(f"  {row.implementation:<{width}}  {time}  {moved}  {row.p50_us / first:6.2f} ×")
     return "\n".join(lines)

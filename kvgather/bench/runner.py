@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import torch
 
 from ..device import triton_available
-from .cases import Case
 from .report import Row
 
 Call = Callable[[], object]
@@ -110,9 +110,19 @@ def _time_on_cpu(calls: Sequence[Call], seconds: float) -> Timing:
     return Timing.of(samples)
 
 
+class Named(Protocol):
+    """A case of any benchmark."""
+
+    @property
+    def name(self) -> str: ...
+
+
+AnyCase = TypeVar("AnyCase", bound=Named)
+
+
 def run_cases(
-    cases: Sequence[Case],
-    measure: Callable[[Case], list[Row]],
+    cases: Sequence[AnyCase],
+    measure: Callable[[AnyCase], list[Row]],
     *,
     only: str = "",
     progress: Callable[[str], None] | None = None,

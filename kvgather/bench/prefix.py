@@ -1,0 +1,252 @@
+"""`kvgather bench prefix`: both paths and the choice between them, what engines ship, and the limits.
+
+Every call writes the new tokens and attends to cached + new ones, as one layer does. The rows of a case:
+
+    direct, gather, auto             `prefix_attention` by its path
+    as shipped                       the gather of `lab.before_fix`, one program per (token, head), then one dense
+                                     attention over everything
+    dense, no gather                 that dense attention alone, over K and V that lie there as it wants them
+    dense, no gather, cached part    the cached part alone, which needs no mask: what a gather path cannot do without
+    read limit, contiguous copy      a kernel that reads the cached codes once, and a copy that moves as many bytes
+    gather, workspace N              the gather path in a bounded workspace
+    …: peak memory                   no time: its `bytes` are the most memory beyond its inputs that one call held
+
+`bytes` of the others are the codes and scales that have to be read; `against_token` is the time as shipped over theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..attention.dense import dense_attention
+from ..attention.prefix import prefix_attention
+from .prefix_cases import BuiltPrefix, PrefixCase, build_prefix, cases
+from .prefix_targets import crossing, summary, targets
+from .report import Row
+from .runner import Call, Timing, cache_bytes, machine, run_cases, time_calls
+from .turns import time_in_turns
+
+__all__ = ["cases", "crossing", "measure", "run", "summary", "targets"]
+
+Attending = Callable[[], Tensor]
+"""A call to time; it returns the attended rows."""
+Implementation = Callable[[BuiltPrefix], Attending]
+
+TOLERANCE = 1e-2
+SHIPPED = "as shipped"
+
+
+def by_path(built: BuiltPrefix, path: str, workspace_tokens: int | None = None) -> Attending:
+    """The prefix path as a layer calls it."""
+
+    def run() -> Tensor:
+        out = prefix_attention(
+            built.q, built.k_new, built.v_new, built.cache, built.batch, window=built.case.window,
+            workspace_tokens=workspace_tokens, path=path,
+        )  # fmt: skip
+        assert isinstance(out, Tensor)
+        return out
+
+    return run
+
+
+def as_shipped(built: BuiltPrefix) -> Attending:
+    """Write, gather with one program per (token, head), attend to everything at once."""
+    from ..lab.before_fix import cp_mha_gather_cache, token_to_batch
+
+    case, cache, batch = built.case, built.cache, built.batch
+    k, v = (built.q.new_empty((batch.total_k, case.kv_heads, case.dim)) for _ in range(2))
+    sequence_of_token = token_to_batch(batch.cu_seqlens_k)
+    starts = torch.zeros(batch.num_sequences, dtype=torch.int32, device=batch.device)
+
+    def run() -> Tensor:
+        cache.write(built.k_new, built.v_new, batch.slots)
+        cp_mha_gather_cache(
+            cache.key_cache, cache.value_cache, k, v, batch.block_table, cache.k_scale, cache.v_scale,
+            batch.cu_seqlens_k, sequence_of_token, starts, True, case.layout, batch.total_k,
+            per_token_quant=case.kind == "per-token-head",
+        )  # fmt: skip
+        return _dense(built, k, v)
+
+    return run
+
+
+def no_gather(built: BuiltPrefix) -> Attending:
+    """The dense attention alone."""
+    built.cache.write(built.k_new, built.v_new, built.batch.slots)
+    k, v = built.cache.gather(built.batch.plan, out_dtype=built.q.dtype)
+    return partial(_dense, built, k, v)
+
+
+def cached_part(built: BuiltPrefix) -> Attending:
+    """The dense attention to the cached tokens alone, equally many of each sequence.
+
+    Its result is another one than the rest's, and is checked here.
+
+    Raises:
+        ArithmeticError: it is not what plain torch gives.
+    """
+    case, batch = built.case, built.batch
+    random = torch.Generator(batch.device).manual_seed(0)
+    shape = sum(case.cached), case.kv_heads, case.dim
+    k, v = (torch.randn(shape, generator=random, device=batch.device).to(built.q.dtype) for _ in range(2))
+    offsets = torch.tensor([0, *case.cached], device=batch.device).cumsum(0).int()
+
+    def run(backend: str = "auto") -> Tensor:
+        return dense_attention(
+            built.q, k, v, batch.cu_seqlens_q, offsets, max_q=batch.max_q, max_k=max(case.cached),
+            softmax_scale=case.dim**-0.5, causal=False, seqlens_q=case.new, seqlens_k=case.cached, backend=backend,
+        )[0]  # fmt: skip
+
+    check("dense, no gather, cached part", case, run(), run("torch"))
+    return run
+
+
+def _dense(built: BuiltPrefix, k: Tensor, v: Tensor, q: Tensor | None = None, backend: str = "auto") -> Tensor:
+    """One dense attention over cached + new tokens of all sequences."""
+    case, batch = built.case, built.batch
+    several = batch.max_q > 1  # one row sees all there is, so it needs no mask
+    return dense_attention(
+        built.q if q is None else q, k, v, batch.cu_seqlens_q, batch.cu_seqlens_k, max_q=batch.max_q, max_k=batch.max_k,
+        softmax_scale=case.dim**-0.5, causal=several or case.window is not None, window=case.window,
+        seqlens_q=case.new, seqlens_k=case.lengths, backend=backend,
+    )[0]  # fmt: skip
+
+
+def wanted(built: BuiltPrefix) -> Tensor:
+    """What all have to give: plain torch in FP32, over K and V as the pool holds them, the new tokens' too."""
+    built.cache.write(built.k_new, built.v_new, built.batch.slots)
+    k, v = built.cache.gather(built.batch.plan, out_dtype=torch.float32)
+    return _dense(built, k, v, built.q.float(), "torch")
+
+
+def check(name: str, case: PrefixCase, got: Tensor, expected: Tensor) -> None:
+    """Raise if the relative error is above `TOLERANCE`, or no number.
+
+    Raises:
+        ArithmeticError: with the error.
+    """
+    error = float((got.double() - expected.double()).norm() / expected.double().norm())
+    if not error <= TOLERANCE:
+        raise ArithmeticError(f"{name} is not the reference on {case.name}: error {error:.2g}, accepted {TOLERANCE}")
+
+
+def implementations(case: PrefixCase, device: torch.device) -> dict[str, Implementation]:
+    """By name and in order; on a CPU without Triton's kernels, whose times in the interpreter say nothing."""
+    gpu = device.type == "cuda"
+    found: dict[str, Implementation] = {"direct": partial(by_path, path="direct")} if gpu else {}
+    found["gather"] = partial(by_path, path="gather")
+    if case.workspace is not None:
+        found[f"gather, workspace {case.workspace}"] = partial(
+            by_path, path="gather", workspace_tokens=case.workspace
+        )  # fmt: skip
+    else:
+        found["auto"] = partial(by_path, path="auto")
+    if case.part == "reach":
+        found |= {SHIPPED: as_shipped} if gpu else {}
+        found |= {"dense, no gather": no_gather, "dense, no gather, cached part": cached_part}
+    return found
+
+
+def measure(case: PrefixCase, device: torch.device, *, seconds: float = 0.1) -> list[Row]:
+    """Check every implementation against the reference on a case, then time them in turns.
+
+    Args:
+        case: which batch.
+        device: where.
+        seconds: about how long to measure each implementation.
+
+    Returns:
+        A row per implementation, the limits and peaks of memory among them.
+
+    Raises:
+        ArithmeticError: an implementation's rows are not the reference's.
+    """
+    builts = [build_prefix(case, device, seed) for seed in range(case.copies(device))]
+    ways = {
+        name: [prepare(built) for built in builts] for name, prepare in implementations(case, device).items()
+    }  # fmt: skip
+    expected = wanted(builts[0])
+    for name, calls in ways.items():
+        if not name.endswith("cached part"):
+            check(name, case, calls[0](), expected)
+    del expected
+    timings = time_in_turns(ways, device, seconds=seconds)
+    limits: dict[str, Timing] = {}
+    if device.type == "cuda" and case.part == "reach" and max(case.new) == 1:
+        limits = _limits(case.cached_bytes, device, seconds)
+    peaks = {}
+    if device.type == "cuda" and case.workspace is not None:
+        peaks = {name: _peak_bytes(calls[0], device) for name, calls in ways.items()}
+    del builts, ways
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+    shipped = timings.get(SHIPPED)
+
+    def row(name: str, timing: Timing, size: int) -> Row:
+        return Row(
+            benchmark="prefix", case=case.name, implementation=name,
+            p20_us=round(timing.p20, 2), p50_us=round(timing.p50, 2), p80_us=round(timing.p80, 2),
+            samples=timing.samples, bytes=size, gb_per_s=round(size / timing.p50 / 1e3, 1) if timing.p50 else 0.0,
+            share_of_cast=0.0, against_loop=0.0,
+            against_token=round(shipped.p50 / timing.p50, 2) if shipped and timing.p50 else 0.0,
+            **machine(device.type),
+        )  # fmt: skip
+
+    return [
+        *(row(name, timing, case.read_bytes) for name, timing in timings.items()),
+        *(row(name, timing, case.cached_bytes) for name, timing in limits.items()),
+        *(row(f"{name}: peak memory", Timing(0, 0, 0, 1), size) for name, size in peaks.items()),
+    ]
+
+
+def _limits(size: int, device: torch.device, seconds: float) -> dict[str, Timing]:
+    """Reading `size` bytes once, by the tile that is fastest at it; and a copy that reads half as many and writes them.
+
+    Raises:
+        ArithmeticError: the kernel did not read all bytes.
+    """
+    from .limits import READ_TILES, read, read_results
+
+    copies = min(8, -(-3 * cache_bytes(device) // size))
+    held = [torch.randint(-(2**15), 2**15, (size // 4,), dtype=torch.int32, device=device) for _ in range(copies)]
+    reads = []
+    for tile in READ_TILES:
+        out = read_results(held[0], tile)
+        read(held[0], out, tile)
+        if int(out.sum()) != int(held[0].sum()):
+            raise ArithmeticError("the read limit's kernel did not read all there is")
+        calls: list[Call] = [partial(read, words, out, tile) for words in held]
+        reads.append(time_calls(calls, device, seconds=seconds / 2))
+    halves = [words.chunk(2) for words in held]
+    copying: list[Call] = [partial(target.copy_, source) for target, source in halves]
+    return {
+        "read limit": min(reads, key=lambda timing: timing.p50),
+        "contiguous copy": time_calls(copying, device, seconds=seconds),
+    }
+
+
+def _peak_bytes(call: Attending, device: torch.device) -> int:
+    """The most memory that one call holds beyond what was there before it; its plans were made when it was timed."""
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def run(
+    device: torch.device, *, only: str = "", seconds: float = 0.1, progress: Callable[[str], None] | None = None
+) -> list[Row]:
+    """Measure every case whose name holds `only`; arguments as in `bench.gather.run`.
+
+    Raises:
+        ValueError: no case's name holds `only`.
+    """
+    return run_cases(cases(device), partial(measure, device=device, seconds=seconds), only=only, progress=progress)
