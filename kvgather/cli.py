@@ -106,7 +106,7 @@ def _add_crash(commands: Commands) -> None:
 def _add_bench(commands: Commands) -> None:
     parser = commands.add_parser(
         "bench",
-        help="measure the gather against what engines ship and against the memory's limit",
+        help="measure the gather and the prefix path against what engines ship and against the memory's limit",
         description="Checks each implementation against the reference, then times it; on a GPU in CUDA graphs, over "
         "inputs that do not fit in its cache.",
     )

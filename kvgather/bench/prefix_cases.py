@@ -167,6 +167,8 @@ def _gpu_cases() -> Iterator[PrefixCase]:
     for new in (1, 16):
         for cached in (1024, 4096, 8192, 16384, 65536):
             yield replace(_of("window", new, cached, 16), window=128)
+    for new in (64, 128, 512):  # where the paths cross
+        yield replace(_of("window", new, 8192, 16), window=128)
     yield replace(_of("workspace", 16, 262144, 1), workspace=32768)
     for layout in ("NHD", "HND", "SHUFFLE"):
         for kind in ("per-tensor", "per-token-head"):

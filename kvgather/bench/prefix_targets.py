@@ -171,13 +171,14 @@ def _window(found: Found) -> Iterable[Target]:
             if name in by_name:
                 measured.setdefault((name, max(case.new)), {})[max(case.cached)] = by_name[name].p50_us
     accepted = f"± {WINDOW:.0%} of 8,192"
-    if not any(8192 in times for times in measured.values()):
+    measured = {key: times for key, times in measured.items() if 8192 in times and len(times) > 1}
+    if not measured:
         yield "window 128", accepted, "not measured", None
         return
     for (name, new), times in sorted(measured.items(), key=lambda item: (item[0][1], item[0][0])):
         ratios = [time / times[8192] for time in times.values()]
         line = ", ".join(f"{cached:,}: {time:.1f}" for cached, time in sorted(times.items()))
-        enough = max(abs(ratio - 1) for ratio in ratios) <= WINDOW if len(times) > 1 else None
+        enough = max(abs(ratio - 1) for ratio in ratios) <= WINDOW
         yield (
             f"window 128, {new} new, {name}", accepted,
             f"{min(ratios) - 1:+.1%} to {max(ratios) - 1:+.1%} (µs at {line})", enough,
