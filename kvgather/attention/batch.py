@@ -18,8 +18,8 @@ from torch import Tensor
 from ..cache import PagedKVCache
 from ..formats.checks import check_int, check_tensor, described
 from ..plan import GatherPlan, PlanError
-from .choose import check_facts, explained
-from .lengths import check_fit, check_lengths, check_offsets, check_row, clamped, longest_of, total_of
+from .choose import Facts, check_facts, explained
+from .lengths import STEP, check_fit, check_lengths, check_offsets, check_row, clamped, longest_of, total_of
 from .pieces import Attend, Piece
 
 _INDEX_DTYPES = (torch.int32, torch.int64)
@@ -231,7 +231,27 @@ class PrefixBatch:
         Raises:
             TypeError, ValueError: an argument is wrong.
         """
-        return explained(check_facts(cache, self.max_q, self.max_k, num_q_heads, dtype, window))
+        return explained(self.facts(cache, num_q_heads, dtype, window))
+
+    def facts(self, cache: PagedKVCache, num_q_heads: int, dtype: torch.dtype, window: int | None) -> Facts:
+        """What the choice of a path looks at, for one layer; arguments and errors as in `explain`."""
+        if self.seqlens_q is not None and self.seqlens_k is not None:
+            lengths = tuple(zip(self.seqlens_q, self.seqlens_k, strict=True))
+        else:
+            several = max(self.num_sequences, 1)
+            average = min(self.max_q, -(-self.total_q // several)), min(self.max_k, -(-self.total_k // several))
+            lengths = (average,) * self.num_sequences
+        common = self.common_cached if window is None else 0
+        return check_facts(cache, lengths, common, num_q_heads, dtype, window)
+
+    @property
+    def common_cached(self) -> int:
+        """How many tokens at the beginning of every sequence are cached, rounded down to what unmasked kernels take; 0
+        where the host does not know the lengths."""
+        if self.seqlens_q is None or self.seqlens_k is None:
+            return 0
+        cached = (tokens - new for new, tokens in zip(self.seqlens_q, self.seqlens_k, strict=True) if new)
+        return min(cached, default=0) // STEP * STEP
 
     def once(self, key: object, make: Callable[[], Any]) -> Any:
         """What `make` gives, made when a layer first asks for it and kept for the others."""

@@ -1,7 +1,13 @@
-"""The rule behind `path="auto"`: numbers that are known without a wait, and constants that were measured."""
+"""The rule behind `path="auto"`: how long each path should take, from lengths that are known without a wait.
+
+Both paths do a few things whose speed was measured once. The direct path reads the codes and multiplies. The gather
+path reads the codes, writes them as 16-bit numbers and reads those; its dense kernel multiplies faster, where there are
+enough rows and sequences to keep the GPU busy: it does not split the keys of a sequence over processors.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -13,16 +19,35 @@ from ..formats.fp8 import FLOATS
 
 PATHS = ("auto", "gather", "direct")
 
-MOST_ROWS = {
-    64: {"all keys": 128, "a window": 128},
-    128: {"all keys": 128, "a window": 128},
-    256: {"all keys": 128, "a window": 128},
-}
-"""Up to so many rows (new tokens × query heads of a group) the direct path is the faster one, by the larger head dim,
-up to 64, 128 or 256, and by whether a layer sees all keys or a window. The direct path's work grows with its rows; what
-a gather adds does not, and dense kernels get more out of the same products."""
 
-MEASURED_ON = "a first guess, not measured yet"
+@dataclass(frozen=True)
+class Speeds:
+    """How fast products are made, in TFLOP/s of rows rounded up to a kernel's tile.
+
+    Attributes:
+        direct: by the direct kernel.
+        unmasked: by the dense kernel that takes what is cached in all sequences alike.
+        masked: by the dense kernel that takes everything else.
+    """
+
+    direct: float
+    unmasked: float
+    masked: float
+
+
+SPEEDS = {
+    64: Speeds(direct=260, unmasked=470, masked=300),
+    128: Speeds(direct=215, unmasked=640, masked=355),
+    256: Speeds(direct=120, unmasked=280, masked=250),
+}
+"""By the larger head dim, up to 64, 128 or 256."""
+READ, MOVE = 1.9e6, 2.8e6
+"""Bytes per µs: of the direct path's codes, and of what the gather path reads and writes."""
+LAUNCH, LAUNCHES = 8.0, 30.0
+"""µs that the direct path takes beside that, and the gather path with its several kernels."""
+PROCESSORS, DENSE_ROWS = 132, 128
+"""Of the GPU all this was measured on; and the rows of one program of the dense kernels."""
+MEASURED_ON = "one NVIDIA H100, benchmarks/results/prefix_h100.csv"
 
 
 @dataclass(frozen=True)
@@ -30,20 +55,24 @@ class Facts:
     """What the rule looks at.
 
     Attributes:
-        new, keys: the most new tokens, and the most tokens, of one sequence.
-        group: query heads that share a KV head.
+        lengths: (new tokens, tokens) of each sequence; their averages where the host knows bounds alone.
+        common: cached tokens of every sequence that a kernel without a mask can take, 0 if there are none.
+        kv_heads, group: of the layer; query heads that share a KV head.
         head_dim, v_head_dim: of K and of V.
+        itemsize: bytes of an element in the cache.
         dtype: of q.
         device: "cuda" or "cpu".
         triton: whether Triton is installed.
         window: of the layer, or None.
     """
 
-    new: int
-    keys: int
+    lengths: tuple[tuple[int, int], ...]
+    common: int
+    kv_heads: int
     group: int
     head_dim: int
     v_head_dim: int
+    itemsize: int
     dtype: torch.dtype
     device: str
     triton: bool
@@ -51,7 +80,12 @@ class Facts:
 
 
 def check_facts(
-    cache: PagedKVCache, new: int, keys: int, num_q_heads: int, dtype: torch.dtype, window: int | None
+    cache: PagedKVCache,
+    lengths: Iterable[tuple[int, int]],
+    common: int,
+    num_q_heads: int,
+    dtype: torch.dtype,
+    window: int | None,
 ) -> Facts:
     """The facts of a layer, its arguments checked.
 
@@ -70,8 +104,9 @@ def check_facts(
         came = dtype_name(dtype) if isinstance(dtype, torch.dtype) else described(dtype)
         raise TypeError(f"dtype is {came}; accepted: {', '.join(dtype_name(d) for d in FLOATS)}")
     return Facts(
-        new, keys, heads // g.num_kv_heads, g.head_dim, g.v_head_dim, dtype, g.device.type, triton_available(), window
-    )
+        tuple(lengths), common, g.num_kv_heads, heads // g.num_kv_heads, g.head_dim, g.v_head_dim, g.dtype.itemsize,
+        dtype, g.device.type, triton_available(), window,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -90,30 +125,85 @@ def choose(facts: Facts) -> Choice:
         return Choice("gather", "Triton is not available, and the direct path is a Triton kernel")
     if facts.dtype == torch.float32:
         return Choice("gather", "q is float32, and what the direct kernel gains it gains from 16-bit products")
-    rows, most = facts.new * facts.group, most_rows(facts)
-    if rows <= most:
-        return Choice("direct", f"{facts.new} new × {facts.group} = {rows} rows ≤ {most}")
-    return Choice("gather", f"{facts.new} new × {facts.group} = {rows} rows > {most}")
+    speeds = _speeds(facts)
+    if speeds is None:
+        larger = max(facts.head_dim, facts.v_head_dim)
+        return Choice("gather", f"head dim {larger} is past what was measured, {max(SPEEDS)}")
+    direct, gather = direct_time(facts, speeds), gather_time(facts, speeds)
+    path, other = ("direct", "gather") if direct <= gather else ("gather", "direct")
+    short, long = sorted((direct, gather))
+    return Choice(path, f"about {short:,.0f} µs expected, {long:,.0f} µs of the {other} path")
 
 
-def most_rows(facts: Facts) -> int:
-    """The entry of `MOST_ROWS`; 0 for dims past the table."""
+def direct_time(facts: Facts, speeds: Speeds) -> float:
+    """µs that the direct path should take."""
+    return LAUNCH + _read_pages(facts, speeds, facts.lengths)
+
+
+def gather_time(facts: Facts, speeds: Speeds) -> float:
+    """µs that the gather path should take."""
+    code_bytes = facts.kv_heads * (facts.head_dim + facts.v_head_dim)  # of one token, a byte an element
+    row_flops = 2 * (facts.head_dim + facts.v_head_dim)  # of one query head and one key
+    if facts.common:
+        gathered = [(new, facts.common) for new, _ in facts.lengths]
+        rest = [(new, tokens - facts.common) for new, tokens in facts.lengths]
+        state = 4 * sum(new for new, _ in gathered) * facts.kv_heads * facts.group * facts.v_head_dim / MOVE
+        after, speed = _read_pages(facts, speeds, rest) + state, speeds.unmasked
+    else:
+        gathered = [(new, _seen(facts, new, tokens)) for new, tokens in facts.lengths]
+        after, speed = 0.0, speeds.masked
+    flops, programs = 0, 0
+    for new, tokens in gathered:
+        # Without a mask the heads of a group lie in the rows of one tile, if the tokens do not fill it themselves.
+        folded = facts.common > 0 and new < DENSE_ROWS
+        heads, rows = (1, new * facts.group) if folded else (facts.group, new)
+        tiles = heads * facts.kv_heads * -(-rows // DENSE_ROWS)
+        flops += row_flops * tiles * DENSE_ROWS * tokens
+        programs += tiles
+    tokens = sum(tokens for _, tokens in gathered)
+    busy = min(1.0, max(programs, 1) / PROCESSORS)
+    gather = (facts.itemsize + 2) * tokens * code_bytes / MOVE
+    dense = max(2 * tokens * code_bytes / MOVE, flops / (speed * 1e6 * busy))
+    return LAUNCHES + gather + dense + after
+
+
+def _read_pages(facts: Facts, speeds: Speeds, lengths: Iterable[tuple[int, int]]) -> float:
+    """µs of the direct kernel over sequences: it waits for codes, or for products."""
+    size, flops = 0, 0
+    for new, tokens in lengths:
+        rows = new * facts.group
+        tile = 16 if rows <= 16 else 64 if rows <= 64 or max(facts.head_dim, facts.v_head_dim) > 64 else 128
+        seen = _seen(facts, tile // facts.group, tokens) - min(new, tokens) // 2 * (facts.window is None)
+        size += _seen(facts, new, tokens) * facts.itemsize * (new > 0)
+        flops += -(-rows // tile) * tile * seen
+    dims = facts.kv_heads * (facts.head_dim + facts.v_head_dim)
+    return max(size * dims / READ, 2 * flops * dims / (speeds.direct * 1e6))
+
+
+def _seen(facts: Facts, new: int, tokens: int) -> int:
+    """Keys that some of the last `new` tokens see."""
+    return tokens if facts.window is None else min(tokens, facts.window + new)
+
+
+def _speeds(facts: Facts) -> Speeds | None:
     larger = max(facts.head_dim, facts.v_head_dim)
-    column = "all keys" if facts.window is None else "a window"
-    return next((row[column] for dim, row in MOST_ROWS.items() if larger <= dim), 0)
+    return next((speeds for dim, speeds in SPEEDS.items() if larger <= dim), None)
 
 
 def explained(facts: Facts) -> str:
     """The choice in words, with the numbers that decided."""
-    choice = choose(facts)
-    window = "none" if facts.window is None else str(facts.window)
-    return "\n".join(
-        (
-            f"auto takes the {choice.path} path: {choice.why}",
-            f"  at most {facts.new} new tokens and {facts.keys} tokens a sequence; window {window}",
-            f"  {facts.group} query heads to a KV head, dims {facts.head_dim} and {facts.v_head_dim}, "
-            f"{dtype_name(facts.dtype)}, {facts.device}",
-            f"  the rule for these dims and this window: direct up to {most_rows(facts)} rows on a GPU, else gather",
-            f"  where that comes from: {MEASURED_ON}",
+    choice, speeds = choose(facts), _speeds(facts)
+    new, tokens = (max((pair[i] for pair in facts.lengths), default=0) for i in range(2))
+    lines = [
+        f"auto takes the {choice.path} path: {choice.why}",
+        f"  {len(facts.lengths)} sequences, at most {new} new tokens and {tokens} tokens; {facts.common} cached in "
+        f"all; window {'none' if facts.window is None else facts.window}",
+        f"  {facts.group} query heads to each of {facts.kv_heads} KV heads, dims {facts.head_dim} and "
+        f"{facts.v_head_dim}, {dtype_name(facts.dtype)}, {facts.device}",
+    ]
+    if speeds is not None:
+        lines.append(
+            f"  products in TFLOP/s: direct {speeds.direct:g}, dense {speeds.unmasked:g} without a mask and "
+            f"{speeds.masked:g} with one; memory in GB/s: {READ / 1e3:g} and {MOVE / 1e3:g}"
         )
-    )
+    return "\n".join([*lines, f"  where that comes from: {MEASURED_ON}"])

@@ -15,11 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .batch import PrefixBatch
-from .lengths import clamped
+from .lengths import STEP, clamped
 from .pieces import Attend, Piece, Pieces
-
-STEP = 1024
-"""Key lengths of equal ranges are multiples of it: cuDNN makes a plan for each new length, which takes milliseconds."""
 
 
 def by_lengths(batch: PrefixBatch, window: int | None, workspace: int, seen: Tensor, known: tuple[int, ...]) -> Pieces:

@@ -10,6 +10,9 @@ from torch import Tensor
 from ..formats.checks import check_int, described
 from ..plan import PlanError
 
+STEP = 1024
+"""Key lengths of equal ranges are multiples of it: cuDNN makes a plan for each new length, which takes milliseconds."""
+
 
 def check_lengths(lengths: object, name: str, batch: int) -> tuple[int, ...] | None:
     if lengths is None:

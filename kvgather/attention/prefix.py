@@ -12,8 +12,8 @@ from ..device import require_triton, triton_available
 from ..formats.checks import check_choice, check_int, check_tensor, described
 from ..formats.fp8 import FLOATS
 from .batch import PrefixBatch
-from .choose import PATHS, check_facts, choose
-from .cut_by_lengths import STEP, common_piece
+from .choose import PATHS, choose
+from .cut_by_lengths import common_piece
 from .dense import dense_attention
 from .merge import apply_sinks
 from .pieces import Attend, Piece, Pieces
@@ -72,7 +72,9 @@ def prefix_attention(
     if workspace_tokens is not None:
         workspace_tokens = check_int(workspace_tokens, "workspace_tokens", minimum=1)
     if check_choice(path, "path", PATHS) == "auto":
-        path = choose(check_facts(cache, batch.max_q, batch.max_k, q.shape[1], q.dtype, window)).path
+        g, layer = cache.geometry, (q.shape[1], q.dtype, window)
+        alike = "path", layer, g.num_kv_heads, g.head_dim, g.v_head_dim, g.dtype
+        path = batch.once(alike, lambda: choose(batch.facts(cache, *layer)).path)
     if path == "direct":
         require_triton(g.device)
         pieces = None
@@ -188,10 +190,7 @@ def _common_length(q: Tensor, batch: PrefixBatch, window: int | None, workspace_
     """
     if q.device.type != "cuda" or q.dtype == torch.float32 or window is not None or workspace_tokens is not None:
         return 0
-    if batch.seqlens_q is None or batch.seqlens_k is None or not triton_available():
-        return 0
-    cached = (k - new for new, k in zip(batch.seqlens_q, batch.seqlens_k, strict=True) if new)
-    return min(cached, default=0) // STEP * STEP
+    return batch.common_cached if triton_available() else 0
 
 
 def _common_part_first(

@@ -8,14 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from kvgather.attention.choose import MEASURED_ON, MOST_ROWS, PATHS, Facts, choose, explained
+from kvgather.attention.choose import MEASURED_ON, SPEEDS, Facts, choose, explained
 
 H100 = Facts(
-    new=16,
-    keys=8208,
+    lengths=((16, 8208),) * 16,
+    common=8192,
+    kv_heads=8,
     group=8,
     head_dim=64,
     v_head_dim=64,
+    itemsize=1,
     dtype=torch.bfloat16,
     device="cuda",
     triton=True,
@@ -23,21 +25,34 @@ H100 = Facts(
 )
 
 
-@pytest.mark.parametrize("window", [None, 128])
+def of(new: int, cached: int = 8192, sequences: int = 16, **changes: Any) -> Facts:
+    lengths = ((new, cached + new),) * sequences
+    return replace(H100, lengths=lengths, common=cached // 1024 * 1024, **changes)
+
+
 @pytest.mark.parametrize("dim", [64, 80, 128, 192, 256])
-def test_short_suffixes_go_straight_to_the_pages_and_long_ones_do_not(dim: int, window: int | None) -> None:
-    facts = replace(H100, head_dim=dim, window=window)
-    assert choose(replace(facts, new=1)).path == "direct"
-    assert choose(replace(facts, new=8192)).path == "gather"
-    paths = [choose(replace(facts, new=2**n)).path for n in range(14)]
+def test_short_suffixes_go_straight_to_the_pages_and_long_ones_do_not(dim: int) -> None:
+    facts = [of(2**n, head_dim=dim, v_head_dim=dim) for n in range(14)]
+    paths = [choose(fact).path for fact in facts]
+    assert paths[0] == "direct" and paths[-1] == "gather"
     assert paths == sorted(paths), "direct, and from some length on gather"
+
+
+def test_one_sequence_keeps_a_dense_kernel_less_busy_than_sixteen() -> None:
+    assert choose(of(128)).path == "gather"
+    assert choose(of(64, 32768, 1, kv_heads=2)).path == "direct"
+
+
+def test_few_long_suffixes_among_many_short_ones_do_not_decide() -> None:
+    mixed = replace(of(1), lengths=((1, 8193),) * 15 + ((512, 512),), common=0)
+    assert choose(mixed).path == "direct"
 
 
 def test_the_larger_dim_decides_and_the_table_ends() -> None:
     both = [replace(H100, head_dim=k, v_head_dim=v) for k, v in ((192, 128), (128, 192))]
-    assert choose(both[0]) == choose(both[1])
-    assert choose(replace(H100, new=1, head_dim=512)).path == "gather"
-    assert [*MOST_ROWS] == sorted(MOST_ROWS)
+    assert [choose(facts).path for facts in both] == [choose(both[0]).path] * 2
+    assert choose(of(1, head_dim=512)).path == "gather"
+    assert [*SPEEDS] == sorted(SPEEDS)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +61,8 @@ def test_the_larger_dim_decides_and_the_table_ends() -> None:
         ({"device": "cpu"}, "on a cpu"),
         ({"triton": False}, "Triton is not available"),
         ({"dtype": torch.float32}, "q is float32"),
-        ({"new": 8192}, "8192 new × 8 = 65536 rows >"),
+        ({"head_dim": 512}, "head dim 512 is past what was measured, 256"),
+        ({"lengths": ((8192, 16384),) * 16}, "µs expected"),
     ],
 )
 def test_when_it_gathers_it_says_why(change: dict[str, Any], why: str) -> None:
@@ -55,10 +71,15 @@ def test_when_it_gathers_it_says_why(change: dict[str, Any], why: str) -> None:
     assert f"auto takes the gather path: {choose(facts).why}" in explained(facts)
 
 
-def test_the_explanation_has_every_number_and_its_source() -> None:
-    told = explained(replace(H100, v_head_dim=48, window=128))
-    most = MOST_ROWS[64]["a window"]
-    for part in ("the direct path: 16 new × 8 = 128 rows", "8208 tokens", "window 128", "8 query heads to a KV head",
-                 "dims 64 and 48", "bfloat16, cuda", f"direct up to {most} rows", MEASURED_ON):  # fmt: skip
+@pytest.mark.parametrize("lengths", [(), ((0, 0),), ((0, 4096), (0, 1)), ((1, 1),)])
+@pytest.mark.parametrize("window", [None, 1, 128])
+def test_nothing_to_attend_to_has_a_path_too(lengths: tuple[tuple[int, int], ...], window: int | None) -> None:
+    assert choose(replace(H100, lengths=lengths, common=0, window=window)).path in ("direct", "gather")
+
+
+def test_the_explanation_has_the_numbers_and_their_source() -> None:
+    told = explained(replace(H100, v_head_dim=48, window=128, common=0))
+    for part in ("the direct path: about", "µs of the gather path", "16 sequences, at most 16 new tokens",
+                 "8208 tokens", "window 128", "8 query heads to each of 8 KV heads", "dims 64 and 48", "bfloat16, cuda",
+                 f"direct {SPEEDS[64].direct:g}", MEASURED_ON):  # fmt: skip
         assert part in told, part
-    assert choose(H100).path in PATHS

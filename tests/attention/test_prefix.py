@@ -333,7 +333,7 @@ def test_explain_says_the_choice_its_numbers_and_where_they_come_from() -> None:
     made = setup([5, 1], [4, 19])
     told = made.batch().explain(made.cache, num_q_heads=4)
     assert "auto takes the gather path: on a cpu" in told
-    assert "at most 5 new tokens and 20 tokens a sequence" in told and "2 query heads to a KV head" in told
+    assert "at most 5 new tokens and 20 tokens" in told and "2 query heads to each of 2 KV heads" in told
     for wrong, refusal, message in (
         ({"num_q_heads": 3}, ValueError, r"num_q_heads is 3; accepted: a multiple of the cache's 2 KV heads"),
         ({"num_q_heads": 4, "window": 0}, ValueError, r"window is 0"),
