@@ -62,9 +62,10 @@ def mask_picture(panels: Mapping[str, Tensor]) -> Figure:
     drawing, grid = figure(width, 1.1 + cell * tallest, columns=len(panels), squeeze=False, width_ratios=widths)
     for (title, weights), axes in zip(panels.items(), grid[0], strict=True):
         new, keys = weights.shape
+        seen = (weights > 0).tolist()
         for row in range(new):
             for key in range(keys):
-                color = UNSEEN if weights[row, key] <= 0 else CACHED if key < keys - new else NEW
+                color = UNSEEN if not seen[row][key] else CACHED if key < keys - new else NEW
                 axes.add_patch(Rectangle((key, row), 1, 1, facecolor=color, edgecolor="white", linewidth=0.8))
         axes.set(xlim=(-0.05, max(keys, 5) + 0.05), ylim=(tallest + 0.05, -0.05), aspect="equal", anchor="NW")
         marks = sorted({0, keys - new, keys - 1})
