@@ -11,34 +11,45 @@ import pytest
 import torch
 
 from kvgather.device import fp8_in_hardware
-from kvgather.formats.fp8 import FORMATS
+from kvgather.formats.fp8 import FLOATS, FORMATS, POOL_DTYPES
 from kvgather.lab.assembly import TARGETS, Assembly, AssemblyError, Variant, compile_all, compile_for, width, widths
-from tests.gather.variants import FLOAT_POOLS, MAIN, VARIANTS
+from tests.gather.variants import FLOAT_POOLS, MAIN, REFUSED, VARIANTS
 
 pytestmark = pytest.mark.triton
 
-NEEDS_TRITON = {"hip:gfx1250": (3, 7)}  # 3.6 makes assembly for it that its own linker refuses
+INSTALLED = tuple(int(part) for part in re.findall(r"\d+", version("triton"))[:2])
 Compiled = dict[tuple[Variant, str], Assembly]
 
 
-@pytest.fixture(scope="module")
-def compiled() -> Compiled:
-    """Every variant for its targets, compiled in one child process."""
-    jobs = [(variant, target) for target in TARGETS for variant, targets in VARIANTS.items() if target in targets]
-    return dict(zip(jobs, compile_all(jobs), strict=True))
+def targets_of(backend: str) -> list[str]:
+    return [target for target in TARGETS if target.startswith(backend)]
 
 
-def jobs_of(*tables: dict[Variant, tuple[str, ...]]) -> Any:
-    """Each variant of the tables with each of its targets."""
-    jobs = [(variant, target) for table in tables for variant, targets in table.items() for target in targets]
-    names = [f"{variant.name}-{target.replace(':', '')}" for variant, target in jobs]
-    return pytest.mark.parametrize(("variant", "target"), jobs, ids=names)
+@pytest.fixture(scope="class")
+def compiled(request: pytest.FixtureRequest) -> Compiled:
+    """Every variant for every target of the class's backend, compiled in one child process."""
+    jobs = list(product(VARIANTS, targets_of(request.cls.backend)))
+    return dict(zip(jobs, compile_all(jobs, timeout=600), strict=True))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test of `variant` is of all of them, one of `engines` is of those whose every load and store is looked at."""
+    for name, variants in (("variant", VARIANTS), ("engines", (*MAIN, *FLOAT_POOLS))):
+        if metafunc.cls is not None and name in metafunc.fixturenames:
+            jobs = list(product(variants, targets_of(metafunc.cls.backend)))
+            names = [f"{variant.name}-{target.replace(':', '')}" for variant, target in jobs]
+            metafunc.parametrize((name, "target"), jobs, ids=names)
+
+
+def refusal(target: str) -> str | None:
+    """In what words the installed Triton refuses a target; None if it compiles for it."""
+    version_needed, words = REFUSED.get(target, ((0, 0), ""))
+    return words if INSTALLED < version_needed else None
 
 
 def assembly_of(compiled: Compiled, variant: Variant, target: str) -> Assembly:
     assembly = compiled[variant, target]
-    installed = tuple(int(part) for part in re.findall(r"\d+", version("triton"))[:2])
-    if assembly.error and installed < NEEDS_TRITON.get(target, (0, 0)):
+    if refusal(target):
         pytest.skip(f"triton {version('triton')}: {assembly.error}")
     assert not assembly.error
     return assembly
@@ -61,73 +72,91 @@ def tile_elements(assembly: Assembly) -> int:
     return int(c["SLOTS"]) * (c["K_UNITS"] * c["K_UNIT"] + c["V_UNITS"] * c["V_UNIT"])
 
 
-@jobs_of(VARIANTS)
-def test_every_variant_compiles(compiled: Compiled, variant: Variant, target: str) -> None:
-    assembly = assembly_of(compiled, variant, target)
-    assert moved(assembly, "load") and moved(assembly, "store")
-    hardware = variant.case.dtype not in FORMATS or variant.case.dtype in fp8_in_hardware(*target.split(":"))
-    assert assembly.constants["HARDWARE"] is hardware
-    wide = assembly.constants["WIDE"]
-    assert wide is variant.heads_outermost
+class Compiles:
+    """What holds on one backend; a class for each, so that two processes can share the compilations."""
+
+    backend: str
+
+    def test_every_variant_compiles(self, compiled: Compiled, variant: Variant, target: str) -> None:
+        if words := refusal(target):
+            assert not compiled[variant, target].text
+            assert re.search(words, compiled[variant, target].error)
+            return
+        assembly = assembly_of(compiled, variant, target)
+        assert moved(assembly, "load") and moved(assembly, "store")
+        hardware = variant.case.dtype not in FORMATS or variant.case.dtype in fp8_in_hardware(*target.split(":"))
+        assert assembly.constants["HARDWARE"] is hardware
+        assert assembly.constants["WIDE"] is variant.heads_outermost
+
+    def test_pools_and_rows_move_16_bytes_a_thread(self, compiled: Compiled, engines: Variant, target: str) -> None:
+        """No store is narrower, and loads of 16 bytes bring the whole tile; a record's words and scales are 4 bytes."""
+        assembly = assembly_of(compiled, engines, target)
+        case, found = engines.case, widths(assembly.text)
+        assert {width(name) for name in found} <= {4, 16}, found
+        assert moved(assembly, "load", bytes_each=16) >= tile_elements(assembly) * case.dtype.itemsize, found
+        assert moved(assembly, "store") == moved(assembly, "store", bytes_each=16), found
+        assert moved(assembly, "store") >= tile_elements(assembly) * case.out_dtype.itemsize, found
+
+    def test_the_list_holds_every_value_that_a_launch_can_have(self, compiled: Compiled) -> None:
+        """Of each constant with few values, all of them; of the sizes, powers of two and others."""
+        from kvgather.gather.kernel import choose_tile
+
+        seen: dict[str, set[Any]] = {}
+        for assembly in compiled.values():
+            for name, value in assembly.constants.items():
+                seen.setdefault(name, set()).add(value)
+        assert seen["K_KIND"] == seen["V_KIND"] == {"none", "per-tensor", "per-head", "per-token-head"}
+        decodes = {(a.constants["FORMAT"], a.constants["HARDWARE"]) for a in compiled.values() if a.text}
+        fp8 = set(product(("e4m3fn", "e4m3fnuz", "e5m2"), (True, False)))
+        nowhere = {("e4m3fnuz", True)} if self.backend == "cuda" else set()  # AMD's own format
+        assert decodes == {("", True)} | fp8 - nowhere
+        flags = {"HARDWARE", "K_RAW", "V_RAW", "K_ACROSS", "V_ACROSS", "WIDE"}
+        for name in flags:
+            assert seen[name] == {True, False}, name
+        assert seen["BY_HAND"] == {False}  # the interpreter's alone
+        assert seen["K_ALIGN"] | seen["V_ALIGN"] | seen["OUT_ALIGN"] == {1, 2, 4, 8}
+        assert seen["V_SLOTS_PER_GROUP"] == seen["K_DIMS_PER_GROUP"] == {1, 4, 8, 16}
+        assert seen["K_UNIT"] | seen["V_UNIT"] == {2**n for n in range(8)}
+        dims = (1, 2, 8, 20, 24, 64, 80, 128, 192, 256)
+        tiles = [choose_tile(p, h, k, v, s) for p in (1, 2, 3, 7, 24) for h in (1, 2, 3, 8, 16) for k in dims
+                 for v in dims for s in (1, 2, 4)]  # fmt: skip
+        assert seen["SLOTS"] == {tile.slots for tile in tiles}
+        assert seen["num_warps"] == {tile.num_warps for tile in tiles}
+        assert 1 in seen["TILES"] and max(seen["TILES"]) > 1
+        sizes = {"PAGE", "HEADS", "K_DIM", "V_DIM"}
+        for name in sizes:
+            assert {value & (value - 1) == 0 for value in seen[name]} == {True, False}, name
+        told = {"K_KIND", "V_KIND", "FORMAT", "BY_HAND", "V_SLOTS_PER_GROUP", "K_DIMS_PER_GROUP", "SLOTS", "TILES",
+                "K_UNIT", "V_UNIT", "K_ALIGN", "V_ALIGN", "OUT_ALIGN", "num_warps"}  # fmt: skip
+        follow = {"BIAS", "NAN_CODE", "K_UNITS", "V_UNITS", "PAGE_TILES"}  # from the format, or the sizes and the tile
+        assert set(seen) == flags | sizes | told | follow, (
+            "a new constant needs its values in the list, and a line above"
+        )
 
 
-@jobs_of(MAIN, FLOAT_POOLS)
-def test_pools_and_rows_move_16_bytes_a_thread(compiled: Compiled, variant: Variant, target: str) -> None:
-    """No store is narrower, and loads of 16 bytes bring the whole tile; a record's words and scales are 4 bytes."""
-    assembly = assembly_of(compiled, variant, target)
-    case, found = variant.case, widths(assembly.text)
-    assert {width(name) for name in found} <= {4, 16}, found
-    assert moved(assembly, "load", bytes_each=16) >= tile_elements(assembly) * case.dtype.itemsize, found
-    assert moved(assembly, "store") == moved(assembly, "store", bytes_each=16), found
-    assert moved(assembly, "store") >= tile_elements(assembly) * case.out_dtype.itemsize, found
+class TestCuda(Compiles):
+    backend = "cuda"
+
+    @pytest.mark.parametrize("target", targets_of("cuda"))
+    def test_ampere_decodes_in_software(self, compiled: Compiled, target: str) -> None:
+        """PTX names the conversion; before compute capability 8.9 there is none."""
+        texts = [
+            assembly_of(compiled, *job).text for job in compiled if job[1] == target and job[0].case.k_kind != "none"
+            and job[0].case.dtype == torch.float8_e4m3fn
+        ]  # fmt: skip
+        assert len(texts) >= 4
+        for text in texts:
+            assert ("e4m3x2" in text) is (target != "cuda:80")
 
 
-@pytest.mark.parametrize("target", [target for target in TARGETS if target.startswith("cuda")])
-def test_ampere_decodes_in_software(compiled: Compiled, target: str) -> None:
-    """PTX names the conversion; before compute capability 8.9 there is none."""
-    texts = [
-        assembly_of(compiled, *job).text for job in compiled if job[1] == target and job[0].case.k_kind != "none"
-        and job[0].case.dtype == torch.float8_e4m3fn
-    ]  # fmt: skip
-    assert len(texts) >= 4
-    for text in texts:
-        assert ("e4m3x2" in text) is (target != "cuda:80")
+class TestHip(Compiles):
+    backend = "hip"
 
 
-def test_the_list_holds_every_value_that_a_launch_can_have(compiled: Compiled) -> None:
-    """Of each constant with few values, all of them; of the sizes, powers of two and others."""
-    from kvgather.gather.kernel import choose_tile
-
+def test_the_list_is_short_and_names_each_variant_once() -> None:
     assert len(VARIANTS) <= 40 and len({variant.name for variant in VARIANTS}) == len(VARIANTS)
-    assert all(sum(target in targets for targets in VARIANTS.values()) >= 5 for target in TARGETS)
-    seen: dict[str, set[Any]] = {}
-    for assembly in compiled.values():
-        for name, value in assembly.constants.items():
-            seen.setdefault(name, set()).add(value)
-    assert seen["K_KIND"] | seen["V_KIND"] == {"none", "per-tensor", "per-head", "per-token-head"}
-    assert seen["FORMAT"] == {"", "e4m3fn", "e4m3fnuz", "e5m2"}
-    decodes = {(a.constants["FORMAT"], a.constants["HARDWARE"]) for a in compiled.values()}
-    assert decodes >= set(product(("e4m3fn", "e4m3fnuz", "e5m2"), (True, False)))
-    flags = {"HARDWARE", "K_RAW", "V_RAW", "K_ACROSS", "V_ACROSS", "WIDE"}
-    for name in flags:
-        assert seen[name] == {True, False}, name
-    assert seen["BY_HAND"] == {False}  # the interpreter's alone
-    assert seen["K_ALIGN"] | seen["V_ALIGN"] | seen["OUT_ALIGN"] == {1, 2, 4, 8}
-    assert seen["V_SLOTS_PER_GROUP"] == seen["K_DIMS_PER_GROUP"] == {1, 4, 8, 16}
-    assert seen["K_UNIT"] | seen["V_UNIT"] == {2**n for n in range(8)}
-    dims = (1, 2, 8, 20, 24, 64, 80, 128, 192, 256)
-    tiles = [choose_tile(p, h, k, v, s) for p in (1, 2, 3, 7, 24) for h in (1, 2, 3, 8, 16) for k in dims for v in dims
-             for s in (1, 2, 4)]  # fmt: skip
-    assert seen["SLOTS"] == {tile.slots for tile in tiles}
-    assert seen["num_warps"] == {tile.num_warps for tile in tiles}
-    assert 1 in seen["TILES"] and max(seen["TILES"]) > 1
-    sizes = {"PAGE", "HEADS", "K_DIM", "V_DIM"}
-    for name in sizes:
-        assert {value & (value - 1) == 0 for value in seen[name]} == {True, False}, name
-    told = {"K_KIND", "V_KIND", "FORMAT", "BY_HAND", "V_SLOTS_PER_GROUP", "K_DIMS_PER_GROUP", "SLOTS", "TILES",
-            "K_UNIT", "V_UNIT", "K_ALIGN", "V_ALIGN", "OUT_ALIGN", "num_warps"}  # fmt: skip
-    follow = {"BIAS", "NAN_CODE", "K_UNITS", "V_UNITS", "PAGE_TILES"}  # from the format, or from the sizes and the tile
-    assert set(seen) == flags | sizes | told | follow, "a new constant needs its values in the list, and a line above"
+    assert {variant.case.dtype for variant in VARIANTS} == set(POOL_DTYPES)
+    assert {variant.case.out_dtype for variant in VARIANTS} > set(FLOATS)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +180,7 @@ def test_widths_of_instructions(assembly: str, found: dict[str, int]) -> None:
 
 
 def test_errors_say_what_is_accepted() -> None:
-    variant = next(iter(MAIN))
+    variant = MAIN[0]
     with pytest.raises(AssemblyError, match=r"target is 'cuda:70'; accepted: cuda:80"):
         compile_for(variant.case, "cuda:70")
     with pytest.raises(AssemblyError, match=r"instruction is 'ret'; accepted"):
