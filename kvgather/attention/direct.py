@@ -14,8 +14,8 @@ from torch import Tensor
 from ..cache import PagedKVCache
 from ..device import fp8_support, interpreting
 from ..formats.fp8 import FORMATS
-from ..formats.layout import PoolStrides
-from ..gather.kernel import launching
+from ..formats.layout import PoolStrides, Which
+from ..gather.kernel import _granule, _inner_extent, launching
 from .direct_kernel import combine_kernel, direct_kernel
 
 if TYPE_CHECKING:
@@ -64,6 +64,26 @@ def choose_tile(rows: int, keys: int, programs: int, k_pad: int, v_pad: int, pro
     return Tile(m, n, num_warps, num_stages, splits, registers)
 
 
+@dataclass(frozen=True)
+class _Strides:
+    """A pool's strides, in units of `align` elements where the kernel multiplies them by it."""
+
+    strides: tuple[int, ...]
+    align: int
+    wide: bool  # offsets inside a block pass 2^31
+    per_group: int  # slots (V), or dims (K), that SHUFFLE keeps together
+
+    @classmethod
+    def of(cls, pool: Tensor, layout: str, which: Which) -> _Strides:
+        s = PoolStrides.of(pool, layout, which)
+        grouped = layout == "SHUFFLE"  # elsewhere a group of dims is one element, and its stride is 1
+        align = _granule((s.block, s.head, s.slot_group, s.dim_group if grouped else 0), pool.element_size())
+        dim_group = s.dim_group // align if grouped else s.dim_group
+        strides = (s.block // align, s.head // align, s.slot_group // align, s.slot, dim_group, s.dim)
+        per_group = s.dims_per_group if which == "key" else s.slots_per_group
+        return cls(strides, align, _inner_extent(pool) >= 2**31, per_group)
+
+
 def direct_attention(
     q: Tensor,
     cache: PagedKVCache,
@@ -82,16 +102,17 @@ def direct_attention(
         q: `[n, q_heads, head_dim]`, new tokens of all sequences; head dims contiguous.
         cache: holds every key, new tokens' included.
         batch: whose block table and offsets say where.
-        softmax_scale: what scores are multiplied by.
+        softmax_scale: what scores are multiplied by; above 0.
         sinks: `[q_heads]`, a logit for each head that counts in the denominator alone.
         window: keys that a query sees at most, itself included; None is all.
         begin: `[batch]` int32: keys before this position are left out.
-        state: out `[n, q_heads, v_head_dim]` and log-sum-exp `[n, q_heads]` of the keys before `begin`, to go on from.
+        state: out `[n, q_heads, v_head_dim]` and log-sum-exp `[n, q_heads]` of the keys before `begin`, to go on from;
+            both contiguous, and without the sink.
         tile: how to cut the work; None chooses. Results do not depend on it beyond rounding.
 
     Returns:
         out `[n, q_heads, v_head_dim]` in q's dtype and its natural log-sum-exp `[n, q_heads]` in FP32. Rows that
-        belong to no sequence are 0 and −inf; rows that need a bad block are NaN.
+        belong to no sequence are 0, and −inf or the sink; rows that see a key in a bad block are NaN, and no others.
     """
     g = cache.geometry
     n, q_heads, _ = q.shape
@@ -104,6 +125,10 @@ def direct_attention(
     k_pad, v_pad = max(16, _power_of_two(g.head_dim)), max(16, _power_of_two(g.v_head_dim))
     sequences = len(batch.cu_seqlens_q) - 1
     rows = min(batch.max_q, n) * group
+    if window is not None and window >= batch.max_k:
+        window = None
+    if sinks is not None:
+        sinks = sinks.contiguous()
     if tile is None:
         processors = 1 if interpreted else torch.cuda.get_device_properties(q.device).multi_processor_count
         keys = batch.max_k if window is None else min(batch.max_k, window + batch.max_q)
@@ -111,8 +136,7 @@ def direct_attention(
     tiles = max(1, -(-rows // tile.m))  # one is there for rows that belong to no sequence
     fmt = FORMATS.get(g.dtype)
     pools = [pool.view(torch.uint8) if fmt else pool for pool in (cache.key_cache, cache.value_cache)]
-    k_strides = PoolStrides.of(cache.key_cache, g.layout, "key")
-    v_strides = PoolStrides.of(cache.value_cache, g.layout, "value")
+    k, v = _Strides.of(cache.key_cache, g.layout, "key"), _Strides.of(cache.value_cache, g.layout, "value")
     k_scale, v_scale = cache._scales
     split = tile.splits > 1
     part, part_lse = out, lse
@@ -133,15 +157,15 @@ def direct_attention(
             pools[1], nothing if v_scale.tensor is None else v_scale.tensor,
             sequences, batch.block_table.shape[1], tiles, tile.splits, n, softmax_scale * LOG2E,
             q.stride(0), q.stride(1),
-            k_strides.block, k_strides.head, k_strides.slot_group, k_strides.slot, k_strides.dim_group, k_strides.dim,
-            v_strides.block, v_strides.head, v_strides.slot_group, v_strides.slot, v_strides.dim_group, v_strides.dim,
+            *k.strides, *v.strides,
             k_scale.stride_block, k_scale.stride_head, k_scale.stride_slot,
             v_scale.stride_block, v_scale.stride_head, v_scale.stride_slot,
             PAGE=g.page_size, KV_HEADS=g.num_kv_heads, GROUP=group,
             K_DIM=g.head_dim, V_DIM=g.v_head_dim, K_PAD=k_pad, V_PAD=v_pad,
             M=tile.m, N=tile.n, SAME_PAGE=math.gcd(g.page_size, tile.n), SPLIT=split, WINDOW=window or 0,
             BEGINS=begin is not None, STATE=state is not None, SINKS=sinks is not None,
-            V_SLOTS_PER_GROUP=v_strides.slots_per_group, K_DIMS_PER_GROUP=k_strides.dims_per_group,
+            V_SLOTS_PER_GROUP=v.per_group, K_DIMS_PER_GROUP=k.per_group,
+            K_ALIGN=k.align, V_ALIGN=v.align, K_WIDE=k.wide, V_WIDE=v.wide,
             K_KIND=k_scale.kind, V_KIND=v_scale.kind,
             FORMAT="" if fmt is None else fmt.name, BIAS=0 if fmt is None else fmt.bias,
             HARDWARE=hardware,

@@ -11,91 +11,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..gather.kernel import decode_fp8, round_to
+from ..gather.kernel import round_to
+from .direct_load import as_operand, load_key_scale, load_rows, load_shuffled_rows
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def _as_operand(held, FORMAT: tl.constexpr, BIAS: tl.constexpr, HARDWARE: tl.constexpr, dtype: tl.constexpr):
-    """What a pool holds as an operand of a dot; FP16 and BF16 hold every FP8 value exactly."""
-    if FORMAT != "":
-        if HARDWARE and dtype == tl.float16 and FORMAT == "e4m3fn":
-            operand = held.to(tl.float8e4nv, bitcast=True).to(tl.float16)
-        elif dtype == tl.float16 and FORMAT == "e5m2":
-            operand = (held.to(tl.uint16) << 8).to(tl.float16, bitcast=True)
-        else:
-            operand = decode_fp8(held, FORMAT, BIAS, HARDWARE).to(dtype)
-    elif held.dtype == tl.bfloat16 and dtype == tl.float32:  # the interpreter can't convert it
-        operand = (held.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    else:
-        operand = held.to(dtype)
-    return operand
-
-
-@triton.jit
-def _load_rows(
-    pool_ptr, ids, key, dim, present, dims_present,
-    stride_block, stride_slot, stride_dim_group, stride_dim,
-    PAGE: tl.constexpr, DIMS_PER_GROUP: tl.constexpr,
-    MASKED: tl.constexpr, DIMS_MASKED: tl.constexpr, INTEGER: tl.constexpr,
-):  # fmt: skip
-    """Rows of one head of a pool, `[N, D]`; zeros where they are not present."""
-    if DIMS_PER_GROUP > 1:  # K of SHUFFLE
-        dim_offset = (dim // DIMS_PER_GROUP) * stride_dim_group + (dim % DIMS_PER_GROUP) * stride_dim
-    else:
-        dim_offset = dim * stride_dim_group
-    offset = (ids.to(tl.int64) * stride_block + (key % PAGE) * stride_slot)[:, None] + dim_offset[None, :]
-    if not (MASKED or DIMS_MASKED):
-        held = tl.load(pool_ptr + offset)
-    elif INTEGER:
-        held = tl.load(pool_ptr + offset, mask=present[:, None] & dims_present[None, :], other=0)
-    else:
-        held = tl.load(pool_ptr + offset, mask=present[:, None] & dims_present[None, :], other=0.0)
-    return held
-
-
-@triton.jit
-def _load_shuffled_rows(
-    pool_ptr, table_ptr, first_key, end, dim, present, dims_present,
-    stride_block, stride_slot_group, stride_slot, stride_dim,
-    PAGE: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr,
-    MASKED: tl.constexpr, DIMS_MASKED: tl.constexpr, INTEGER: tl.constexpr,
-):  # fmt: skip
-    """Rows of one head of SHUFFLE's V, `[N, D]`; zeros where they are not present.
-
-    A group of slots, 16 bytes of one dim, is read whole: as `[D, groups, GROUP]`, so that lanes go from dim to dim.
-    """
-    key = first_key + tl.arange(0, N // GROUP) * GROUP  # [groups]: the first of each
-    if MASKED:
-        ids = tl.load(table_ptr + key // PAGE, mask=key < end, other=0)
-    else:
-        ids = tl.load(table_ptr + key // PAGE)
-    group_offset = tl.maximum(ids, 0).to(tl.int64) * stride_block + (key % PAGE // GROUP) * stride_slot_group
-    slot_offset = tl.arange(0, GROUP) * stride_slot
-    offset = (dim * stride_dim)[:, None, None] + group_offset[None, :, None] + slot_offset[None, None, :]
-    if not (MASKED or DIMS_MASKED):
-        held = tl.load(pool_ptr + offset)
-    elif INTEGER:
-        held = tl.load(pool_ptr + offset, mask=dims_present[:, None, None] & (key < end)[None, :, None], other=0)
-    else:
-        held = tl.load(pool_ptr + offset, mask=dims_present[:, None, None] & (key < end)[None, :, None], other=0.0)
-    rows = tl.trans(tl.reshape(held, [dim.shape[0], N]))
-    if MASKED:
-        rows = tl.where(present[:, None], rows, tl.zeros_like(rows))
-    return rows
-
-
-@triton.jit
-def _load_key_scale(scale_ptr, ids, slot, present, stride_block, stride_slot, KIND: tl.constexpr, MASKED: tl.constexpr):
-    """The scale of each key of one head, `[N]`, of the kinds that differ from key to key."""
-    offset = ids.to(tl.int64) * stride_block
-    if KIND == "per-token-head":
-        offset += slot.to(tl.int64) * stride_slot
-    if MASKED:
-        return tl.load(scale_ptr + offset, mask=present, other=1.0)
-    return tl.load(scale_ptr + offset)
 
 
 @triton.jit
@@ -113,6 +33,7 @@ def direct_kernel(
     M: tl.constexpr, N: tl.constexpr, SAME_PAGE: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr,
     BEGINS: tl.constexpr, STATE: tl.constexpr, SINKS: tl.constexpr,
     V_SLOTS_PER_GROUP: tl.constexpr, K_DIMS_PER_GROUP: tl.constexpr, K_KIND: tl.constexpr, V_KIND: tl.constexpr,
+    K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, K_WIDE: tl.constexpr, V_WIDE: tl.constexpr,
     FORMAT: tl.constexpr, BIAS: tl.constexpr, HARDWARE: tl.constexpr,
     QK: tl.constexpr, PV: tl.constexpr, INTERPRETED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -169,25 +90,29 @@ def direct_kernel(
         low += split * share
         end = tl.minimum(end, low + share)
 
-    # Q, each row divided by its largest element, so that FP16 holds it whatever its range.
     dim = tl.arange(0, K_PAD)
     dims = dim < K_DIM
-    q_at = (first_q + token).to(tl.int64) * stride_q_row + q_head * stride_q_head
+    q_at = (first_q + token).to(tl.int64) * stride_q_row + q_head.to(tl.int64) * stride_q_head
     q = tl.load(q_ptr + q_at[:, None] + dim[None, :], mask=in_use[:, None] & dims[None, :], other=0.0)
     if INTERPRETED and q.dtype == tl.bfloat16:
         q = (q.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     row_scale = tl.full([M], 1.0, tl.float32) * scale_log2
-    if QK == tl.float16:
-        largest = tl.max(tl.abs(q.to(tl.float32)), 1)
-        largest = tl.where(largest > 0, largest, 1.0)
-        q = (q.to(tl.float32) / largest[:, None]).to(tl.float16)
-        row_scale *= largest
-    else:
-        q = q.to(QK)
     if K_KIND == "per-tensor":
         row_scale *= tl.load(k_scale_ptr)
     elif K_KIND == "per-head":
         row_scale *= tl.load(k_scale_ptr + kv_head * stride_k_scale_head)
+    if QK == tl.bfloat16:
+        q = q.to(QK)
+    else:
+        # Each row is divided by its largest element, so that FP16 holds it whatever its range; and what scores are
+        # multiplied by is a power of two, so that the largest less itself is 0 also where the product is fused.
+        largest = tl.max(tl.abs(q.to(tl.float32)), 1)
+        largest = tl.where(largest > 0, largest, 1.0)
+        row_scale *= largest
+        power = (row_scale.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        power = tl.maximum(power, 1.1754943508222875e-38)
+        q = (q.to(tl.float32) / largest[:, None] * (row_scale / power)[:, None]).to(QK)
+        row_scale = power
     v_scale = 1.0
     if V_KIND == "per-tensor":
         v_scale = tl.load(v_scale_ptr)
@@ -203,17 +128,17 @@ def direct_kernel(
             lse = tl.load(state_lse_ptr + out_at, mask=in_use, other=float("-inf"))
             held = tl.load(
                 state_out_ptr + out_at[:, None] * V_DIM + dim_v[None, :],
-                mask=(in_use & (lse > float("-inf")))[:, None] & dims_v[None, :],
+                mask=(in_use & (lse != float("-inf")))[:, None] & dims_v[None, :],
                 other=0.0,
             )
             if INTERPRETED and held.dtype == tl.bfloat16:
                 held = (held.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
             acc = held.to(tl.float32) / v_scale
             top = lse * LOG2E
-            total = tl.where(lse > float("-inf"), 1.0, 0.0)
+            total = tl.where(lse != float("-inf"), 1.0, 0.0)
 
-    k_ptr += kv_head.to(tl.int64) * stride_k_head
-    v_ptr += kv_head.to(tl.int64) * stride_v_head
+    k_ptr += kv_head.to(tl.int64) * stride_k_head * K_ALIGN
+    v_ptr += kv_head.to(tl.int64) * stride_v_head * V_ALIGN
     k_scale_ptr += kv_head.to(tl.int64) * stride_k_scale_head
     v_scale_ptr += kv_head.to(tl.int64) * stride_v_scale_head
     table_ptr += sequence.to(tl.int64) * columns
@@ -234,23 +159,24 @@ def direct_kernel(
             else:
                 ids = tl.load(table_ptr + key // PAGE)
             worst = tl.minimum(worst, ids)
+            good = ids >= 0
+            if MASKED and (BEGINS or WINDOW > 0):
+                present = present & (key >= start)  # nothing is read that no row sees
             ids = tl.max_constancy(tl.maximum(ids, 0), [SAME_PAGE])
             slot = key % PAGE
-            k = _load_rows(
+            k = load_rows(
                 k_ptr, ids, key, dim, present, dims,
                 stride_k_block, stride_k_slot_group, stride_k_dim_group, stride_k_dim,
-                PAGE, K_DIMS_PER_GROUP, MASKED, K_PAD > K_DIM, FORMAT != "",
+                PAGE, K_DIMS_PER_GROUP, K_ALIGN, K_WIDE, MASKED, K_PAD > K_DIM, FORMAT != "",
             )  # fmt: skip
-            scores = tl.dot(q, tl.trans(_as_operand(k, FORMAT, BIAS, HARDWARE, QK)), input_precision="ieee")
+            scores = tl.dot(q, tl.trans(as_operand(k, FORMAT, BIAS, HARDWARE, QK)), input_precision="ieee")
             if K_KIND == "per-page-head" or K_KIND == "per-token-head":
-                k_scale = _load_key_scale(
+                k_scale = load_key_scale(
                     k_scale_ptr, ids, slot, present, stride_k_scale_block, stride_k_scale_slot, K_KIND, MASKED
                 )
                 scores *= k_scale[None, :]
             if MASKED:
                 seen = present[None, :] & (key[None, :] <= position[:, None])
-                if BEGINS:
-                    seen = seen & (key >= start)[None, :]
                 if WINDOW > 0:
                     seen = seen & (key[None, :] > position[:, None] - WINDOW)
                 scores = tl.where(seen, scores, float("-inf"))
@@ -264,29 +190,40 @@ def direct_kernel(
             total = total * kept + tl.sum(p, 1)
             acc = acc * kept[:, None]
             if V_KIND == "per-page-head" or V_KIND == "per-token-head":
-                key_scale = _load_key_scale(
+                key_scale = load_key_scale(
                     v_scale_ptr, ids, slot, present, stride_v_scale_block, stride_v_scale_slot, V_KIND, MASKED
                 )
                 p *= key_scale[None, :]
             if V_SLOTS_PER_GROUP > 1:
-                v = _load_shuffled_rows(
+                v = load_shuffled_rows(
                     v_ptr, table_ptr, step * N, end, dim_v, present, dims_v,
                     stride_v_block, stride_v_slot_group, stride_v_slot, stride_v_dim_group,
-                    PAGE, N, V_SLOTS_PER_GROUP, MASKED, V_PAD > V_DIM, FORMAT != "",
+                    PAGE, N, V_SLOTS_PER_GROUP, V_ALIGN, V_WIDE, MASKED, V_PAD > V_DIM, FORMAT != "",
                 )  # fmt: skip
             else:
-                v = _load_rows(
+                v = load_rows(
                     v_ptr, ids, key, dim_v, present, dims_v,
                     stride_v_block, stride_v_slot_group, stride_v_dim_group, stride_v_dim,
-                    PAGE, 1, MASKED, V_PAD > V_DIM, FORMAT != "",
+                    PAGE, 1, V_ALIGN, V_WIDE, MASKED, V_PAD > V_DIM, FORMAT != "",
                 )  # fmt: skip
-            v = _as_operand(v, FORMAT, BIAS, HARDWARE, PV)
+            if MASKED:  # a bad block may hold NaN, and 0 times that would be NaN in rows that do not see it
+                v = tl.where(good[:, None], v, tl.zeros_like(v))
+            v = as_operand(v, FORMAT, BIAS, HARDWARE, PV)
             acc = tl.dot(p.to(PV), v, acc, input_precision="ieee")
             top = new_top
 
     acc *= v_scale
-    if past_table | (tl.min(worst, 0) < 0):
-        acc += float("nan")
+    if past_table | (tl.min(worst, 0) < 0):  # a key in no block: whoever sees it is NaN
+        bad = (position >= columns * PAGE).to(tl.int32)
+        for step in range(low // N, tl.cdiv(end, N)):
+            key = step * N + tl.arange(0, N)
+            present = (key >= start) & (key < end)
+            present = present & (tl.load(table_ptr + key // PAGE, mask=present, other=0) < 0)
+            seen = present[None, :] & (key[None, :] <= position[:, None])
+            if WINDOW > 0:
+                seen = seen & (key[None, :] > position[:, None] - WINDOW)
+            bad = tl.maximum(bad, tl.max(seen.to(tl.int32), 1))
+        total = tl.where(bad > 0, float("nan"), total)
     if SINKS and not SPLIT:
         sink = tl.load(sink_ptr + q_head, mask=in_use, other=float("-inf")).to(tl.float32) * LOG2E
         new_top = tl.maximum(top, sink)
