@@ -133,7 +133,11 @@ def _load_tile(
         outer = (unit // (DIM // UNIT)) * stride_head * ALIGN
         outer += _dim_offset(first_dim, stride_dim_group, stride_dim, SLOTS_PER_GROUP, DIMS_PER_GROUP, ALIGN)
         inner = _slot_offset(slot, stride_slot_group, stride_slot, SLOTS_PER_GROUP, ALIGN)
-        inner += _dim_offset(along % UNIT, stride_dim_group, stride_dim, SLOTS_PER_GROUP, DIMS_PER_GROUP, ALIGN)
+        if DIMS_PER_GROUP > 1:  # the same, in a form of which Triton sees what is contiguous
+            group = along // DIMS_PER_GROUP % (UNIT // DIMS_PER_GROUP)
+            inner += group * stride_dim_group * ALIGN + (along % DIMS_PER_GROUP) * stride_dim
+        else:
+            inner += _dim_offset(along % UNIT, stride_dim_group, stride_dim, SLOTS_PER_GROUP, DIMS_PER_GROUP, ALIGN)
     address = pool_ptr + tl.maximum(block, 0) * stride_block * ALIGN + (outer[:, None] + inner[None, :])
     whole: tl.constexpr = PAGE % SLOTS == 0 and units % UNITS == 0  # every tile is all inside, or all outside
     if whole and units == UNITS * TILES:
