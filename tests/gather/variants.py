@@ -36,7 +36,7 @@ MAIN = tuple(
 
 FLOAT_POOLS = (
     Variant(case(dtype=BF16, kinds="none")),
-    Variant(case(dtype=FP16, layout="SHUFFLE", num_heads=2, kinds="none:per-token-head", out_dtype=FP16)),
+    Variant(case(dtype=FP16, layout="SHUFFLE", page_size=8, num_heads=4, kinds="none:per-token-head", out_dtype=FP16)),
     Variant(case(dtype=FP32, layout="SHUFFLE", kinds="per-head")),
 )
 
@@ -44,8 +44,9 @@ OTHERS = (
     # pages and head dims of every kind, and a copy of codes as they are
     Variant(case(page_size=1, num_heads=1, dims=(1, 2), kinds="per-head:none")),
     Variant(case(page_size=2, num_heads=2, dims=(8, 4), kinds="none", out_dtype=FN, layout="HND")),
-    Variant(case(page_size=3, num_heads=7, dims=(20, 24), kinds="per-page-head", out_dtype=FP32)),
-    Variant(case(page_size=7, num_heads=3, dims=(40, 72), kinds="per-token-head", layout="HND", pool_style="stepped")),
+    Variant(
+        case(page_size=3, num_heads=7, dims=(20, 24), kinds="per-token-head", out_dtype=FP32, pool_style="stepped")
+    ),
     Variant(case(page_size=24, num_heads=5, dims=(80, 96), dtype=FNUZ, pool_style="packed")),
     Variant(case(num_heads=4, dims=(192, 128), kinds="per-token-head:per-head", layout="SHUFFLE", pool_style="padded")),
     # strides past 2^31
