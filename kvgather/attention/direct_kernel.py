@@ -18,7 +18,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total_q"])  # at 1 it would be a constant, and has to become 64-bit
 def direct_kernel(
     q_ptr, table_ptr, cu_q_ptr, cu_k_ptr, begin_ptr, sink_ptr, state_out_ptr, state_lse_ptr, out_ptr, lse_ptr,
     k_ptr, k_scale_ptr, v_ptr, v_scale_ptr,
