@@ -43,7 +43,7 @@ def prefix_attention(
             already.
         cache: what the batch's block ids point into. Its scales say themselves of which kind they are.
         batch: from `PrefixBatch.build`, for this cache's page size.
-        softmax_scale: what scores are multiplied by; None is `head_dim ** -0.5`.
+        softmax_scale: what scores are multiplied by, above 0; None is `head_dim ** -0.5`.
         sinks: `[q_heads]`, a logit per head that counts in the denominator alone.
         window: how many keys a query sees at most, itself included; None is all.
         workspace_tokens: at most so many tokens are gathered at a time; None is all at once. Any context fits: partial
@@ -136,8 +136,8 @@ def _softmax_scale(given: object, head_dim: int) -> float:
         return float(head_dim**-0.5)
     if isinstance(given, bool) or not isinstance(given, (int, float)):
         raise TypeError(f"softmax_scale is {described(given)}; accepted: None, or a float")
-    if not math.isfinite(given):
-        raise ValueError(f"softmax_scale is {given}; accepted: a finite number")
+    if not 0 < given < math.inf:  # kernels multiply a row's largest product by it, and take that for the largest score
+        raise ValueError(f"softmax_scale is {given}; accepted: a finite number above 0")
     return float(given)
 
 
