@@ -53,7 +53,7 @@ def test_huge_and_tiny_rows_in_half_precision() -> None:
     expected = made.wanted()
     for tile in (None, (64, 1), (64, 4)):
         out, lse = attend(made, tile)
-        for row in (0, 1, 4, 5, 6, 7):
+        for row in range(len(out)):
             assert relative_error(out[row], expected[0][row]) <= 1e-2, row
         torch.testing.assert_close(lse.double(), expected[1], rtol=1e-2, atol=2e-2)
         assert not out.isnan().any()
