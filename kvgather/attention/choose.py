@@ -36,9 +36,9 @@ class Speeds:
 
 
 SPEEDS = {
-    64: Speeds(direct=260, unmasked=470, masked=300),
-    128: Speeds(direct=215, unmasked=640, masked=355),
-    256: Speeds(direct=120, unmasked=280, masked=250),
+    64: Speeds(direct=265, unmasked=470, masked=300),
+    128: Speeds(direct=295, unmasked=640, masked=355),
+    256: Speeds(direct=165, unmasked=750, masked=250),
 }
 """By the larger head dim, up to 64, 128 or 256."""
 READ, MOVE = 1.9e6, 2.8e6
