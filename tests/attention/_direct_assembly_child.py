@@ -94,6 +94,7 @@ def compile_one(job: Job) -> dict[str, Any]:
     }
     for name, value in changes.items():
         setattr(direct, name, value)
+    torch.version.cuda = "13.0" if gpu.backend == "cuda" else None
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=META)
