@@ -7,11 +7,13 @@ there before triton is. Everything that imports triton in this package goes thro
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,8 +49,24 @@ def _interpret_by_default() -> None:
 _interpret_by_default()
 
 
+_interpreted_meanwhile = 0
+
+
+@contextlib.contextmanager
+def interpreted_meanwhile() -> Iterator[None]:
+    """Say that kernels run in the interpreter: for a tool that sends those compiled for a GPU there too."""
+    global _interpreted_meanwhile
+    _interpreted_meanwhile += 1
+    try:
+        yield
+    finally:
+        _interpreted_meanwhile -= 1
+
+
 def interpreting() -> bool:
-    """Whether kernels decorated now would run in Triton's interpreter, Triton's own library included."""
+    """Whether kernels launched now run in Triton's interpreter, Triton's own library included."""
+    if _interpreted_meanwhile:
+        return True
     if not (triton_available() and _HAS_NUMPY):  # the interpreter is built on NumPy
         return False
     import triton.language as tl

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..device import interpreted_meanwhile
 from ._interpreter import Launch, Recorder, TraceError, hooked
 
 __all__ = ["Access", "Trace", "TraceError", "Violation", "trace"]
@@ -197,7 +198,7 @@ def trace(*, strict: bool = False, skip_outside: bool = True) -> Iterator[Trace]
         )
         return outside if skip_outside else np.zeros(mask.shape, bool)
 
-    with hooked(Recorder(result.launches, record)):
+    with interpreted_meanwhile(), hooked(Recorder(result.launches, record)):
         yield result
 
 

@@ -235,3 +235,23 @@ print(t.report())
     assert child.stdout == f"x_ptr: element 1 of 1, line {line_of('return tl.load(pointer')}, program (0, 1)\n", (
         child.stderr
     )
+
+
+def test_a_traced_gather_that_was_compiled_for_a_gpu_still_gives_the_reference():
+    """The interpreter neither rounds nor decodes as hardware does, and the launcher has to know where it runs."""
+    code = """
+import torch
+from kvgather.bench.cases import Case, build
+from kvgather.device import interpreting
+from kvgather.lab.trace import trace
+built = build(Case(num_heads=2, k_dim=16, v_dim=16, lengths=(19,), starts=()), torch.device("cpu"), values="normal")
+wanted = built.cache.gather(built.plan, backend="torch")
+with trace() as t:
+    assert interpreting()
+    got = built.cache.gather(built.plan, backend="triton")
+assert not interpreting() and t.accesses and not t.violations
+print(all(torch.equal(*pair) for pair in zip(got, wanted, strict=True)))
+"""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(HERE.parents[2])}
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert child.stdout == "True\n", child.stderr
