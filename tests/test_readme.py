@@ -39,6 +39,21 @@ def test_the_figures_are_the_measured_ones() -> None:
         assert row.device in README and row.date in README
 
 
+def test_the_prefix_paths_figures_are_the_measured_ones() -> None:
+    rows = report.read(ROOT / "benchmarks" / "results" / "prefix_h100.csv")
+    times = {(row.case, row.implementation): row.p50_us for row in rows}
+    told = re.findall(r"\| (\d+) \| ([\d,]+) µs \| ([\d,]+) µs \| (\w+) \| ([\d,]+) µs \|", README)
+    assert len(told) == 4
+    for new, direct, gather, path, shipped in told:
+        case = f"reach-64q8x64-NHD-per-tensor-16seqs-8192+{new}"
+        by_path = {name: times[case, name] for name in ("direct", "gather")}
+        assert direct == f"{by_path['direct']:,.0f}" and gather == f"{by_path['gather']:,.0f}"
+        assert shipped == f"{times[case, 'as shipped']:,.0f}"
+        assert path == min(by_path, key=lambda name: by_path[name])
+        assert abs(times[case, "auto"] / by_path[path] - 1) < 0.02
+    assert rows[0].device in README and rows[0].date in README
+
+
 def test_every_file_it_links_to_exists() -> None:
     for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
         assert (ROOT / target).exists(), target
