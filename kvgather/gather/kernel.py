@@ -11,6 +11,7 @@ and 192 waste no lanes, and a unit is a head's dim range of that size.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -319,6 +320,22 @@ def _inner_extent(tensor: Tensor) -> int:
     return sum((size - 1) * stride for size, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
 
 
+@functools.cache
+def _mend_interpreter() -> None:
+    """Let triton 3.6's interpreter take a number of its own as a loop's end, as 3.7's does; NumPy 2.4 ended that."""
+    from triton.runtime import interpreter
+
+    patch = getattr(interpreter, "_patch_lang_tensor", None)
+    if patch is None or not triton.__version__.startswith("3.6."):
+        return
+
+    def mended(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = mended
+
+
 @contextlib.contextmanager
 def launching(pool: Tensor, interpreted: bool) -> Iterator[None]:
     """The pool's GPU is the current one; in the interpreter NumPy overflows to infinity in silence, as a GPU does."""
@@ -327,6 +344,7 @@ def launching(pool: Tensor, interpreted: bool) -> Iterator[None]:
 
         import numpy as np
 
+        _mend_interpreter()
         with np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "All-NaN", RuntimeWarning)  # a maximum passes NaN by, in silence too
             yield

@@ -7,31 +7,13 @@ from dataclasses import dataclass, fields
 from itertools import combinations
 from typing import Any
 
-import numpy as np
-import pytest
 import torch
 from torch import Tensor
 
-from kvgather.device import triton_available
 from kvgather.formats.fp8 import POOL_DTYPES
 from kvgather.formats.layout import LAYOUTS
 from kvgather.formats.scale import KINDS
 from tests.attention.batches import Setup, setup
-
-
-def _has_loops() -> bool:
-    if not triton_available():
-        return True
-    import triton
-
-    below = [tuple(map(int, module.__version__.split(".")[:2])) for module in (triton, np)]
-    return below[0] >= (3, 7) or below[1] < (2, 4)
-
-
-LOOPS = _has_loops()
-interpreter_loops = pytest.mark.skipif(
-    not LOOPS, reason="the interpreter of triton 3.6 has no loops of unknown length with numpy 2.4"
-)
 
 FACTORS: dict[str, tuple[Any, ...]] = {
     "layout": LAYOUTS,

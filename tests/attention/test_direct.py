@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 import kvgather as kg
-from kvgather.device import interpreting
 from tests.attention.batches import Setup, assert_close, error
-from tests.attention.direct_cases import MIXES, Case, filled, interpreter_loops, pairwise, sinks_for
+from tests.attention.direct_cases import MIXES, Case, filled, pairwise, sinks_for
 from tests.where import on_each_device
 
-pytestmark = [pytest.mark.triton, *([interpreter_loops] if interpreting() else [])]
+pytestmark = pytest.mark.triton
 
 
 def attend(made: Setup, tile: tuple[int, int] | None = (16, 1), **more: Any) -> tuple[Tensor, Tensor]:

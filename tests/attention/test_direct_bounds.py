@@ -15,7 +15,7 @@ from kvgather.device import has_gpu, interpreting
 from kvgather.lab.fence import SIDES, fenced
 from kvgather.lab.trace import trace
 from tests.attention.batches import Setup
-from tests.attention.direct_cases import LOOPS, filled, interpreter_loops
+from tests.attention.direct_cases import filled
 from tests.attention.test_direct import attend
 from tests.where import on_each_device
 
@@ -54,7 +54,6 @@ def extras(made: Setup, where: str) -> dict[str, Any]:
     }
 
 
-@interpreter_loops
 @pytest.mark.triton
 @pytest.mark.parametrize("bad", [False, True], ids=["good table", "bad table"])
 @pytest.mark.parametrize(("shape", "call"), VARIANTS, ids=str)
@@ -77,7 +76,6 @@ def test_no_access_is_outside_its_tensor(shape: dict[str, Any], call: dict[str, 
     assert sum(int(access.mask.sum()) for access in stored) == out.numel()  # every element, and once
 
 
-@interpreter_loops
 @pytest.mark.triton
 def test_only_blocks_that_a_window_reaches_are_read() -> None:
     made = filled([1], [40], page_size=4, heads=(2, 1), device=TRACED_ON)
@@ -110,7 +108,6 @@ def at_the_edge(made: Setup, where: str, side: str) -> tuple[Setup, PrefixBatch]
     return replace(made, cache=edge, q=move(made.q)), batch
 
 
-@pytest.mark.skipif(interpreting() and not LOOPS, reason="the interpreter cannot run it here")
 @on_each_device
 @pytest.mark.triton
 @pytest.mark.parametrize("side", SIDES)
