@@ -132,6 +132,11 @@ class PagedKVCache:
         return self.geometry.layout
 
     @property
+    def scales(self) -> tuple[Scale, Scale]:
+        """K's and V's, as they were checked against the cache, with their strides."""
+        return self._scales
+
+    @property
     def k_scale(self) -> Tensor | None:
         return self._scales[0].tensor
 

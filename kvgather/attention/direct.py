@@ -15,7 +15,7 @@ from ..cache import PagedKVCache
 from ..device import fp8_support, interpreting
 from ..formats.fp8 import FORMATS
 from ..formats.layout import PoolStrides, Which
-from ..gather.kernel import _granule, _inner_extent, launching
+from ..gather.launching import granule, inner_extent, launching
 from .direct_kernel import combine_kernel, direct_kernel
 
 if TYPE_CHECKING:
@@ -77,11 +77,11 @@ class _Strides:
     def of(cls, pool: Tensor, layout: str, which: Which) -> _Strides:
         s = PoolStrides.of(pool, layout, which)
         grouped = layout == "SHUFFLE"  # elsewhere a group of dims is one element, and its stride is 1
-        align = _granule((s.block, s.head, s.slot_group, s.dim_group if grouped else 0), pool.element_size())
+        align = granule((s.block, s.head, s.slot_group, s.dim_group if grouped else 0), pool.element_size())
         dim_group = s.dim_group // align if grouped else s.dim_group
         strides = (s.block // align, s.head // align, s.slot_group // align, s.slot, dim_group, s.dim)
         per_group = s.dims_per_group if which == "key" else s.slots_per_group
-        return cls(strides, align, _inner_extent(pool) >= 2**31, per_group)
+        return cls(strides, align, inner_extent(pool) >= 2**31, per_group)
 
 
 def direct_attention(
@@ -137,7 +137,7 @@ def direct_attention(
     fmt = FORMATS.get(g.dtype)
     pools = [pool.view(torch.uint8) if fmt else pool for pool in (cache.key_cache, cache.value_cache)]
     k, v = _Strides.of(cache.key_cache, g.layout, "key"), _Strides.of(cache.value_cache, g.layout, "value")
-    k_scale, v_scale = cache._scales
+    k_scale, v_scale = cache.scales
     split = tile.splits > 1
     part, part_lse = out, lse
     if split:

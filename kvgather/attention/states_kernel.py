@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..device import interpreting
-from ..gather.kernel import launching
+from ..gather.launching import launching
 
 
 @triton.jit

@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..device import interpreting
-from ..gather.kernel import _finish, _load_scale, _load_tile, _prepare, _Side, _store_tile, gather_kernel, launching
+from ..gather.kernel import _finish, _load_scale, _load_tile, _prepare, _Side, _store_tile, gather_kernel
+from ..gather.launching import launching
 from ..gather.ops import as_operand
 from .cases import Built
 from .runner import Call
@@ -100,7 +101,7 @@ class _Launch:
 
     def __init__(self, built: Built, out: tuple[Tensor, Tensor]) -> None:
         case, cache, self.interpreted = built.case, built.cache, interpreting()
-        k_scale, v_scale = cache._scales
+        k_scale, v_scale = cache.scales
         k = _Side("key", as_operand(cache.key_cache), k_scale, out[0])
         v = _Side("value", as_operand(cache.value_cache), v_scale, out[1])
         self.records = built.plan.records

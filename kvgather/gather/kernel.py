@@ -10,10 +10,6 @@ and 192 waste no lanes, and a unit is a head's dim range of that size.
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import math
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,51 +22,8 @@ from ..device import fp8_support, interpreting
 from ..formats.fp8 import FORMATS
 from ..formats.layout import PoolStrides, Which, as_nhd
 from ..formats.scale import Scale
-
-
-@triton.jit
-def decode_fp8(codes, FORMAT: tl.constexpr, BIAS: tl.constexpr, HARDWARE: tl.constexpr):
-    """FP32 values of uint8 codes, exact for all 256 of each format."""
-    if FORMAT == "e5m2":
-        if HARDWARE:
-            values = codes.to(tl.float8e5, bitcast=True).to(tl.float32)
-        else:
-            values = (codes.to(tl.uint16) << 8).to(tl.float16, bitcast=True).to(tl.float32)
-    elif HARDWARE:
-        if FORMAT == "e4m3fn":
-            values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-        else:
-            values = codes.to(tl.float8e4b8, bitcast=True).to(tl.float32)
-    else:
-        wide = codes.to(tl.uint32)
-        bits = ((wide & 0x80) << 24) | ((wide & 0x7F) << 20)  # an FP32 that is 2^(127 - bias) times too small
-        values = bits.to(tl.float32, bitcast=True) * (2.0 ** (127 - BIAS))
-        if FORMAT == "e4m3fn":
-            values = tl.where((wide & 0x7F) == 0x7F, float("nan"), values)
-        else:
-            values = tl.where(wide == 0x80, float("nan"), values)
-    return values
-
-
-@triton.jit
-def widen(held, FORMAT: tl.constexpr, BIAS: tl.constexpr, HARDWARE: tl.constexpr):
-    """FP32 values of what a pool holds: FP8 codes as uint8, or floats."""
-    if FORMAT != "":
-        return decode_fp8(held, FORMAT, BIAS, HARDWARE)
-    if held.dtype == tl.bfloat16:
-        return (held.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    return held.to(tl.float32)
-
-
-@triton.jit
-def round_to(values, dtype: tl.constexpr, BY_HAND: tl.constexpr):
-    """Round FP32 to nearest even; by hand where the interpreter would truncate to bfloat16."""
-    if BY_HAND and dtype == tl.bfloat16:
-        bits = values.to(tl.uint32, bitcast=True)
-        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        nearest = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, nearest)
-        return nearest.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return values.to(dtype)
+from .launching import granule, inner_extent, launching
+from .values import round_to, widen
 
 
 @triton.jit
@@ -315,44 +268,6 @@ def choose_tile(page_size: int, num_heads: int, k_dim: int, v_dim: int, itemsize
     return Tile(slots, k_units, v_units, num_warps=max(1, min(16, elements // (16 * lanes))))
 
 
-def _inner_extent(tensor: Tensor) -> int:
-    """The largest offset inside the first axis, in elements."""
-    return sum((size - 1) * stride for size, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
-
-
-@functools.cache
-def _mend_interpreter() -> None:
-    """Let triton 3.6's interpreter take a number of its own as a loop's end, as 3.7's does; NumPy 2.4 ended that."""
-    from triton.runtime import interpreter
-
-    patch = getattr(interpreter, "_patch_lang_tensor", None)
-    if patch is None or not triton.__version__.startswith("3.6."):
-        return
-
-    def mended(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
-
-    interpreter._patch_lang_tensor = mended
-
-
-@contextlib.contextmanager
-def launching(pool: Tensor, interpreted: bool) -> Iterator[None]:
-    """The pool's GPU is the current one; in the interpreter NumPy overflows to infinity in silence, as a GPU does."""
-    if interpreted:
-        import warnings
-
-        import numpy as np
-
-        _mend_interpreter()
-        with np.errstate(all="ignore"), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "All-NaN", RuntimeWarning)  # a maximum passes NaN by, in silence too
-            yield
-    else:
-        with torch.cuda.device(pool.device):
-            yield
-
-
 @dataclass(frozen=True)
 class _Side:
     """K's or V's part of a launch: where it is read from, what it is multiplied by, where it goes."""
@@ -411,18 +326,18 @@ def _prepare(k: _Side, v: _Side, layout: str, dtype: torch.dtype, interpreted: b
     for side in (k, v):
         s, scale = PoolStrides.of(side.pool, layout, side.which), side.scale
         grouped = layout == "SHUFFLE"  # elsewhere a group is one element, and its stride is 1
-        align = _granule((s.block, s.head, s.slot_group, s.dim_group if grouped else 0), dtype.itemsize)
+        align = granule((s.block, s.head, s.slot_group, s.dim_group if grouped else 0), dtype.itemsize)
         dim_group = s.dim_group // align if grouped else s.dim_group
         pool_strides += [s.block // align, s.head // align, s.slot_group // align, s.slot, dim_group, s.dim]
         aligns.append(align)
         scale_strides += [scale.stride_block, scale.stride_head, scale.stride_slot]
         widest = max(
             widest,
-            _inner_extent(side.pool),
-            _inner_extent(side.out) + page_size * side.out.stride(0),
+            inner_extent(side.pool),
+            inner_extent(side.out) + page_size * side.out.stride(0),
             num_heads * scale.stride_head + page_size * scale.stride_slot,
         )
-    out_align = _granule([n for side in (k, v) for n in side.out.stride()[:2]], k.out.element_size())
+    out_align = granule([n for side in (k, v) for n in side.out.stride()[:2]], k.out.element_size())
     constants = {
         "PAGE": page_size,
         "HEADS": num_heads,
@@ -458,15 +373,6 @@ def _prepare(k: _Side, v: _Side, layout: str, dtype: torch.dtype, interpreted: b
     for row, head, dim in (k.out.stride(), v.out.stride()):
         out_strides += [row // out_align, head // out_align, dim]
     return _Prepared((*pool_strides, *scale_strides, *out_strides), page_tiles, constants)
-
-
-def _granule(strides: Iterable[int], itemsize: int) -> int:
-    """What strides are divided by to say that 16 bytes of elements may move at once; 1 if Triton sees that itself.
-
-    It looks at each number it is given for multiples of 16, and at no others: 8 of SHUFFLE's bfloat16 are 16 bytes too.
-    """
-    common = math.gcd(16, *strides)
-    return 1 if common == 16 else math.gcd(16 // itemsize, common)
 
 
 def _kernel_kind(scale: Scale) -> str:

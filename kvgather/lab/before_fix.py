@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvgather.device import interpreting, require_triton
-from kvgather.gather.kernel import launching
+from kvgather.gather.launching import launching
 
 LAYOUTS = ("NHD", "SHUFFLE")
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from ..cache import PagedKVCache
 from ..device import fp8_support, interpreting, require_triton
 from ..formats.fp8 import FORMATS
-from ..gather.kernel import decode_fp8, launching, round_to
+from ..gather.launching import launching
+from ..gather.values import decode_fp8, round_to
 from ..plan import GatherPlan
 
 

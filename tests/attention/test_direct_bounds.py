@@ -97,8 +97,8 @@ def at_the_edge(made: Setup, where: str, side: str) -> tuple[Setup, PrefixBatch]
 
     cache = made.cache
     edge = kg.PagedKVCache.from_tensors(
-        move(cache.key_cache), move(cache.value_cache), layout=cache.layout, k_kind=cache._scales[0].kind,
-        v_kind=cache._scales[1].kind, k_scale=move(cache.k_scale), v_scale=move(cache.v_scale),
+        move(cache.key_cache), move(cache.value_cache), layout=cache.layout, k_kind=cache.scales[0].kind,
+        v_kind=cache.scales[1].kind, k_scale=move(cache.k_scale), v_scale=move(cache.v_scale),
     )  # fmt: skip
     batch = made.batch()
     batch = replace(

@@ -1,0 +1,51 @@
+"""From what a pool holds to what a kernel computes with, and back to what is stored; exact in the interpreter too."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def decode_fp8(codes, FORMAT: tl.constexpr, BIAS: tl.constexpr, HARDWARE: tl.constexpr):
+    """FP32 values of uint8 codes, exact for all 256 of each format."""
+    if FORMAT == "e5m2":
+        if HARDWARE:
+            values = codes.to(tl.float8e5, bitcast=True).to(tl.float32)
+        else:
+            values = (codes.to(tl.uint16) << 8).to(tl.float16, bitcast=True).to(tl.float32)
+    elif HARDWARE:
+        if FORMAT == "e4m3fn":
+            values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        else:
+            values = codes.to(tl.float8e4b8, bitcast=True).to(tl.float32)
+    else:
+        wide = codes.to(tl.uint32)
+        bits = ((wide & 0x80) << 24) | ((wide & 0x7F) << 20)  # an FP32 that is 2^(127 - bias) times too small
+        values = bits.to(tl.float32, bitcast=True) * (2.0 ** (127 - BIAS))
+        if FORMAT == "e4m3fn":
+            values = tl.where((wide & 0x7F) == 0x7F, float("nan"), values)
+        else:
+            values = tl.where(wide == 0x80, float("nan"), values)
+    return values
+
+
+@triton.jit
+def widen(held, FORMAT: tl.constexpr, BIAS: tl.constexpr, HARDWARE: tl.constexpr):
+    """FP32 values of what a pool holds: FP8 codes as uint8, or floats."""
+    if FORMAT != "":
+        return decode_fp8(held, FORMAT, BIAS, HARDWARE)
+    if held.dtype == tl.bfloat16:
+        return (held.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return held.to(tl.float32)
+
+
+@triton.jit
+def round_to(values, dtype: tl.constexpr, BY_HAND: tl.constexpr):
+    """Round FP32 to nearest even; by hand where the interpreter would truncate to bfloat16."""
+    if BY_HAND and dtype == tl.bfloat16:
+        bits = values.to(tl.uint32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        nearest = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, nearest)
+        return nearest.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return values.to(dtype)
