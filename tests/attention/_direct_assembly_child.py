@@ -109,7 +109,7 @@ def compile_one(job: Job) -> dict[str, Any]:
     value = empty(*value_shape(job.layout, *size, job.dims[1], job.dtype.itemsize), dtype=job.dtype)
     cache = SimpleNamespace(
         geometry=Geometry.of(key, value, job.layout), key_cache=key, value_cache=value,
-        _scales=(scale(job.kinds[0]), scale(job.kinds[1])),
+        scales=(scale(job.kinds[0]), scale(job.kinds[1])),
     )  # fmt: skip
     offsets = empty(job.sequences + 1, dtype=torch.int32)
     columns = 600 if job.sequences > 1 else 1
