@@ -83,15 +83,15 @@ def dense_attention(
 def choose_backend(call: Dense) -> str:
     """The name of the fastest backend that can do it.
 
-    16 sequences of 8,192 keys, 64 query heads over 8 KV heads × 64, no mask, in µs (H100, torch 2.11, BF16):
+    16 sequences of 8,192 keys, 64 query heads over 8 KV heads × 64, in µs (one H100, torch 2.11, BF16; in
+    benchmarks/results/prefix_h100.csv the rows "dense, no gather, cached part" and "dense, no gather"):
 
-        rows of each     cuDNN    flash
-        16                 127      180
-        128                611      906
-        512              2,281    3,466
+        rows of each     cuDNN, no mask    flash, causal
+        16                          113              944
+        128                         594              955
+        512                       2,279            3,669
 
-    and for 32 heads over 8 × 128, 512 rows: 1,645 and 3,022. FlexAttention, at 390 TFLOP/s against cuDNN's 482, would
-    be between them, and needs a block mask for each batch.
+    FlexAttention was between them, and needs a block mask for each batch.
     """
     options = possible(call)
     if "cudnn" in options and call.lens_q and call.lens_k:

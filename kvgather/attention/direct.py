@@ -14,8 +14,7 @@ from torch import Tensor
 from ..cache import PagedKVCache
 from ..device import fp8_support, interpreting
 from ..formats.fp8 import FORMATS
-from ..formats.layout import PoolStrides, Which
-from ..gather.launching import granule, inner_extent, launching
+from ..gather.launching import LoadStrides, launching
 from .direct_kernel import combine_kernel, direct_kernel
 
 if TYPE_CHECKING:
@@ -36,10 +35,6 @@ class Tile:
     registers: int | None = None  # at most so many a thread
 
 
-def _power_of_two(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
-
-
 def choose_tile(rows: int, keys: int, programs: int, k_pad: int, v_pad: int, processors: int) -> Tile:
     """The tile for a batch, by its bounds alone.
 
@@ -52,7 +47,14 @@ def choose_tile(rows: int, keys: int, programs: int, k_pad: int, v_pad: int, pro
     """
     wide = max(k_pad, v_pad)
     if wide > 128:
-        m, n, num_warps, num_stages, registers, resident = min(max(16, _power_of_two(rows)), 64), 64, 8, 2, None, 1
+        m, n, num_warps, num_stages, registers, resident = (
+            min(max(16, triton.next_power_of_2(rows)), 64),
+            64,
+            8,
+            2,
+            None,
+            1,
+        )
     elif rows <= 16:  # tensor cores fed from registers; how many programs fit on a processor decides
         m, n, num_warps, num_stages, registers, resident = 16, 64, 2, 3, 128, 8
     elif rows <= 64 or wide > 64:
@@ -62,26 +64,6 @@ def choose_tile(rows: int, keys: int, programs: int, k_pad: int, v_pad: int, pro
     tiles = programs * -(-rows // m)
     splits = min(max(1, resident * processors // max(tiles, 1)), 64, max(1, keys // (4 * n)))
     return Tile(m, n, num_warps, num_stages, splits, registers)
-
-
-@dataclass(frozen=True)
-class _Strides:
-    """A pool's strides, in units of `align` elements where the kernel multiplies them by it."""
-
-    strides: tuple[int, ...]
-    align: int
-    wide: bool  # offsets inside a block pass 2^31
-    per_group: int  # slots (V), or dims (K), that SHUFFLE keeps together
-
-    @classmethod
-    def of(cls, pool: Tensor, layout: str, which: Which) -> _Strides:
-        s = PoolStrides.of(pool, layout, which)
-        grouped = layout == "SHUFFLE"  # elsewhere a group of dims is one element, and its stride is 1
-        align = granule((s.block, s.head, s.slot_group, s.dim_group if grouped else 0), pool.element_size())
-        dim_group = s.dim_group // align if grouped else s.dim_group
-        strides = (s.block // align, s.head // align, s.slot_group // align, s.slot, dim_group, s.dim)
-        per_group = s.dims_per_group if which == "key" else s.slots_per_group
-        return cls(strides, align, inner_extent(pool) >= 2**31, per_group)
 
 
 def direct_attention(
@@ -122,7 +104,7 @@ def direct_attention(
         return out, lse
     interpreted = interpreting()
     group = q_heads // g.num_kv_heads
-    k_pad, v_pad = max(16, _power_of_two(g.head_dim)), max(16, _power_of_two(g.v_head_dim))
+    k_pad, v_pad = max(16, triton.next_power_of_2(g.head_dim)), max(16, triton.next_power_of_2(g.v_head_dim))
     sequences = len(batch.cu_seqlens_q) - 1
     rows = min(batch.max_q, n) * group
     if window is not None and window >= batch.max_k:
@@ -136,7 +118,7 @@ def direct_attention(
     tiles = max(1, -(-rows // tile.m))  # one is there for rows that belong to no sequence
     fmt = FORMATS.get(g.dtype)
     pools = [pool.view(torch.uint8) if fmt else pool for pool in (cache.key_cache, cache.value_cache)]
-    k, v = _Strides.of(cache.key_cache, g.layout, "key"), _Strides.of(cache.value_cache, g.layout, "value")
+    k, v = LoadStrides.of(cache.key_cache, g.layout, "key"), LoadStrides.of(cache.value_cache, g.layout, "value")
     k_scale, v_scale = cache.scales
     split = tile.splits > 1
     part, part_lse = out, lse
@@ -164,8 +146,8 @@ def direct_attention(
             K_DIM=g.head_dim, V_DIM=g.v_head_dim, K_PAD=k_pad, V_PAD=v_pad,
             M=tile.m, N=tile.n, SAME_PAGE=math.gcd(g.page_size, tile.n), SPLIT=split, WINDOW=window or 0,
             BEGINS=begin is not None, STATE=state is not None, SINKS=sinks is not None,
-            V_SLOTS_PER_GROUP=v.per_group, K_DIMS_PER_GROUP=k.per_group,
-            K_ALIGN=k.align, V_ALIGN=v.align, K_WIDE=k.wide, V_WIDE=v.wide,
+            V_SLOTS_PER_GROUP=v.slots_per_group, K_DIMS_PER_GROUP=k.dims_per_group,
+            K_ALIGN=k.align, V_ALIGN=v.align, K_WIDE=k.extent >= 2**31, V_WIDE=v.extent >= 2**31,
             K_KIND=k_scale.kind, V_KIND=v_scale.kind,
             FORMAT="" if fmt is None else fmt.name, BIAS=0 if fmt is None else fmt.bias,
             HARDWARE=hardware,
@@ -173,7 +155,7 @@ def direct_attention(
             num_warps=tile.num_warps, **limit,
         )  # fmt: skip
         if split:
-            splits = _power_of_two(tile.splits)
+            splits = triton.next_power_of_2(tile.splits)
             together = max(1, min(16, 4096 // (splits * v_pad)))
             combine_kernel[(triton.cdiv(n * q_heads, together),)](
                 part, part_lse, nothing if sinks is None else sinks, out, lse, n * q_heads, tile.splits,

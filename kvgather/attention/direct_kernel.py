@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..gather.values import round_to
+from ..gather.values import round_to, widen
 from .direct_load import as_operand, load_key_scale, load_rows, load_shuffled_rows
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -94,8 +94,8 @@ def direct_kernel(
     dims = dim < K_DIM
     q_at = (first_q + token).to(tl.int64) * stride_q_row + q_head.to(tl.int64) * stride_q_head
     q = tl.load(q_ptr + q_at[:, None] + dim[None, :], mask=in_use[:, None] & dims[None, :], other=0.0)
-    if INTERPRETED and q.dtype == tl.bfloat16:
-        q = (q.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    if INTERPRETED:
+        q = widen(q, "", 0, False)
     row_scale = tl.full([M], 1.0, tl.float32) * scale_log2
     if K_KIND == "per-tensor":
         row_scale *= tl.load(k_scale_ptr)
@@ -131,8 +131,8 @@ def direct_kernel(
                 mask=(in_use & (lse != float("-inf")))[:, None] & dims_v[None, :],
                 other=0.0,
             )
-            if INTERPRETED and held.dtype == tl.bfloat16:
-                held = (held.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+            if INTERPRETED:
+                held = widen(held, "", 0, False)
             acc = held.to(tl.float32) / v_scale
             top = lse * LOG2E
             total = tl.where(lse != float("-inf"), 1.0, 0.0)

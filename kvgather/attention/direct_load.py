@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..gather.values import decode_fp8
+from ..gather.values import decode_fp8, widen
 
 
 @triton.jit
@@ -18,8 +18,8 @@ def as_operand(held, FORMAT: tl.constexpr, BIAS: tl.constexpr, HARDWARE: tl.cons
             operand = (held.to(tl.uint16) << 8).to(tl.float16, bitcast=True)
         else:
             operand = decode_fp8(held, FORMAT, BIAS, HARDWARE).to(dtype)
-    elif held.dtype == tl.bfloat16 and dtype == tl.float32:  # the interpreter can't convert it
-        operand = (held.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    elif dtype == tl.float32:
+        operand = widen(held, FORMAT, BIAS, HARDWARE)
     else:
         operand = held.to(dtype)
     return operand

@@ -11,6 +11,7 @@ from ..cache import PagedKVCache
 from ..device import require_triton, triton_available
 from ..formats.checks import check_choice, check_int, check_tensor, described
 from ..formats.fp8 import FLOATS
+from ..gather.dispatch import check_made_for
 from .batch import PrefixBatch
 from .choose import PATHS, choose
 from .cut_by_lengths import common_piece
@@ -103,14 +104,7 @@ def _check(q: Tensor, k_new: Tensor | None, v_new: Tensor | None, cache: PagedKV
     if not isinstance(batch, PrefixBatch):
         raise TypeError(f"batch is {described(batch)}; accepted: a PrefixBatch, from PrefixBatch.build(...)")
     g = cache.geometry
-    if batch.page_size != g.page_size:
-        raise ValueError(f"batch was made for page_size {batch.page_size}; accepted: the cache's, {g.page_size}")
-    if batch.num_blocks > g.num_blocks:
-        raise ValueError(
-            f"batch was made for a pool of {batch.num_blocks} blocks; accepted: at most the cache's {g.num_blocks}"
-        )
-    if batch.device != g.device:
-        raise ValueError(f"batch is on {batch.device}; accepted: the cache's device, {g.device}")
+    check_made_for(g, "batch", batch.page_size, batch.num_blocks, batch.device)
     rows = batch.total_q
     check_tensor(q, "q", ndim=3, dtypes=FLOATS, device=g.device)
     if q.shape[0] != rows or q.shape[2] != g.head_dim or q.shape[1] % g.num_kv_heads or q.shape[1] == 0:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..device import interpreting
 from ..gather.launching import launching
+from ..gather.values import widen
 
 
 @triton.jit
@@ -32,8 +33,8 @@ def add_state_kernel(
     mask = in_use[:, None] & (dim < DIM)[None, :]
     part_at = (row * stride_part_row + head * stride_part_head)[:, None] + dim[None, :] * stride_part_dim
     part = tl.load(part_ptr + part_at, mask=mask, other=0.0)
-    if BY_HAND and part.dtype == tl.bfloat16:  # the interpreter's own conversion is not to be trusted
-        part = (part.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    if BY_HAND:
+        part = widen(part, "", 0, False)
     out_at = at[:, None] * DIM + dim[None, :]
     held = tl.load(out_ptr + out_at, mask=mask, other=0.0)
     merged = held * (held_weight / total)[:, None] + part.to(tl.float32) * (part_weight / total)[:, None]

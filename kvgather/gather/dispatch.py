@@ -152,14 +152,23 @@ def choose_backend(backend: str, device: torch.device) -> str:
 def _check_plan(plan: GatherPlan, geometry: Geometry) -> None:
     if not isinstance(plan, GatherPlan):
         raise TypeError(f"plan is {type(plan).__name__}; accepted: a GatherPlan, from GatherPlan.build(...)")
-    if plan.page_size != geometry.page_size:
-        raise ValueError(f"plan was made for page_size {plan.page_size}; accepted: the cache's, {geometry.page_size}")
-    if plan.num_blocks > geometry.num_blocks:
+    check_made_for(geometry, "plan", plan.page_size, plan.num_blocks, plan.device)
+
+
+def check_made_for(geometry: Geometry, name: str, page_size: int, num_blocks: int, device: torch.device) -> None:
+    """Raise unless what was made for these pages, blocks and device fits a cache.
+
+    Raises:
+        ValueError: with `name`, what it was made for, and what the cache has.
+    """
+    if page_size != geometry.page_size:
+        raise ValueError(f"{name} was made for page_size {page_size}; accepted: the cache's, {geometry.page_size}")
+    if num_blocks > geometry.num_blocks:
         raise ValueError(
-            f"plan was made for a pool of {plan.num_blocks} blocks; accepted: at most the cache's {geometry.num_blocks}"
+            f"{name} was made for a pool of {num_blocks} blocks; accepted: at most the cache's {geometry.num_blocks}"
         )
-    if plan.device != geometry.device:
-        raise ValueError(f"plan is on {plan.device}; accepted: the cache's device, {geometry.device}")
+    if device != geometry.device:
+        raise ValueError(f"{name} is on {device}; accepted: the cache's device, {geometry.device}")
 
 
 def _check_out_dtype(out_dtype: torch.dtype, pool_dtype: torch.dtype, scaled: bool, name: str) -> None:

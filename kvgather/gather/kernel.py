@@ -20,9 +20,9 @@ from torch import Tensor
 
 from ..device import fp8_support, interpreting
 from ..formats.fp8 import FORMATS
-from ..formats.layout import PoolStrides, Which, as_nhd
+from ..formats.layout import Which, as_nhd
 from ..formats.scale import Scale
-from .launching import granule, inner_extent, launching
+from .launching import LoadStrides, granule, inner_extent, launching
 from .values import round_to, widen
 
 
@@ -250,20 +250,18 @@ def _unit(dim: int) -> int:
     return min(dim & -dim, 128)
 
 
-def _power_of_two(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
-
-
 def choose_tile(page_size: int, num_heads: int, k_dim: int, v_dim: int, itemsize: int, lanes: int = 32) -> Tile:
     """The tile for a geometry, by shape alone; no result depends on it.
 
     16 slots are the 16 bytes that V of SHUFFLE keeps together, and in every layout a tile of 16 slots and 512 columns
     (8 heads of 64) was the fastest or within 1 % of it on an H100; so were 16 elements for each of a warp's `lanes`.
     """
-    slots = min(_power_of_two(page_size), 16)
+    slots = min(triton.next_power_of_2(page_size), 16)
     columns = max(64, 512 // max(1, itemsize // 2))
-    heads = max(1, min(_power_of_two(num_heads), columns // _power_of_two(max(k_dim, v_dim))))
-    k_units, v_units = (min(_power_of_two(n * dim // _unit(dim)) for n in (num_heads, heads)) for dim in (k_dim, v_dim))
+    heads = max(1, min(triton.next_power_of_2(num_heads), columns // triton.next_power_of_2(max(k_dim, v_dim))))
+    k_units, v_units = (
+        min(triton.next_power_of_2(n * dim // _unit(dim)) for n in (num_heads, heads)) for dim in (k_dim, v_dim)
+    )
     elements = slots * k_units * _unit(k_dim)
     return Tile(slots, k_units, v_units, num_warps=max(1, min(16, elements // (16 * lanes))))
 
@@ -319,21 +317,16 @@ def _prepare(k: _Side, v: _Side, layout: str, dtype: torch.dtype, interpreted: b
         triton.cdiv(num_heads * v_dim // v_unit, tile.v_units),
     )
     page_tiles = tiles * triton.cdiv(page_size, tile.slots)
-    pool_strides: list[int] = []
-    aligns: list[int] = []
+    pools: list[LoadStrides] = []
     scale_strides: list[int] = []
     widest = 0
     for side in (k, v):
-        s, scale = PoolStrides.of(side.pool, layout, side.which), side.scale
-        grouped = layout == "SHUFFLE"  # elsewhere a group is one element, and its stride is 1
-        align = granule((s.block, s.head, s.slot_group, s.dim_group if grouped else 0), dtype.itemsize)
-        dim_group = s.dim_group // align if grouped else s.dim_group
-        pool_strides += [s.block // align, s.head // align, s.slot_group // align, s.slot, dim_group, s.dim]
-        aligns.append(align)
+        pool, scale = LoadStrides.of(side.pool, layout, side.which), side.scale
+        pools.append(pool)
         scale_strides += [scale.stride_block, scale.stride_head, scale.stride_slot]
         widest = max(
             widest,
-            inner_extent(side.pool),
+            pool.extent,
             inner_extent(side.out) + page_size * side.out.stride(0),
             num_heads * scale.stride_head + page_size * scale.stride_slot,
         )
@@ -350,10 +343,10 @@ def _prepare(k: _Side, v: _Side, layout: str, dtype: torch.dtype, interpreted: b
         "V_UNIT": v_unit,
         "TILES": tiles,
         "PAGE_TILES": page_tiles,
-        "V_SLOTS_PER_GROUP": PoolStrides.of(v.pool, layout, "value").slots_per_group,
-        "K_DIMS_PER_GROUP": PoolStrides.of(k.pool, layout, "key").dims_per_group,
-        "K_ALIGN": aligns[0],
-        "V_ALIGN": aligns[1],
+        "V_SLOTS_PER_GROUP": pools[1].slots_per_group,
+        "K_DIMS_PER_GROUP": pools[0].dims_per_group,
+        "K_ALIGN": pools[0].align,
+        "V_ALIGN": pools[1].align,
         "OUT_ALIGN": out_align,
         "K_ACROSS": layout == "NHD",
         "V_ACROSS": layout != "HND",
@@ -372,7 +365,7 @@ def _prepare(k: _Side, v: _Side, layout: str, dtype: torch.dtype, interpreted: b
     out_strides: list[int] = []
     for row, head, dim in (k.out.stride(), v.out.stride()):
         out_strides += [row // out_align, head // out_align, dim]
-    return _Prepared((*pool_strides, *scale_strides, *out_strides), page_tiles, constants)
+    return _Prepared((*pools[0].strides, *pools[1].strides, *scale_strides, *out_strides), page_tiles, constants)
 
 
 def _kernel_kind(scale: Scale) -> str:

@@ -74,6 +74,7 @@ class Captured:
 
 
 def compile_one(job: Job) -> dict[str, Any]:
+    from triton import next_power_of_2
     from triton.runtime.driver import driver
 
     import kvgather.attention.direct as direct
@@ -120,7 +121,7 @@ def compile_one(job: Job) -> dict[str, Any]:
     rows, (q_heads, kv_heads) = job.sequences * job.new, job.heads
     tile = None if job.tile is None else direct.Tile(*job.tile)
     if tile is None:
-        pads = [max(16, direct._power_of_two(dim)) for dim in job.dims]
+        pads = [max(16, next_power_of_2(dim)) for dim in job.dims]
         tile = direct.choose_tile(job.new * q_heads // kv_heads, batch.max_k, job.sequences * kv_heads, *pads, 132)
     state = (empty(rows, q_heads, job.dims[1], dtype=job.q_dtype), empty(rows, q_heads)) if job.state else None
     driver.set_active(NoDriver(gpu))  # type: ignore[arg-type]
