@@ -13,8 +13,8 @@ from .device import interpreting
 from .formats.fp8 import FORMATS, SCALE_FLOOR, code_max
 from .formats.layout import Geometry, PoolStrides, Which
 from .formats.scale import Scale
-from .gather.launching import launching
-from .gather.values import round_to
+from .kernels.launch import launching
+from .kernels.values import round_to
 
 
 @triton.jit

@@ -172,6 +172,7 @@ def test_import_stays_light() -> None:
 LAYERS = [
     {"device"},
     {"formats"},
+    {"kernels"},
     {"plan", "blocks"},
     {"gather"},
     {"cache"},

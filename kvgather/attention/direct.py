@@ -14,7 +14,7 @@ from torch import Tensor
 from ..cache import PagedKVCache
 from ..device import fp8_support, interpreting
 from ..formats.fp8 import FORMATS
-from ..gather.launching import LoadStrides, launching
+from ..kernels.launch import LoadStrides, launching
 from .direct_kernel import combine_kernel, direct_kernel
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..gather.values import round_to, widen
+from ..kernels.values import round_to, widen
 from .direct_load import as_operand, load_key_scale, load_rows, load_shuffled_rows
 
 LOG2E = tl.constexpr(1.4426950408889634)

@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..device import interpreting
-from ..gather.launching import launching
-from ..gather.values import widen
+from ..kernels.launch import launching
+from ..kernels.values import widen
 
 
 @triton.jit

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..device import interpreting
 from ..gather.kernel import _finish, _load_scale, _load_tile, _prepare, _Side, _store_tile, gather_kernel
-from ..gather.launching import launching
 from ..gather.ops import as_operand
+from ..kernels.launch import launching
 from .cases import Built
 from .runner import Call
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..device import fp8_support, interpreting
 from ..formats.fp8 import FORMATS
-from ..gather.launching import launching
-from ..gather.values import round_to, widen
+from ..kernels.launch import launching
+from ..kernels.values import round_to, widen
 
 CAST_TILES = ((1024, 4), (2048, 4), (4096, 8))
 """Elements and warps of a program of the cast; whichever is fastest is the limit."""

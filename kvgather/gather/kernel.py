@@ -22,8 +22,8 @@ from ..device import fp8_support, interpreting
 from ..formats.fp8 import FORMATS
 from ..formats.layout import Which, as_nhd
 from ..formats.scale import Scale
-from .launching import LoadStrides, granule, inner_extent, launching
-from .values import round_to, widen
+from ..kernels.launch import LoadStrides, granule, inner_extent, launching
+from ..kernels.values import round_to, widen
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvgather.device import interpreting, require_triton
-from kvgather.gather.launching import launching
+from kvgather.kernels.launch import launching
 
 LAYOUTS = ("NHD", "SHUFFLE")
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from ..cache import PagedKVCache
 from ..device import fp8_support, interpreting, require_triton
 from ..formats.fp8 import FORMATS
-from ..gather.launching import launching
-from ..gather.values import decode_fp8, round_to
+from ..kernels.launch import launching
+from ..kernels.values import decode_fp8, round_to
 from ..plan import GatherPlan
 
 

@@ -1,0 +1,1 @@
+"""What every Triton kernel shares: numbers, addresses, launches."""
