@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from .device import has_gpu
-from .formats.checks import check_choice, check_inside_storage, check_int, check_tensor, described, overlaps_itself
+from .device import has_gpu, interpreting
+from .formats.checks import (
+    check_choice,
+    check_inside_storage,
+    check_int,
+    check_tensor,
+    described,
+    overlaps_itself,
+    share_elements,
+)
 from .formats.fp8 import FLOATS, check_pool_dtype
 from .formats.layout import Geometry, key_shape, value_shape
 from .formats.scale import KINDS, Scale, check_values, kind_shape, resolve
-from .gather.dispatch import gather_resolved
+from .gather.again import NOT_TENSORS, gather_again, inside
+from .gather.dispatch import gather_checked
+from .kernels.signatures import signature
 from .plan import GatherPlan
-from .scatter import SlotError, scatter
+from .scatter import SlotError, check_duplicates, check_slots, scatter
+
+if TYPE_CHECKING:  # the kernel needs Triton, which is not everywhere
+    from .scatter_kernel import ScatterLaunch
 
 
 class PagedKVCache:
@@ -122,9 +137,12 @@ class PagedKVCache:
                 page_size=g.page_size,
                 device=g.device,
                 kind=kind,
-            )
+            ).in_memory(g.device)
             for name, scale, kind in zip("kv", scales, kinds, strict=True)
         )
+        self._written: dict[object, ScatterLaunch] = {}
+        self._last_slots: Tensor | None = None
+        self._kinds = self._scales[0].kind, self._scales[1].kind
         self._too_large = torch.full((1,), -1, dtype=torch.int64, device=g.device)  # the largest slot refused so far
 
     @property
@@ -165,7 +183,6 @@ class PagedKVCache:
             f"{g.dtype}, {kinds}, {g.device})"
         )
 
-    @torch.no_grad()  # else K and V that need a gradient would drag their graph into a float pool
     def write(self, k: Tensor, v: Tensor, slots: Tensor, backend: str = "auto") -> None:
         """Quantize new tokens and put each into its slot.
 
@@ -174,15 +191,19 @@ class PagedKVCache:
 
         Args:
             k, v: `[n, heads, head_dim]` and `[n, heads, v_head_dim]`, floating point, on the cache's device.
-            slots: `[n]` int32 or int64, `block_id * page_size + offset`; a negative slot is padding and is skipped.
+            slots: `[n]` int32 or int64, `block_id * page_size + page_offset`; a negative slot is padding and is
+                skipped.
             backend: "triton", "torch", or "auto": Triton on a GPU, torch on a CPU.
 
         Raises:
-            TypeError, ValueError: an argument is wrong, or two elements of the cache lie at one address; nothing was
+            TypeError, ValueError: an argument is wrong, or two elements of the cache have one address; nothing was
                 written.
             SlotError: on a CPU, a slot is past the pool or comes twice. On a GPU that would need a wait: there a slot
-                past the pool is skipped, and `check()` raises. Of two writes to one slot either may win.
+                past the pool is skipped; what a slot holds that comes twice in one call is undefined, and may be the
+                codes of one token with the scale of another. `check()` finds both.
         """
+        if not torch.compiler.is_compiling() and self._write_again(k, v, slots, backend):
+            return
         g = self.geometry
         for name, tensor, dim in (("k", k, g.head_dim), ("v", v, g.v_head_dim)):
             check_tensor(tensor, name, ndim=3, dtypes=FLOATS, device=g.device)
@@ -196,23 +217,65 @@ class PagedKVCache:
         self._check_writable()
         if len(slots) == 0:
             return
-        scatter(self.key_cache, self.value_cache, g, self._scales, k, v, slots, self._too_large, backend)
+        pools = self.key_cache, self.value_cache
+        if not torch.compiler.is_compiling():  # rows that are a view of a pool are read before it is written
+            k, v = (rows.clone() if any(share_elements(rows, p) for p in pools) else rows for rows in (k, v))
+        with torch.no_grad():  # else K and V that need a gradient would drag their graph into a float pool
+            launch = scatter(*pools, g, self._scales, k, v, slots, self._too_large, backend)
+        self._last_slots = slots
+        if launch is not None and not torch.compiler.is_compiling():
+            self._written[self._write_key(k, v, slots, backend)] = launch
+
+    def _write_key(self, k: Tensor, v: Tensor, slots: Tensor, backend: str) -> object:
+        """What tells writes apart, besides the number of tokens; the addresses of pools and scales are part of it."""
+        pools_and_scales = self.key_cache, self.value_cache, self._scales[0].tensor, self._scales[1].tensor
+        return (
+            backend, interpreting(), slots.dtype, slots.stride(), slots.device, slots.data_ptr() & 15,
+            type(k), k.dtype, k.shape[1:], k.stride(), k.device, k.data_ptr() & 15, k.is_neg(),
+            type(v), v.dtype, v.shape[1:], v.stride(), v.device, v.data_ptr() & 15, v.is_neg(),
+            *(None if tensor is None else (tensor.data_ptr(), signature(tensor)) for tensor in pools_and_scales),
+        )  # fmt: skip
+
+    def _write_again(self, k: Tensor, v: Tensor, slots: Tensor, backend: str) -> bool:
+        """Write as an earlier call did whose checks these arguments pass too; False if there is none."""
+        try:
+            launch = self._written.get(self._write_key(k, v, slots, backend))
+        except NOT_TENSORS:
+            return False
+        if launch is None:
+            return False
+        tokens = slots.shape[0]
+        if not (
+            k.shape[0] == v.shape[0] == tokens
+            and inside(k, (tokens - 1) * k.stride(0) + launch.k_reach - 1)
+            and inside(v, (tokens - 1) * v.stride(0) + launch.v_reach - 1)
+            and inside(slots, (tokens - 1) * slots.stride(0))
+            and launch.apart(k, v)
+        ):
+            return False
+        if not launch.on_gpu:
+            check_slots(slots, self.num_slots)
+        launch(k, v, slots)
+        self._last_slots = slots
+        return True
 
     def _check_writable(self) -> None:
         """Raise if two elements that a write sets have one address; to gather from such a cache is fine."""
-        computed = [scale.tensor if scale.kind == "per-token-head" else None for scale in self._scales]
-        for names, pair in (
-            (("key_cache", "value_cache"), (self.key_cache, self.value_cache)),
-            (("k_scale", "v_scale"), computed),
-        ):
-            for name, tensor in zip(names, pair, strict=True):
-                if tensor is not None and overlaps_itself(tensor):
-                    raise ValueError(
-                        f"{name} has strides {list(tensor.stride())}; accepted by write: elements that do not overlap"
-                    )
-            first, second = pair
-            if first is not None and second is not None and first.numel() and first.data_ptr() == second.data_ptr():
-                raise ValueError(f"{names[1]} begins where {names[0]} does; accepted by write: memory of its own")
+        tensors = {"key_cache": self.key_cache, "value_cache": self.value_cache}
+        read = dict(tensors)
+        for name, scale in zip(("k_scale", "v_scale"), self._scales, strict=True):
+            if scale.tensor is not None:
+                read[name] = scale.tensor
+                if scale.kind == "per-token-head":
+                    tensors[name] = scale.tensor
+        for name, tensor in tensors.items():
+            if overlaps_itself(tensor):
+                raise ValueError(
+                    f"{name} has strides {list(tensor.stride())}; accepted by write: elements that do not overlap"
+                )
+            for other_name, other in read.items():
+                if other_name != name and not torch.compiler.is_compiling() and share_elements(tensor, other):
+                    raise ValueError(f"{other_name} shares memory with {name}; accepted by write: memory of its own")
 
     def gather(
         self, plan: GatherPlan, out_dtype: torch.dtype = torch.bfloat16, out: tuple[Tensor, Tensor] | None = None,
@@ -223,27 +286,31 @@ class PagedKVCache:
         Returns:
             K `[total_tokens, heads, head_dim]` and V `[total_tokens, heads, v_head_dim]`.
         """
-        if not torch.compiler.is_compiling():  # what an engine's pools and scales are does not change; its memory may
-            tensors = (self.key_cache, self.value_cache, self.k_scale, self.v_scale)
-            for name, tensor in zip(("key_cache", "value_cache", "k_scale", "v_scale"), tensors, strict=True):
+        source = self.key_cache, self.value_cache, self._scales[0].tensor, self._scales[1].tensor
+        meaning = (self.geometry.layout, *self._kinds, out_dtype, backend)
+        if not torch.compiler.is_compiling():
+            if (done := gather_again(meaning, source, plan, out, out_dtype)) is not None:
+                return done
+            # What an engine's pools and scales are does not change; its memory may.
+            for name, tensor in zip(("key_cache", "value_cache", "k_scale", "v_scale"), source, strict=True):
                 if tensor is not None:
                     check_inside_storage(tensor, name)
-        return gather_resolved(
-            self.key_cache, self.value_cache, plan, self.geometry, self._scales, out_dtype, out, backend
-        )
+        return gather_checked(source, meaning, plan, self.geometry, self._scales, out_dtype, out, backend)
 
     def check(self) -> None:
-        """Raise if a write was given slots past the pool, or if a scale holds a value that no scale may have.
+        """Raise if a write was given slots past the pool, the last one a slot twice, or if a scale has a bad value.
 
-        Waits for the GPU.
+        Waits for the GPU. The slots of the last write are looked at as they are now.
 
         Raises:
-            SlotError: with the largest slot that was skipped.
+            SlotError: with the largest slot that was skipped, or the two tokens that have one slot.
             ValueError: a scale is NaN, infinite, zero or negative somewhere.
         """
         largest = int(self._too_large)
         if largest >= 0:
             raise SlotError(f"slots held {largest}; accepted: below {self.num_slots}, or negative for padding")
+        if self._last_slots is not None:
+            check_duplicates(self._last_slots)
         for name, scale in zip(("k_scale", "v_scale"), self._scales, strict=True):
             check_values(scale, name)
 

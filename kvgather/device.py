@@ -8,6 +8,7 @@ there before triton is. Everything that imports triton in this package goes thro
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -67,14 +68,23 @@ def interpreting() -> bool:
     """Whether kernels launched now run in Triton's interpreter, Triton's own library included."""
     if _interpreted_meanwhile:
         return True
-    if not (triton_available() and _HAS_NUMPY):  # the interpreter is built on NumPy
+    if not triton_available() or not _library_interpreted():
+        return False
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+@functools.cache
+def _library_interpreted() -> bool:
+    """Whether Triton's own functions were decorated for the interpreter, which was when triton was imported."""
+    if not _HAS_NUMPY:  # the interpreter is built on it
         return False
     import triton.language as tl
-    from triton import knobs
     from triton.runtime.interpreter import InterpretedFunction
 
-    library: Any = tl.cdiv  # decorated when triton was imported
-    return isinstance(library, InterpretedFunction) and bool(knobs.runtime.interpret)
+    library: Any = tl.cdiv
+    return isinstance(library, InterpretedFunction)
 
 
 def require_triton(device: torch.device) -> None:

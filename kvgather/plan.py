@@ -8,13 +8,15 @@ pool.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .device import triton_available
 from .formats.checks import check_int, check_tensor
 
-_INDEX_DTYPES = (torch.int32, torch.int64)
+INDEX_DTYPES = (torch.int32, torch.int64)
 
 
 class PlanError(ValueError):
@@ -27,7 +29,8 @@ class GatherPlan:
 
     Attributes:
         records: `[capacity, 4]` int32, contiguous: (block id or −1, first output row, rows, offset in the page of the
-            first row). Records beyond the batch's pages have 0 rows.
+            first row). A sequence's pages begin at record `offset // page_size + 2 * sequence`, so that they can be
+            found without those before; records between them have 0 rows, and are (−1, 0, 0, 0).
         total_tokens: rows the output must have; a capacity if it is larger than `cu_seqlens_k[-1]`.
         page_size, num_blocks: of the pool the plan was checked for.
     """
@@ -36,9 +39,8 @@ class GatherPlan:
     total_tokens: int
     page_size: int
     num_blocks: int
-    _origin: Tensor  # [capacity, 3] int64: sequence, column, and the id the table holds there (−1 if there is none)
+    _origin: Tensor  # [capacity, 3] int64: sequence, column, and the id the table has there (−1 if there is none)
     _given_offsets: Tensor  # [batch + 1] int64, as they came
-    _used_offsets: Tensor  # [batch + 1] int64, clamped
 
     @property
     def device(self) -> torch.device:
@@ -73,20 +75,8 @@ class GatherPlan:
         Raises:
             TypeError, ValueError: an argument has the wrong type, rank, size or device.
         """
-        check_tensor(block_table, "block_table", ndim=2, dtypes=_INDEX_DTYPES)
-        device = block_table.device
-        batch, columns = block_table.shape
-        check_tensor(cu_seqlens_k, "cu_seqlens_k", ndim=1, dtypes=_INDEX_DTYPES, device=device)
-        if cu_seqlens_k.shape[0] != batch + 1:
-            raise ValueError(
-                f"cu_seqlens_k has shape {list(cu_seqlens_k.shape)}; accepted for {batch} sequences: [{batch + 1}]"
-            )
-        if seq_starts is not None:
-            check_tensor(seq_starts, "seq_starts", ndim=1, dtypes=_INDEX_DTYPES, device=device)
-            if seq_starts.shape[0] != batch:
-                raise ValueError(
-                    f"seq_starts has shape {list(seq_starts.shape)}; accepted for {batch} sequences: [{batch}]"
-                )
+        check_table(block_table, cu_seqlens_k, seq_starts)
+        device, (batch, columns) = block_table.device, block_table.shape
         page_size = check_int(page_size, "page_size", minimum=1)
         num_blocks = check_int(num_blocks, "num_blocks")
         if total_tokens is None:
@@ -94,39 +84,14 @@ class GatherPlan:
         total_tokens = check_int(total_tokens, "total_tokens")
         capacity = -(-total_tokens // page_size) + 2 * batch if batch and total_tokens else 0
 
-        given = cu_seqlens_k.to(torch.int64, copy=True)  # the caller may reuse its buffer before check()
-        used = given.cummax(0).values.clamp(0, total_tokens)  # [batch + 1]
-        lengths = used.diff()  # [batch]
-        starts = torch.zeros_like(lengths) if seq_starts is None else seq_starts.long()
-        first_offset = torch.where(starts < 0, 0, starts) % page_size  # [batch], of each sequence's first row
-        pages = torch.where(lengths > 0, (first_offset + lengths + page_size - 1) // page_size, 0)  # [batch]
-        pages_before = pages.cumsum(0)  # [batch], own pages included
+        sizes = _Sizes(page_size, num_blocks, total_tokens, capacity)
+        if device.type == "cuda" and capacity and triton_available() and not torch.compiler.is_compiling():
+            from .plan_kernel import plan_records
 
-        tile = torch.arange(capacity, device=device)
-        sequence = torch.searchsorted(pages_before, tile, right=True)  # [capacity]; batch where there is no page
-        in_use = sequence < batch
-        sequence = sequence.clamp(max=max(batch - 1, 0))
-        if capacity:
-            nth = tile - (pages_before - pages)[sequence]  # which page of its sequence
-            begin = torch.where(nth == 0, first_offset[sequence], 0)
-            done = torch.where(nth == 0, 0, nth * page_size - first_offset[sequence])  # rows of earlier pages
-            rows = torch.minimum(page_size - begin, lengths[sequence] - done)
-            column = torch.div(starts[sequence], page_size, rounding_mode="floor") + nth
-            # A start near 2^63 can wrap around to a negative column.
-            present = in_use & (starts[sequence] >= 0) & (column >= 0) & (column < columns)
-            there = column.clamp(0, max(columns - 1, 0))
-            ids = block_table[sequence, there].long() if columns else torch.full_like(column, -1)
-            good = present & (ids >= 0) & (ids < num_blocks)
-            block = torch.where(good, ids, -1)
-            ids = torch.where(present, ids, -1)
-            rows = torch.where(in_use, rows, 0)
-            first_row = torch.where(in_use, used[:-1][sequence] + done, 0)
-            records = torch.stack((block, first_row, rows, begin), 1).int()
-            origin = torch.stack((sequence, column, ids), 1)
+            made = plan_records(block_table, cu_seqlens_k, seq_starts, *sizes)
         else:
-            records = torch.empty((0, 4), dtype=torch.int32, device=device)
-            origin = torch.empty((0, 3), dtype=torch.int64, device=device)
-        return cls(records, total_tokens, page_size, num_blocks, origin, given, used)
+            made = records_by_torch(block_table, cu_seqlens_k, seq_starts, *sizes)
+        return cls(made[0], total_tokens, page_size, num_blocks, *made[1:])
 
     def check(self) -> None:
         """Raise if the plan was built from a bad block table or bad offsets; waits for the device.
@@ -134,7 +99,8 @@ class GatherPlan:
         Raises:
             PlanError: with the sequence and the column of the first bad entry, or the first bad offset.
         """
-        given, used = self._given_offsets, self._used_offsets
+        given = self._given_offsets
+        used = given.cummax(0).values.clamp(0, self.total_tokens)
         bad_offsets = (given != used).nonzero()
         if len(bad_offsets):
             at = int(bad_offsets[0])
@@ -158,6 +124,88 @@ class GatherPlan:
             f"{where} is {block_id}, or past the table's end; accepted: block ids 0 to {self.num_blocks - 1} in every "
             "column that the sequence's tokens reach"
         )
+
+
+def check_table(
+    block_table: Tensor,
+    cu_seqlens_k: Tensor,
+    seq_starts: Tensor | None,
+    names: tuple[str, str, str] = ("block_table", "cu_seqlens_k", "seq_starts"),
+    device: torch.device | None = None,
+) -> None:
+    """Raise unless a block table, offsets and starts belong together.
+
+    Args:
+        block_table, cu_seqlens_k, seq_starts: as in `GatherPlan.build`.
+        names: of the arguments, for errors.
+        device: where they have to be; None is where the block table is.
+
+    Raises:
+        TypeError, ValueError: one has the wrong type, rank, size or device.
+    """
+    check_tensor(block_table, names[0], ndim=2, dtypes=INDEX_DTYPES, device=device)
+    device, batch = block_table.device, block_table.shape[0]
+    for name, tensor, length in ((names[1], cu_seqlens_k, batch + 1), (names[2], seq_starts, batch)):
+        if tensor is None:
+            continue
+        check_tensor(tensor, name, ndim=1, dtypes=INDEX_DTYPES, device=device)
+        if tensor.shape[0] != length:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}; accepted for {batch} sequences: [{length}]")
+
+
+class _Sizes(NamedTuple):
+    page_size: int
+    num_blocks: int
+    total_tokens: int
+    capacity: int
+
+
+def records_by_torch(
+    block_table: Tensor,
+    cu_seqlens_k: Tensor,
+    seq_starts: Tensor | None,
+    page_size: int,
+    num_blocks: int,
+    total_tokens: int,
+    capacity: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A plan's records, where they come from and the offsets as they came, in plain torch; arguments were checked.
+
+    `plan_kernel.plan_records` makes the same in one launch.
+    """
+    device = block_table.device
+    batch, columns = block_table.shape
+    given = cu_seqlens_k.to(torch.int64, copy=True)  # the caller may reuse its buffer before check()
+    if not capacity:
+        empty = (
+            torch.empty((0, 4), dtype=torch.int32, device=device),
+            torch.empty(0, 3, dtype=torch.int64, device=device),
+        )
+        return *empty, given
+    offsets = given.cummax(0).values.clamp(0, total_tokens)  # [batch + 1]
+    first_record = offsets[:-1] // page_size + 2 * torch.arange(batch, device=device)  # [batch]
+    record = torch.arange(capacity, device=device)
+    sequence = torch.searchsorted(first_record, record, right=True) - 1  # [capacity]; −1 before the first
+    in_use = sequence >= 0
+    sequence = sequence.clamp(min=0)
+    length = offsets.diff()[sequence]
+    start = torch.zeros_like(sequence) if seq_starts is None else seq_starts.long()[sequence]
+    nth = record - first_record[sequence]  # which page of its sequence
+    first_offset = start.clamp(min=0) % page_size
+    begin = torch.where(nth == 0, first_offset, 0)
+    done = torch.where(nth == 0, 0, nth * page_size - first_offset)  # rows of earlier pages
+    rows = torch.where(in_use, torch.minimum(page_size - begin, length - done).clamp(min=0), 0)
+    in_use = rows > 0
+    # A start near 2^63 can wrap around to a negative column.
+    column = torch.where(start < 0, -1, start.clamp(min=0) // page_size + nth)
+    present = in_use & (column >= 0) & (column < columns)
+    at = column.clamp(0, max(columns - 1, 0))
+    ids = block_table[sequence, at].long() if columns else torch.full_like(column, -1)
+    ids = torch.where(present, ids, -1)
+    block = torch.where((ids >= 0) & (ids < num_blocks), ids, -1)
+    first_row = torch.where(in_use, offsets[:-1][sequence] + done, 0)
+    records = torch.stack((block, first_row, rows, torch.where(in_use, begin, 0)), 1).int()
+    return records, torch.stack((sequence, column, ids), 1), given
 
 
 def _read_total(cu_seqlens_k: Tensor, rows: int) -> int:

@@ -5,6 +5,8 @@ The two give the same bits. The kernel encodes FP8 with integer operations, so i
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,9 @@ from .formats.fp8 import FORMATS, computed_scale, quantize
 from .formats.layout import Geometry, Which
 from .formats.scale import Scale
 from .gather.dispatch import choose_backend
+
+if TYPE_CHECKING:  # the kernel needs Triton, which is not everywhere
+    from .scatter_kernel import ScatterLaunch
 
 
 class SlotError(ValueError):
@@ -28,7 +33,7 @@ def scatter(
     slots: Tensor,
     too_large: Tensor,
     backend: str,
-) -> None:
+) -> ScatterLaunch | None:
     """Write checked tokens.
 
     Args:
@@ -38,17 +43,21 @@ def scatter(
         slots: `[n]`; negative ones are skipped.
         too_large: int64 `[1]`; becomes the largest slot past the pool, where those are skipped (not on a CPU).
 
+    Returns:
+        The launch that wrote them, for others like it; None where plain torch did.
+
     Raises:
         SlotError: on a CPU, a slot is past the pool or comes twice.
     """
     num_slots = geometry.num_blocks * geometry.page_size
     if slots.device.type == "cpu":
-        _check_slots(slots, num_slots)
+        check_slots(slots, num_slots)
     if choose_backend(backend, slots.device) == "triton":
-        from .scatter_kernel import launch
+        from .scatter_kernel import ScatterLaunch
 
-        launch(key_cache, value_cache, geometry, scales, k, v, slots, too_large)
-        return
+        launch = ScatterLaunch(key_cache, value_cache, geometry, scales, k, v, slots, too_large)
+        launch(k, v, slots)
+        return launch
     past = torch.where(slots < num_slots, -1, slots).amax().long()
     torch.maximum(too_large, past, out=too_large)
     kept = (slots >= 0) & (slots < num_slots)
@@ -56,6 +65,7 @@ def scatter(
     block, slot = slots // geometry.page_size, slots % geometry.page_size
     write_pool(key_cache, geometry.layout, "key", scales[0], k[kept], block, slot)
     write_pool(value_cache, geometry.layout, "value", scales[1], v[kept], block, slot)
+    return None
 
 
 def write_pool(
@@ -81,13 +91,21 @@ def write_pool(
         pool[block, :, slot // x, :, slot % x] = codes
 
 
-def _check_slots(slots: Tensor, num_slots: int) -> None:
+def check_slots(slots: Tensor, num_slots: int) -> None:
+    """Raise SlotError unless every slot is below `num_slots` and comes once; negative ones are padding. Waits."""
+    if slots.numel() == 0:
+        return
     if int(slots.max()) >= num_slots:
         at = int((slots >= num_slots).nonzero()[0])
         raise SlotError(
             f"slots[{at}] is {int(slots[at])}; accepted: below {num_slots}, the slots of the cache, or negative for "
             "padding"
         )
+    check_duplicates(slots)
+
+
+def check_duplicates(slots: Tensor) -> None:
+    """Raise SlotError if a slot comes twice; negative ones may. Waits."""
     ordered, order = slots.sort(stable=True)
     twice = ((ordered[1:] == ordered[:-1]) & (ordered[1:] >= 0)).nonzero()
     if len(twice):

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .device import interpreting
+from .formats.checks import extent
 from .formats.fp8 import FORMATS, SCALE_FLOOR, code_max
-from .formats.layout import Geometry, PoolStrides, Which
+from .formats.layout import Geometry, PoolStrides
 from .formats.scale import Scale
-from .kernels.launch import launching
-from .kernels.values import round_to
+from .kernels.launch import PreparedLaunch
+from .kernels.signatures import row_reach
+from .kernels.values import round_to, widen
 
 
 @triton.jit
@@ -46,24 +46,21 @@ def encode_fp8(
 
 @triton.jit
 def _write_rows(
-    pool_ptr, scale_ptr, row_ptr, token, block, slot, head0,
-    stride_block, stride_head, stride_slot_group, stride_slot, stride_dim_group, stride_dim,
-    stride_scale_block, stride_scale_head, stride_scale_slot,
-    stride_row_token, stride_row_head, stride_row_dim,
+    pool_ptr, scale_ptr, row_ptr, token, block, slot, head0, strides, scale_strides, row_strides,
     NUM_HEADS: tl.constexpr, DIM: tl.constexpr, HEADS: tl.constexpr, DIMS: tl.constexpr,
     SLOTS_PER_GROUP: tl.constexpr, DIMS_PER_GROUP: tl.constexpr, KIND: tl.constexpr,
     FP8: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.constexpr, NAN_CODE: tl.constexpr, FNUZ: tl.constexpr,
     CODE_MAX: tl.constexpr, FLOOR: tl.constexpr, BY_HAND: tl.constexpr,
 ):  # fmt: skip
+    """Quantize one token's heads and put them into (block, slot) of one pool, their computed scale beside them."""
+    stride_block, stride_head, stride_slot_group, stride_slot, stride_dim_group, stride_dim = strides
+    stride_scale_block, stride_scale_head, stride_scale_slot = scale_strides
+    stride_row_token, stride_row_head, stride_row_dim = row_strides
     head = (head0 + tl.arange(0, HEADS)).to(tl.int64)
     dim = tl.arange(0, DIMS).to(tl.int64)
     mask = (head < NUM_HEADS)[:, None] & (dim < DIM)[None, :]  # [HEADS, DIMS]
     source = row_ptr + token * stride_row_token + head[:, None] * stride_row_head + dim[None, :] * stride_row_dim
-    held = tl.load(source, mask=mask, other=0.0)
-    if held.dtype == tl.bfloat16:
-        values = (held.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    else:
-        values = held.to(tl.float32)
+    values = widen(tl.load(source, mask=mask, other=0.0), "", 0, False)
     scale_at = scale_ptr + block * stride_scale_block + slot * stride_scale_slot + head * stride_scale_head
     if KIND == "per-token-head":
         magnitude = tl.abs(values)
@@ -83,18 +80,16 @@ def _write_rows(
         tl.store(target, round_to(values, pool_ptr.dtype.element_ty, BY_HAND), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def scatter_kernel(
-    slot_ptr, too_large_ptr, num_slots,
+    slot_ptr, too_large_ptr,
     k_ptr, k_scale_ptr, k_row_ptr,
     v_ptr, v_scale_ptr, v_row_ptr,
-    stride_k_block, stride_k_head, stride_k_slot_group, stride_k_slot, stride_k_dim_group, stride_k_dim,
-    stride_v_block, stride_v_head, stride_v_slot_group, stride_v_slot, stride_v_dim_group, stride_v_dim,
-    stride_k_scale_block, stride_k_scale_head, stride_k_scale_slot,
-    stride_v_scale_block, stride_v_scale_head, stride_v_scale_slot,
-    stride_k_row_token, stride_k_row_head, stride_k_row_dim,
-    stride_v_row_token, stride_v_row_head, stride_v_row_dim,
-    stride_slot_token,
+    num_blocks,
+    slot_strides,  # token
+    k_strides, v_strides,  # block, head, slot group, slot, dim group, dim
+    k_scale_strides, v_scale_strides,  # block, head, slot
+    k_row_strides, v_row_strides,  # token, head, dim
     PAGE: tl.constexpr, NUM_HEADS: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr,
     HEADS: tl.constexpr, K_DIMS: tl.constexpr, V_DIMS: tl.constexpr,
     V_SLOTS_PER_GROUP: tl.constexpr, K_DIMS_PER_GROUP: tl.constexpr,
@@ -102,87 +97,114 @@ def scatter_kernel(
     FP8: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.constexpr, NAN_CODE: tl.constexpr, FNUZ: tl.constexpr,
     CODE_MAX: tl.constexpr, FLOOR: tl.constexpr, BY_HAND: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    index = tl.load(slot_ptr + token * stride_slot_token).to(tl.int64)
+    """pool[block, head, slot] = encode(row[token, head] / scale), for one token and HEADS of its heads.
+
+    A slot below 0 is padding; one past the pool is skipped, and the largest of those is kept.
+    """
+    GROUPS: tl.constexpr = (NUM_HEADS + HEADS - 1) // HEADS
+    token = (tl.program_id(0) // GROUPS).to(tl.int64)
+    head0 = tl.program_id(0) % GROUPS * HEADS
+    index = tl.load(slot_ptr + token * slot_strides[0]).to(tl.int64)
     if index < 0:
-        return
-    if index >= num_slots:
-        tl.atomic_max(too_large_ptr, index)
         return
     block = index // PAGE
     slot = index % PAGE
-    head0 = tl.program_id(1) * HEADS
+    if block >= num_blocks:
+        tl.atomic_max(too_large_ptr, index)
+        return
     _write_rows(
-        k_ptr, k_scale_ptr, k_row_ptr, token, block, slot, head0,
-        stride_k_block, stride_k_head, stride_k_slot_group, stride_k_slot, stride_k_dim_group, stride_k_dim,
-        stride_k_scale_block, stride_k_scale_head, stride_k_scale_slot,
-        stride_k_row_token, stride_k_row_head, stride_k_row_dim,
+        k_ptr, k_scale_ptr, k_row_ptr, token, block, slot, head0, k_strides, k_scale_strides, k_row_strides,
         NUM_HEADS, K_DIM, HEADS, K_DIMS, 1, K_DIMS_PER_GROUP, K_KIND,
         FP8, MANTISSA, BIAS, NAN_CODE, FNUZ, CODE_MAX, FLOOR, BY_HAND,
     )  # fmt: skip
     _write_rows(
-        v_ptr, v_scale_ptr, v_row_ptr, token, block, slot, head0,
-        stride_v_block, stride_v_head, stride_v_slot_group, stride_v_slot, stride_v_dim_group, stride_v_dim,
-        stride_v_scale_block, stride_v_scale_head, stride_v_scale_slot,
-        stride_v_row_token, stride_v_row_head, stride_v_row_dim,
+        v_ptr, v_scale_ptr, v_row_ptr, token, block, slot, head0, v_strides, v_scale_strides, v_row_strides,
         NUM_HEADS, V_DIM, HEADS, V_DIMS, V_SLOTS_PER_GROUP, 1, V_KIND,
         FP8, MANTISSA, BIAS, NAN_CODE, FNUZ, CODE_MAX, FLOOR, BY_HAND,
     )  # fmt: skip
 
 
-def launch(
-    key_cache: Tensor,
-    value_cache: Tensor,
-    geometry: Geometry,
-    scales: tuple[Scale, Scale],
-    k: Tensor,
-    v: Tensor,
-    slots: Tensor,
-    too_large: Tensor,
-) -> None:
-    """Launch the kernel on checked arguments; see `kvgather.scatter.scatter`."""
-    g, fmt = geometry, FORMATS.get(geometry.dtype)
-    arguments: list[Any] = []
-    strides: list[int] = []
-    pools: tuple[tuple[Tensor, Which, Scale, Tensor], ...]
-    pools = ((key_cache, "key", scales[0], k), (value_cache, "value", scales[1], v))
-    for pool, which, scale, rows in pools:
-        held = pool if fmt is None else pool.view(torch.uint8)
-        arguments += [held, too_large if scale.tensor is None else scale.tensor, rows]  # no scale: never read
-        s = PoolStrides.of(pool, g.layout, which)
-        strides += [s.block, s.head, s.slot_group, s.slot, s.dim_group, s.dim]
-    for scale in scales:
-        strides += [scale.stride_block, scale.stride_head, scale.stride_slot]
-    widest = triton.next_power_of_2(max(g.head_dim, g.v_head_dim))
-    heads = max(1, min(triton.next_power_of_2(g.num_kv_heads), 4096 // widest))
-    interpreted = interpreting()
-    with launching(key_cache, interpreted):
-        scatter_kernel[(len(slots), triton.cdiv(g.num_kv_heads, heads))](
-            slots,
-            too_large,
-            g.num_blocks * g.page_size,
-            *arguments,
-            *strides,
-            *k.stride(),
-            *v.stride(),
-            slots.stride(0),
-            PAGE=g.page_size,
-            NUM_HEADS=g.num_kv_heads,
-            K_DIM=g.head_dim,
-            V_DIM=g.v_head_dim,
-            HEADS=heads,
-            K_DIMS=triton.next_power_of_2(g.head_dim),
-            V_DIMS=triton.next_power_of_2(g.v_head_dim),
-            V_SLOTS_PER_GROUP=PoolStrides.of(value_cache, g.layout, "value").slots_per_group,
-            K_DIMS_PER_GROUP=PoolStrides.of(key_cache, g.layout, "key").dims_per_group,
-            K_KIND=scales[0].kind,
-            V_KIND=scales[1].kind,
-            FP8=fmt is not None,
-            MANTISSA=0 if fmt is None else fmt.mantissa_bits,
-            BIAS=0 if fmt is None else fmt.bias,
-            NAN_CODE=0 if fmt is None else fmt.nan_code,
-            FNUZ=fmt is not None and fmt.fnuz,
-            CODE_MAX=code_max(g.dtype),
-            FLOOR=SCALE_FLOOR,
-            BY_HAND=interpreted,
+class ScatterLaunch:
+    """The write of rows of one kind into one cache: all that its launches share."""
+
+    def __init__(
+        self,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        geometry: Geometry,
+        scales: tuple[Scale, Scale],
+        k: Tensor,
+        v: Tensor,
+        slots: Tensor,
+        too_large: Tensor,
+    ) -> None:
+        """Prepare the launches, of checked arguments; see `kvgather.scatter.scatter`."""
+        g, fmt = geometry, FORMATS.get(geometry.dtype)
+        pools = (
+            PoolStrides.of(key_cache, g.layout, "key"),
+            PoolStrides.of(value_cache, g.layout, "value"),
+        )
+        widest = triton.next_power_of_2(max(g.head_dim, g.v_head_dim))
+        heads = max(1, min(triton.next_power_of_2(g.num_kv_heads), 4096 // widest))
+        self._groups, self._num_blocks = triton.cdiv(g.num_kv_heads, heads), g.num_blocks
+        interpreted = interpreting()
+        strides = (
+            (slots.stride(0),),
+            *((s.block, s.head, s.slot_group, s.slot, s.dim_group, s.dim) for s in pools),
+            *((scale.stride_block, scale.stride_head, scale.stride_slot) for scale in scales),
+            k.stride(),
+            v.stride(),
+        )
+        constants = {
+            "PAGE": g.page_size,
+            "NUM_HEADS": g.num_kv_heads,
+            "K_DIM": g.head_dim,
+            "V_DIM": g.v_head_dim,
+            "HEADS": heads,
+            "K_DIMS": triton.next_power_of_2(g.head_dim),
+            "V_DIMS": triton.next_power_of_2(g.v_head_dim),
+            "V_SLOTS_PER_GROUP": pools[1].slots_per_group,
+            "K_DIMS_PER_GROUP": pools[0].dims_per_group,
+            "K_KIND": scales[0].kind,
+            "V_KIND": scales[1].kind,
+            "FP8": fmt is not None,
+            "MANTISSA": 0 if fmt is None else fmt.mantissa_bits,
+            "BIAS": 0 if fmt is None else fmt.bias,
+            "NAN_CODE": 0 if fmt is None else fmt.nan_code,
+            "FNUZ": fmt is not None and fmt.fnuz,
+            "CODE_MAX": code_max(g.dtype),
+            "FLOOR": SCALE_FLOOR,
+            "BY_HAND": interpreted,
+        }
+        codes = None if fmt is None else torch.uint8
+        stands_in = [codes if scale.tensor is None else None for scale in scales]
+        views = (None, None, codes, stands_in[0], None, codes, stands_in[1], None)
+        self._launch = PreparedLaunch(scatter_kernel, views, strides, constants, interpreted)
+        self._too_large, self._too_large_at = too_large, too_large.data_ptr()
+        # The pool stands in for a scale that is never read.
+        self._k = key_cache, key_cache if scales[0].tensor is None else scales[0].tensor
+        self._v = value_cache, value_cache if scales[1].tensor is None else scales[1].tensor
+        self._k_at = self._k[0].data_ptr(), self._k[1].data_ptr()
+        self._v_at = self._v[0].data_ptr(), self._v[1].data_ptr()
+
+        self.k_reach, self.v_reach, self.on_gpu = row_reach(k), row_reach(v), not interpreted
+        self._spans = [(t.data_ptr(), t.data_ptr() + extent(t) * t.element_size()) for t in (key_cache, value_cache)]
+
+    def apart(self, k: Tensor, v: Tensor) -> bool:
+        """Whether rows certainly share no memory with the pools."""
+        for rows, reach in ((k, self.k_reach), (v, self.v_reach)):
+            begin = rows.data_ptr()
+            end = begin + ((rows.shape[0] - 1) * rows.stride(0) + reach) * rows.element_size()
+            for pool_begin, pool_end in self._spans:
+                if begin < pool_end and pool_begin < end:
+                    return False
+        return True
+
+    def __call__(self, k: Tensor, v: Tensor, slots: Tensor) -> None:
+        """Write rows `[n, heads, dim]` into their slots `[n]`."""
+        self._launch(
+            slots.shape[0] * self._groups,
+            (slots, self._too_large, *self._k, k, *self._v, v),
+            (slots.data_ptr(), self._too_large_at, *self._k_at, k.data_ptr(), *self._v_at, v.data_ptr()),
+            (self._num_blocks,),
         )

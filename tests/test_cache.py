@@ -16,7 +16,7 @@ from kvgather.formats.layout import LAYOUTS, element_offset
 from kvgather.formats.scale import KINDS
 from kvgather.scatter import SlotError
 from tests.gather.oracle import BITS, first_difference, scale_at
-from tests.where import nothing_waits, on_each_device
+from tests.where import interpreted, nothing_waits, on_each_device
 
 KIND_PAIRS = [(KINDS[i], KINDS[(i + 1) % 5]) for i in (0, 2, 4)]  # each kind at least once
 SLOTS = [17, -1, 40, 5]
@@ -373,8 +373,8 @@ def test_elements_that_lie_on_each_other_can_be_read_and_not_written(backend: st
         ((once, once.clone()), (None, None), r"key_cache has strides \[0, .*; accepted by write: elements that do not"),
         ((once.clone(), once), (None, None), r"value_cache has strides"),
         ((once.clone(), once.clone()), (shared[:1, :, :1].expand(2, 1, 4), None), r"k_scale has strides"),
-        ((once.clone(), once.clone()), (shared, shared), r"v_scale begins where k_scale does; accepted by write: mem"),
-        ((shared.view(2, 4, 1, 1), shared.view(2, 4, 1, 1)), (None, None), r"value_cache begins where key_cache does"),
+        ((once.clone(), once.clone()), (shared, shared), r"v_scale shares memory with k_scale; accepted by write: mem"),
+        ((shared.view(2, 4, 1, 1), shared.view(2, 4, 1, 1)), (None, None), r"value_cache shares memory with key_cache"),
     ):
         cache = kg.PagedKVCache.from_tensors(*tensors, layout="NHD", k_scale=scales[0], v_scale=scales[1])
         plan = kg.GatherPlan.build(torch.tensor([[1]]), torch.tensor([0, 4]), page_size=4, num_blocks=2)
@@ -382,3 +382,87 @@ def test_elements_that_lie_on_each_other_can_be_read_and_not_written(backend: st
         rows = token[..., : cache.geometry.head_dim]
         with pytest.raises(ValueError, match=message):
             cache.write(rows, rows, torch.tensor([0]), backend=backend)
+
+
+@interpreted
+@pytest.mark.parametrize("kind", ["per-tensor", "per-token-head"])
+def test_a_write_that_is_known_is_the_same(kind: str) -> None:
+    """Other rows, lengths and slots go through the launch of an earlier write, and what it holds is theirs."""
+    caches = [kg.PagedKVCache(4, 4, 2, 16, layout="HND", scale=kind, device="cpu") for _ in range(2)]
+    for turn, tokens in enumerate((3, 5, 1, 3)):
+        k, v = torch.randn(2, tokens, 2, 16)
+        slots = (torch.randperm(16)[:tokens] - (turn == 2)).int()
+        for cache, backend in zip(caches, ("triton", "torch"), strict=True):
+            cache.write(k, v, slots, backend=backend)
+        for ours, theirs in ((c.key_cache, d.key_cache) for c, d in [caches]):
+            assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+        assert torch.equal(caches[0].value_cache.view(torch.uint8), caches[1].value_cache.view(torch.uint8))
+        assert torch.equal(caches[0].v_scale, caches[1].v_scale)
+    assert len(caches[0]._written) == 1
+
+
+@interpreted
+def test_a_known_write_drops_no_check() -> None:
+    cache = kg.PagedKVCache(4, 4, 2, 16, device="cpu")
+    k, v, slots = torch.randn(3, 2, 16), torch.randn(3, 2, 16), torch.tensor([1, 5, 9])
+    cache.write(k, v, slots, backend="triton")
+    before = cache.key_cache.clone()
+    short = torch.randn(3, 2, 16)
+    short.untyped_storage().resize_(short.untyped_storage().nbytes() - 1)
+    for change, message in (
+        ({"k": k[:2]}, r"k, v and slots have 2, 3 and 3 tokens"),
+        ({"v": v[:, :1]}, r"v has shape \[3, 1, 16\]; accepted: \[n, 2, 16\]"),
+        ({"v": v.int()}, r"v has dtype int32; accepted: bfloat16"),
+        ({"k": short}, r"k with shape .* reaches byte"),
+        ({"slots": slots.short()}, r"slots has dtype int16; accepted: int32, int64"),
+        ({"slots": torch.tensor([1, 16, 2])}, r"slots\[1\] is 16; accepted: below 16"),
+        ({"slots": torch.tensor([1, 2, 1])}, r"slots\[0\] and slots\[2\] are both 1"),
+        ({"slots": None}, r"slots is NoneType None; accepted: a torch.Tensor"),
+        ({"backend": "cuda"}, r"backend is 'cuda'; accepted"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            cache.write(**{"k": k * 2, "v": v, "slots": slots, "backend": "triton", **change})
+    assert torch.equal(cache.key_cache.view(torch.uint8), before.view(torch.uint8))
+    memory = cache.value_cache.untyped_storage()
+    memory.resize_(memory.nbytes() - 1)
+    with pytest.raises(ValueError, match=r"value_cache with shape .* reaches byte"):
+        cache.write(k, v, slots, backend="triton")
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=interpreted)])
+def test_rows_that_are_a_view_of_the_pool(backend: str) -> None:
+    """Tokens that move from slot to slot inside a pool are read before they are written."""
+    cache = kg.PagedKVCache(2, 4, 1, 8, dtype=torch.float32, scale="none", device="cpu")
+    cache.key_cache.copy_(torch.arange(64.0).view(2, 4, 1, 8))
+    for _ in range(2):
+        wanted = cache.key_cache.view(8, 1, 8)[:6].clone()
+        cache.write(cache.key_cache.view(8, 1, 8)[:6], torch.zeros(6, 1, 8), torch.arange(1, 7), backend=backend)
+        assert torch.equal(cache.key_cache.view(8, 1, 8)[1:7], wanted)
+
+
+def test_pools_and_scales_that_share_memory_in_part() -> None:
+    memory = torch.zeros(100)
+    k, v, slots = torch.ones(1, 1, 4), torch.ones(1, 1, 4), torch.tensor([0])
+    pools = [memory[i : i + 32].view(2, 4, 1, 4) for i in (0, 31, 32)]
+    with pytest.raises(ValueError, match=r"value_cache shares memory with key_cache; accepted by write"):
+        kg.PagedKVCache.from_tensors(pools[0], pools[1], layout="NHD").write(k, v, slots)
+    scale = memory[60:68].view(2, 1, 4)
+    scale.fill_(1)
+    cache = kg.PagedKVCache.from_tensors(pools[0], pools[2], layout="NHD", k_scale=scale)
+    with pytest.raises(ValueError, match=r"k_scale shares memory with value_cache; accepted by write"):
+        cache.write(k, v, slots)
+    packed = memory[:64].view(2, 2, 4, 1, 4)  # K and V of a block side by side
+    cache = kg.PagedKVCache.from_tensors(packed[:, 0], packed[:, 1], layout="NHD")
+    cache.write(k, v * 2, slots)
+    assert packed[0, :, 0].unique().tolist() == [1.0, 2.0]
+
+
+@pytest.mark.gpu
+def test_a_slot_that_comes_twice_is_found_by_check() -> None:
+    cache = kg.PagedKVCache(4, 4, 2, 16, device="cuda")
+    rows = torch.randn(3, 2, 16, device="cuda")
+    cache.write(rows, rows, torch.tensor([1, -1, -1], device="cuda"))
+    cache.check()
+    cache.write(rows, rows, torch.tensor([1, 2, 1], device="cuda"))
+    with pytest.raises(SlotError, match=r"slots\[0\] and slots\[2\] are both 1; accepted: each slot once"):
+        cache.check()

@@ -9,14 +9,12 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..device import interpreting
-from ..gather.kernel import _finish, _load_scale, _load_tile, _prepare, _Side, _store_tile, gather_kernel
-from ..gather.ops import as_operand
+from ..gather.kernel import Side, finish, gather_kernel, load_scale, load_tile, pointers_of, prepare, store_tile
 from ..kernels.launch import launching
 from .cases import Built
 from .runner import Call
@@ -34,12 +32,7 @@ def trusting_kernel(
     stride_table,
     k_ptr, k_scale_ptr, k_out_ptr,
     v_ptr, v_scale_ptr, v_out_ptr,
-    stride_k_block, stride_k_head, stride_k_slot_group, stride_k_slot, stride_k_dim_group, stride_k_dim,
-    stride_v_block, stride_v_head, stride_v_slot_group, stride_v_slot, stride_v_dim_group, stride_v_dim,
-    stride_k_scale_block, stride_k_scale_head, stride_k_scale_slot,
-    stride_v_scale_block, stride_v_scale_head, stride_v_scale_slot,
-    stride_k_out_row, stride_k_out_head, stride_k_out_dim,
-    stride_v_out_row, stride_v_out_head, stride_v_out_dim,
+    k_strides, v_strides, k_scale_strides, v_scale_strides, k_out_strides, v_out_strides,
     PAGE: tl.constexpr, HEADS: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr,
     SLOTS: tl.constexpr, K_UNITS: tl.constexpr, K_UNIT: tl.constexpr, V_UNITS: tl.constexpr, V_UNIT: tl.constexpr,
     TILES: tl.constexpr, PAGE_TILES: tl.constexpr,
@@ -49,6 +42,7 @@ def trusting_kernel(
     K_KIND: tl.constexpr, V_KIND: tl.constexpr,
     FORMAT: tl.constexpr, BIAS: tl.constexpr, HARDWARE: tl.constexpr, BY_HAND: tl.constexpr,
     K_RAW: tl.constexpr, V_RAW: tl.constexpr, NAN_CODE: tl.constexpr, WIDE: tl.constexpr,
+    PLANNED: tl.constexpr, STARTS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     sequence = tl.program_id(1)
@@ -60,39 +54,37 @@ def trusting_kernel(
     if slot0 >= rows:
         return
     block = tl.load(table_ptr + sequence * stride_table + column).to(tl.int64)
-    k_held = _load_tile(
-        k_ptr, block, slot0, tile * K_UNITS,
-        stride_k_block, stride_k_head, stride_k_slot_group, stride_k_slot, stride_k_dim_group, stride_k_dim,
+    k_codes = load_tile(
+        k_ptr, block, slot0, tile * K_UNITS, k_strides,
         PAGE, K_DIM, HEADS, SLOTS, K_UNITS, K_UNIT, TILES, 1, K_DIMS_PER_GROUP, K_ALIGN, K_ACROSS,
         FORMAT != "" or K_RAW, WIDE,
     )  # fmt: skip
-    v_held = _load_tile(
-        v_ptr, block, slot0, tile * V_UNITS,
-        stride_v_block, stride_v_head, stride_v_slot_group, stride_v_slot, stride_v_dim_group, stride_v_dim,
+    v_codes = load_tile(
+        v_ptr, block, slot0, tile * V_UNITS, v_strides,
         PAGE, V_DIM, HEADS, SLOTS, V_UNITS, V_UNIT, TILES, V_SLOTS_PER_GROUP, 1, V_ALIGN, V_ACROSS,
         FORMAT != "" or V_RAW, WIDE,
     )  # fmt: skip
-    k_scale = _load_scale(
-        k_scale_ptr, block, slot0, tile * K_UNITS, stride_k_scale_block, stride_k_scale_head, stride_k_scale_slot,
+    k_scale = load_scale(
+        k_scale_ptr, block, slot0, tile * K_UNITS, k_scale_strides,
         PAGE, K_DIM // K_UNIT, HEADS, SLOTS, K_UNITS, K_KIND,
     )  # fmt: skip
-    v_scale = _load_scale(
-        v_scale_ptr, block, slot0, tile * V_UNITS, stride_v_scale_block, stride_v_scale_head, stride_v_scale_slot,
+    v_scale = load_scale(
+        v_scale_ptr, block, slot0, tile * V_UNITS, v_scale_strides,
         PAGE, V_DIM // V_UNIT, HEADS, SLOTS, V_UNITS, V_KIND,
     )  # fmt: skip
-    k = _finish(
-        k_held, k_scale, block, k_out_ptr.dtype.element_ty, K_RAW, NAN_CODE, FORMAT, BIAS, HARDWARE, BY_HAND
+    k = finish(
+        k_codes, k_scale, block, k_out_ptr.dtype.element_ty, K_RAW, NAN_CODE, FORMAT, BIAS, HARDWARE, BY_HAND
     )  # fmt: skip
-    v = _finish(
-        v_held, v_scale, block, v_out_ptr.dtype.element_ty, V_RAW, NAN_CODE, FORMAT, BIAS, HARDWARE, BY_HAND
+    v = finish(
+        v_codes, v_scale, block, v_out_ptr.dtype.element_ty, V_RAW, NAN_CODE, FORMAT, BIAS, HARDWARE, BY_HAND
     )  # fmt: skip
-    _store_tile(
-        k_out_ptr, k, first_row, rows, 0, slot0, tile * K_UNITS,
-        stride_k_out_row, stride_k_out_head, stride_k_out_dim, K_DIM, HEADS, SLOTS, K_UNITS, K_UNIT, OUT_ALIGN, WIDE,
+    store_tile(
+        k_out_ptr, k, first_row, rows, 0, slot0, tile * K_UNITS, k_out_strides,
+        K_DIM, HEADS, SLOTS, K_UNITS, K_UNIT, OUT_ALIGN, WIDE,
     )  # fmt: skip
-    _store_tile(
-        v_out_ptr, v, first_row, rows, 0, slot0, tile * V_UNITS,
-        stride_v_out_row, stride_v_out_head, stride_v_out_dim, V_DIM, HEADS, SLOTS, V_UNITS, V_UNIT, OUT_ALIGN, WIDE,
+    store_tile(
+        v_out_ptr, v, first_row, rows, 0, slot0, tile * V_UNITS, v_out_strides,
+        V_DIM, HEADS, SLOTS, V_UNITS, V_UNIT, OUT_ALIGN, WIDE,
     )  # fmt: skip
 
 
@@ -102,14 +94,13 @@ class _Launch:
     def __init__(self, built: Built, out: tuple[Tensor, Tensor]) -> None:
         case, cache, self.interpreted = built.case, built.cache, interpreting()
         k_scale, v_scale = cache.scales
-        k = _Side("key", as_operand(cache.key_cache), k_scale, out[0])
-        v = _Side("value", as_operand(cache.value_cache), v_scale, out[1])
+        k = Side("key", cache.key_cache, k_scale, out[0])
+        v = Side("value", cache.value_cache, v_scale, out[1])
         self.records = built.plan.records
-        itemsize = case.dtype.itemsize
-        self.pointers = (*k.pointers(self.records, itemsize), *v.pointers(self.records, itemsize))
-        lanes = 32 if self.interpreted else torch.cuda.get_device_properties(out[0].device).warp_size
-        self.prepared = _prepare(k, v, case.layout, case.dtype, self.interpreted, lanes)
-        self.programs = len(self.records) * self.prepared.page_tiles
+        pairs = zip(pointers_of(k, v), (*k.views, *v.views), strict=True)
+        self.pointers = [p if view is None else p.view(view) for p, view in pairs]  # type: ignore[union-attr]
+        self.launch = prepare(k, v, case.layout)
+        self.programs = len(self.records) * self.launch.page_tiles
 
     def run(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         with launching(self.records, self.interpreted):
@@ -119,21 +110,22 @@ class _Launch:
 def empty_launch(built: Built, out: tuple[Tensor, Tensor]) -> Call:
     """A kernel that does nothing, with as many programs and warps as our gather has."""
     ours = _Launch(built, out)
-    warps = ours.prepared.constants["num_warps"]
+    warps = ours.launch.constants["num_warps"]
     return partial(ours.run, empty_kernel, (ours.programs,), ours.records, num_warps=warps)
 
 
 def software_decode(built: Built, out: tuple[Tensor, Tensor]) -> Call:
     """Our gather as it is where the hardware does not decode the pool's format."""
     ours = _Launch(built, out)
-    constants = ours.prepared.constants | {"HARDWARE": False}
-    arguments = (ours.records, *ours.pointers, *ours.prepared.strides)
+    constants = ours.launch.constants | {"HARDWARE": False}
+    numbers = (0, 0, 0, 0, 0, 0)
+    arguments = (*(ours.records,) * 3, *ours.pointers, *numbers, *ours.launch.strides)
     return partial(ours.run, gather_kernel, (ours.programs,), *arguments, **constants)
 
 
 def trusting(built: Built, out: tuple[Tensor, Tensor]) -> Call:
     """The same tiles from the block table as it is; sequences that begin at 0, and nothing is checked."""
     ours, case, table = _Launch(built, out), built.case, built.block_table
-    grid = (triton.cdiv(max(case.lengths), case.page_size) * ours.prepared.page_tiles, len(case.lengths))
-    arguments = (table, built.cu_seqlens_k, table.stride(0), *ours.pointers, *ours.prepared.strides)
-    return partial(ours.run, trusting_kernel, grid, *arguments, **ours.prepared.constants)
+    grid = (triton.cdiv(max(case.lengths), case.page_size) * ours.launch.page_tiles, len(case.lengths))
+    arguments = (table, built.cu_seqlens_k, table.stride(0), *ours.pointers, *ours.launch.strides[1:])
+    return partial(ours.run, trusting_kernel, grid, *arguments, **ours.launch.constants)

@@ -72,6 +72,40 @@ def overlaps_itself(tensor: Tensor) -> bool:
     return False
 
 
+def share_elements(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors have a byte in common; exact, also where one lies between the other's elements.
+
+    Where that takes more than some thousands of steps to find out, which no regular view does, the answer is True.
+    """
+    span = [(t.data_ptr(), t.data_ptr() + extent(t) * t.element_size()) for t in (first, second)]
+    if not (span[0][0] < span[1][1] and span[1][0] < span[0][1]):
+        return False
+    # An address is a sum of strides times indices. The two have one in common where
+    #   first's address - second's address = 0, each index in its range. Axes of equal strides count as one.
+    ranges: dict[int, list[int]] = {1: [1 - second.element_size(), first.element_size() - 1]}  # bytes of an element
+    for tensor, sign in ((first, 1), (second, -1)):
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+            if size > 1 and stride:
+                low_high = ranges.setdefault(stride * tensor.element_size(), [0, 0])
+                low_high[sign > 0] += sign * (size - 1)
+    terms = sorted(((stride, low, high) for stride, (low, high) in ranges.items()), reverse=True)
+    steps = 0
+
+    def reaches(target: int, at: int) -> bool:
+        """Whether the terms from `at` on can make `target`."""
+        nonlocal steps
+        steps += 1
+        if at == len(terms) or steps > 5000:
+            return target == 0 or steps > 5000
+        stride, low, high = terms[at]
+        least = sum(other[0] * other[1] for other in terms[at + 1 :])
+        most = sum(other[0] * other[2] for other in terms[at + 1 :])
+        begin, end = max(low, -(-(target - most) // stride)), min(high, (target - least) // stride)
+        return any(reaches(target - stride * index, at + 1) for index in range(begin, end + 1))
+
+    return reaches(span[1][0] - span[0][0], 0)
+
+
 def check_inside_storage(tensor: Tensor, name: str) -> None:
     """Raise ValueError if a tensor's strides reach past its storage (a storage can be shrunk under its views)."""
     if torch.compiler.is_compiling() or tensor.is_meta or type(tensor) not in (Tensor, torch.nn.Parameter):

@@ -31,7 +31,8 @@ class Scale:
 
     Attributes:
         kind: one of `KINDS`.
-        tensor: FP32 on the cache's device, or None when there is no scale.
+        tensor: FP32 on the cache's device, or None when there is no scale, or a number.
+        number: a per-tensor scale that was given as a number: to put it into a tensor would be a launch.
         stride_block, stride_head, stride_slot: in elements; 0 along every axis the scale does not have.
     """
 
@@ -40,6 +41,7 @@ class Scale:
     stride_block: int = 0
     stride_head: int = 0
     stride_slot: int = 0
+    number: float | None = None
 
     @classmethod
     def of(cls, kind: str, tensor: Tensor | None) -> Scale:
@@ -48,6 +50,12 @@ class Scale:
         strides = dict(zip(axes, tensor.stride(), strict=True)) if tensor is not None and axes else {}
         return cls(kind, tensor, strides.get("b", 0), strides.get("h", 0), strides.get("s", 0))
 
+    def in_memory(self, device: torch.device) -> Scale:
+        """The same scale with its number, if it is one, in a tensor of one element."""
+        if self.number is None:
+            return self
+        return Scale(self.kind, torch.full((1,), self.number, dtype=torch.float32, device=device))
+
     def at(self, block: Tensor, head: Tensor, slot: Tensor) -> Tensor | None:
         """The scale of each (block, head, slot); index tensors that broadcast against each other, int64.
 
@@ -55,6 +63,8 @@ class Scale:
             FP32 with the shape the indices broadcast to along the axes that the scale has (1 along the others), or
             None when there is no scale.
         """
+        if self.number is not None:
+            return torch.full((), self.number, dtype=torch.float32, device=block.device)
         if self.tensor is None:
             return None
         if self.kind == "per-tensor":
@@ -152,6 +162,14 @@ def check_values(scale: Scale, name: str) -> None:
         raise ValueError(f"{name} is {value}{where}; accepted: finite values above 0")
 
 
+_SMALLEST, _LARGEST = torch.finfo(torch.float32).smallest_normal, torch.finfo(torch.float32).max
+
+
+def acceptable_number(scale: float) -> bool:
+    """Whether a number is positive and finite, and FP32 can hold it."""
+    return _SMALLEST <= scale <= _LARGEST
+
+
 def resolve(
     scale: Tensor | float | None,
     name: str = "k_scale",
@@ -172,7 +190,7 @@ def resolve(
         kind: one of `KINDS`, or None to read it off the shape (see `classify`).
 
     Returns:
-        A `Scale`. A float becomes a one-element tensor. Values are checked where that costs no wait: floats always,
+        A `Scale`. Values are checked where that costs no wait: floats always,
         per-tensor and per-head tensors on a CPU and outside torch.compile; `check_values` checks the rest.
 
     Raises:
@@ -183,7 +201,7 @@ def resolve(
     if isinstance(scale, (int, float)) and not isinstance(scale, bool):
         if not (math.isfinite(scale) and scale > 0):
             raise ValueError(f"{name} is {scale}; accepted: finite values above 0")
-        if not torch.finfo(torch.float32).smallest_normal <= scale <= torch.finfo(torch.float32).max:
+        if not acceptable_number(scale):
             raise ValueError(f"{name} is {scale}; accepted: values that FP32 can hold")
     elif scale is not None:
         if not isinstance(scale, Tensor):
@@ -193,7 +211,7 @@ def resolve(
     if scale is None:
         return Scale("none", None)
     if not isinstance(scale, Tensor):
-        return Scale(found, torch.full((1,), float(scale), dtype=torch.float32, device=device))
+        return Scale(found, None, number=float(scale))
     resolved = Scale.of(found, scale)
     if scale.device.type == "cpu" and found in ("per-tensor", "per-head") and not torch.compiler.is_compiling():
         check_values(resolved, name)

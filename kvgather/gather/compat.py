@@ -8,8 +8,9 @@ from torch import Tensor
 from ..formats.checks import check_choice, check_int, check_tensor, described
 from ..formats.layout import Geometry, group
 from ..formats.scale import classify
-from ..plan import GatherPlan
-from .dispatch import gather_named
+from ..plan import INDEX_DTYPES, check_table
+from .again import gather_table_again, table_key
+from .dispatch import check_out, check_out_dtype, choose_backend, gather_by_table, resolve_for
 
 _LAYOUTS = ("NHD", "SHUFFLE", "HND")
 
@@ -51,65 +52,51 @@ def cp_mha_gather_cache(
         total_tokens: tokens to gather, `cu_seqlens_kv[-1]`; nothing waits for the GPU.
         per_token_quant: whether the scales are per (block, head, slot).
 
+    A block id outside the pool, or a position outside the table, makes rows of NaN; offsets that fall or pass
+    `total_tokens` are clamped. `GatherPlan.build(block_tables, cu_seqlens_kv, …).check()` says what was bad.
+
     Raises:
         TypeError, ValueError: an argument is wrong; nothing was launched.
 
     Source: the function of this name in the AITER attention backends of vLLM and ATOM.
     """
+    source = key_cache, value_cache, k_scales if dequant is True else None, v_scales if dequant is True else None
+    meaning = (kv_cache_layout, dequant, per_token_quant)
+    flags_are_good = isinstance(dequant, bool) and isinstance(per_token_quant, bool)  # 1 equals True as a key
+    batch = block_tables, cu_seqlens_kv, seq_starts
+    if flags_are_good and not torch.compiler.is_compiling():
+        if gather_table_again(meaning, source, (key, value), *batch, token_to_batch, total_tokens):
+            return
     check_choice(kv_cache_layout, "kv_cache_layout", _LAYOUTS)
     for name, flag in (("dequant", dequant), ("per_token_quant", per_token_quant)):
         if not isinstance(flag, bool):
             raise TypeError(f"{name} is {described(flag)}; accepted: True or False")
     total_tokens = check_int(total_tokens, "total_tokens")
-    for name, tensor in (
-        ("key_cache", key_cache),
-        ("value_cache", value_cache),
-        ("key", key),
-        ("value", value),
-    ):
+    for name, tensor in (("key_cache", key_cache), ("value_cache", value_cache), ("key", key), ("value", value)):
         check_tensor(tensor, name)
-    if token_to_batch is not None:
-        check_tensor(
-            token_to_batch,
-            "token_to_batch",
-            ndim=1,
-            dtypes=(torch.int32, torch.int64),
-            device=key_cache.device,
-        )
-        if token_to_batch.shape[0] < total_tokens:
-            raise ValueError(
-                f"token_to_batch has shape {list(token_to_batch.shape)}; accepted: at least [{total_tokens}]"
-            )
+    _check_token_to_batch(token_to_batch, total_tokens, key_cache.device)
     if kv_cache_layout == "SHUFFLE" and key_cache.ndim == value_cache.ndim == 4:
         key_cache, value_cache = _shuffled_view(key_cache, "key"), _shuffled_view(value_cache, "value")
     geometry = Geometry.of(key_cache, value_cache, kv_cache_layout)
     if dequant:
         _check_flag(k_scales, "k_scales", geometry, per_token_quant)
         _check_flag(v_scales, "v_scales", geometry, per_token_quant)
-    plan = GatherPlan.build(
-        block_tables,
-        cu_seqlens_kv,
-        page_size=geometry.page_size,
-        num_blocks=geometry.num_blocks,
-        total_tokens=total_tokens,
-        seq_starts=seq_starts,
-    )
-    gather_named(
-        key_cache,
-        value_cache,
-        plan,
-        kv_cache_layout,
-        k_scales if dequant else None,
-        v_scales if dequant else None,
-        None,
-        None,
-        key.dtype,
-        (key, value),
-        "auto",
-        out_names=("key", "value"),
-        scale_names=("k_scales", "v_scales"),
-        dtype_name_of="key's dtype",
-    )
+    scales = resolve_for(geometry, source[2], "k_scales", None), resolve_for(geometry, source[3], "v_scales", None)
+    check_table(*batch, ("block_tables", "cu_seqlens_kv", "seq_starts"), geometry.device)
+    check_out_dtype(key.dtype, geometry.dtype, scales, "key's dtype")
+    pools_and_scales = key_cache, value_cache, source[2], source[3]
+    out = check_out((key, value), geometry, total_tokens, key.dtype, pools_and_scales, ("key", "value"))
+    backend = choose_backend("auto", geometry.device)
+    known_by = table_key(meaning, source, out, *batch, token_to_batch)
+    gather_by_table(pools_and_scales, meaning, geometry, scales, out, *batch, total_tokens, backend, known_by)
+
+
+def _check_token_to_batch(token_to_batch: Tensor | None, total_tokens: int, device: torch.device) -> None:
+    if token_to_batch is None:
+        return
+    check_tensor(token_to_batch, "token_to_batch", ndim=1, dtypes=INDEX_DTYPES, device=device)
+    if token_to_batch.shape[0] < total_tokens:
+        raise ValueError(f"token_to_batch has shape {list(token_to_batch.shape)}; accepted: at least [{total_tokens}]")
 
 
 def _check_flag(scale: Tensor | float | None, name: str, geometry: Geometry, per_token_quant: bool) -> None:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..device import require_triton, triton_available
-from ..formats.checks import check_choice, check_tensor, described, dtype_name, extent, overlaps_itself
+from ..formats.checks import check_choice, check_tensor, described, dtype_name, overlaps_itself, share_elements
 from ..formats.fp8 import FLOATS
 from ..formats.layout import Geometry
 from ..formats.scale import Scale, resolve
 from ..plan import GatherPlan
 from . import ops
+from .again import Source, gather_again, planned_key, remember
 
 BACKENDS = ("auto", "triton", "torch")
+OUT_NAMES = ("out[0]", "out[1]")
 
 
 def gather(
@@ -53,86 +55,116 @@ def gather(
     Raises:
         TypeError, ValueError: an argument is wrong; nothing was launched.
     """
-    return gather_named(
-        key_cache, value_cache, plan, layout, k_scale, v_scale, k_kind, v_kind, out_dtype, out, backend,
-        out_names=("out[0]", "out[1]"), scale_names=("k_scale", "v_scale"), dtype_name_of="out_dtype",
-    )  # fmt: skip
-
-
-def gather_named(
-    key_cache: Tensor,
-    value_cache: Tensor,
-    plan: GatherPlan,
-    layout: str,
-    k_scale: Tensor | float | None,
-    v_scale: Tensor | float | None,
-    k_kind: str | None,
-    v_kind: str | None,
-    out_dtype: torch.dtype,
-    out: Sequence[Tensor] | None,
-    backend: str,
-    *,
-    out_names: tuple[str, str],
-    scale_names: tuple[str, str],
-    dtype_name_of: str,
-) -> tuple[Tensor, Tensor]:
-    """`gather`, with the names that its caller's arguments have in errors."""
+    source = key_cache, value_cache, k_scale, v_scale
+    meaning = (layout, k_kind, v_kind, out_dtype, backend)
+    if not torch.compiler.is_compiling() and (done := gather_again(meaning, source, plan, out, out_dtype)) is not None:
+        return done
     geometry = Geometry.of(key_cache, value_cache, layout)
-    device = geometry.device
-    sizes = {
-        "num_blocks": geometry.num_blocks,
-        "num_heads": geometry.num_kv_heads,
-        "page_size": geometry.page_size,
-    }
-    k = resolve(k_scale, scale_names[0], **sizes, device=device, kind=k_kind)
-    v = resolve(v_scale, scale_names[1], **sizes, device=device, kind=v_kind)
-    return gather_resolved(
-        key_cache, value_cache, plan, geometry, (k, v), out_dtype, out, backend,
-        out_names=out_names, dtype_name_of=dtype_name_of,
+    k = resolve_for(geometry, k_scale, "k_scale", k_kind)
+    v = resolve_for(geometry, v_scale, "v_scale", v_kind)
+    return gather_checked(source, meaning, plan, geometry, (k, v), out_dtype, out, backend)
+
+
+def resolve_for(geometry: Geometry, scale: Tensor | float | None, name: str, kind: str | None) -> Scale:
+    """`resolve` for a cache of this geometry."""
+    return resolve(
+        scale, name, num_blocks=geometry.num_blocks, num_heads=geometry.num_kv_heads, page_size=geometry.page_size,
+        device=geometry.device, kind=kind,
     )  # fmt: skip
 
 
-def gather_resolved(
-    key_cache: Tensor,
-    value_cache: Tensor,
+def gather_checked(
+    source: Source,
+    meaning: Hashable,
     plan: GatherPlan,
     geometry: Geometry,
     scales: tuple[Scale, Scale],
     out_dtype: torch.dtype,
     out: Sequence[Tensor] | None,
     backend: str,
-    *,
-    out_names: tuple[str, str] = ("out[0]", "out[1]"),
-    dtype_name_of: str = "out_dtype",
 ) -> tuple[Tensor, Tensor]:
-    """`gather` from pools whose geometry was read, and with scales that were checked against it."""
-    k, v = scales
-    _check_plan(plan, geometry)
-    _check_out_dtype(out_dtype, geometry.dtype, (k.kind, v.kind) != ("none", "none"), dtype_name_of)
-    backend = choose_backend(backend, geometry.device)
+    """`gather` from pools whose geometry was read, and with scales that were checked against it.
 
-    compiling = torch.compiler.is_compiling()
-    pools = ops.as_operand(key_cache), ops.as_operand(value_cache)
-    held_dtype = torch.uint8 if out_dtype.itemsize == 1 else out_dtype
-    meaning = (geometry.layout, dtype_name(geometry.dtype), k.kind, v.kind, backend)
+    Args:
+        source: pools and scales as they were given.
+        meaning: what tells this call from others with the same tensors, to remember that it passed.
+    """
+    _check_plan(plan, geometry)
+    key_cache, value_cache = source[:2]
+    check_out_dtype(out_dtype, geometry.dtype, scales, "out_dtype")
+    backend = choose_backend(backend, geometry.device)
     rows, heads = plan.total_tokens, geometry.num_kv_heads
-    if out is None and compiling:
-        outs = ops.gather_new(
-            *pools, k.tensor, v.tensor, plan.records, rows, heads, geometry.head_dim, geometry.v_head_dim, held_dtype,
-            *meaning,
-        )  # fmt: skip
-        return outs[0].view(out_dtype), outs[1].view(out_dtype)
-    if out is None:
+    compiling = torch.compiler.is_compiling()
+    if out is not None:
+        k_out, v_out = check_out(out, geometry, rows, out_dtype, source, OUT_NAMES)
+    elif not compiling:
         k_out = key_cache.new_empty((rows, heads, geometry.head_dim), dtype=out_dtype)
         v_out = value_cache.new_empty((rows, heads, geometry.v_head_dim), dtype=out_dtype)
-    else:
-        k_out, v_out = _check_out(out, geometry, rows, out_dtype, (key_cache, value_cache), out_names)
-    outs = (k_out, v_out) if held_dtype == out_dtype else (k_out.view(held_dtype), v_out.view(held_dtype))
+
+    if backend == "triton" and not compiling:  # an operator costs more than a launch
+        if geometry.num_blocks:
+            from .kernel import Side, addresses_of, pointers_of, prepare
+
+            sides = Side("key", key_cache, scales[0], k_out), Side("value", value_cache, scales[1], v_out)
+            launch, pointers = prepare(*sides, geometry.layout), pointers_of(*sides)
+            launch.from_records(plan.records, pointers, addresses_of(pointers))
+            key = planned_key(meaning, source, None if out is None else (k_out, v_out))
+            remember(key, launch, geometry, source, scales, (k_out, v_out))
+        return k_out, v_out
+    k, v = (scale.in_memory(geometry.device) for scale in scales)
+    pools = ops.as_operand(key_cache), ops.as_operand(value_cache)
+    codes_dtype = torch.uint8 if out_dtype.itemsize == 1 else out_dtype
+    described = (geometry.layout, dtype_name(geometry.dtype), k.kind, v.kind, backend)
+    if compiling and out is None:
+        outs = ops.gather_new(
+            *pools, k.tensor, v.tensor, plan.records, rows, heads, geometry.head_dim, geometry.v_head_dim, codes_dtype,
+            *described,
+        )  # fmt: skip
+        return outs[0].view(out_dtype), outs[1].view(out_dtype)
+    outs = (k_out, v_out) if codes_dtype == out_dtype else (k_out.view(codes_dtype), v_out.view(codes_dtype))
     if compiling:
-        ops.gather_out(*pools, k.tensor, v.tensor, plan.records, *outs, *meaning)
-    else:  # an operator costs more than a launch
+        ops.gather_out(*pools, k.tensor, v.tensor, plan.records, *outs, *described)
+    else:
         ops.run(*pools, k, v, plan.records, *outs, geometry.layout, geometry.dtype, backend)
     return k_out, v_out
+
+
+def gather_by_table(
+    source: Source,
+    meaning: Hashable,
+    geometry: Geometry,
+    scales: tuple[Scale, Scale],
+    out: tuple[Tensor, Tensor],
+    block_table: Tensor,
+    cu_seqlens: Tensor,
+    seq_starts: Tensor | None,
+    total_tokens: int,
+    backend: str,
+    key: Hashable,
+) -> None:
+    """Gather a batch that has no plan: in one launch by Triton, through a plan otherwise; everything was checked.
+
+    Args:
+        source, meaning, geometry, scales: as in `gather_checked`.
+        out: K and V, of the same dtype, checked by `check_out`.
+        block_table, cu_seqlens, seq_starts, total_tokens: as `GatherPlan.build` takes them, checked by `check_table`.
+        backend: "triton" or "torch".
+        key: from `table_key`, by which the next call is known again.
+    """
+    if geometry.num_blocks == 0 or backend == "torch" or torch.compiler.is_compiling():
+        plan = GatherPlan.build(
+            block_table, cu_seqlens, page_size=geometry.page_size, num_blocks=geometry.num_blocks,
+            total_tokens=total_tokens, seq_starts=seq_starts,
+        )  # fmt: skip
+        gather_checked(source, meaning, plan, geometry, scales, out[0].dtype, out, backend)
+        return
+    from .kernel import Side, addresses_of, pointers_of, prepare
+
+    sides = Side("key", source[0], scales[0], out[0]), Side("value", source[1], scales[1], out[1])
+    launch, pointers = prepare(*sides, geometry.layout, (cu_seqlens, seq_starts)), pointers_of(*sides)
+    sizes = geometry.num_blocks, total_tokens
+    launch.from_table(block_table, cu_seqlens, seq_starts, *sizes, pointers, addresses_of(pointers))
+    remember(key, launch, geometry, source, scales, out)
 
 
 def choose_backend(backend: str, device: torch.device) -> str:
@@ -171,8 +203,9 @@ def check_made_for(geometry: Geometry, name: str, page_size: int, num_blocks: in
         raise ValueError(f"{name} is on {device}; accepted: the cache's device, {geometry.device}")
 
 
-def _check_out_dtype(out_dtype: torch.dtype, pool_dtype: torch.dtype, scaled: bool, name: str) -> None:
-    known = isinstance(out_dtype, torch.dtype)
+def check_out_dtype(out_dtype: torch.dtype, pool_dtype: torch.dtype, scales: Sequence[Scale], name: str) -> None:
+    """Raise unless rows of this dtype can come of a pool."""
+    known, scaled = isinstance(out_dtype, torch.dtype), any(scale.kind != "none" for scale in scales)
     if known and (out_dtype in FLOATS or (out_dtype == pool_dtype and not scaled)):
         return
     accepted = ", ".join(dtype_name(d) for d in FLOATS)
@@ -180,14 +213,16 @@ def _check_out_dtype(out_dtype: torch.dtype, pool_dtype: torch.dtype, scaled: bo
     raise TypeError(f"{name} is {came}; accepted: {accepted}, or without scales {dtype_name(pool_dtype)}")
 
 
-def _check_out(
+def check_out(
     out: Sequence[Tensor],
     geometry: Geometry,
     total_tokens: int,
     dtype: torch.dtype,
-    pools: tuple[Tensor, Tensor],
+    source: Source,
     names: tuple[str, str],
 ) -> tuple[Tensor, Tensor]:
+    """Raise unless rows can be written to a pair of tensors: enough of them, each at an address of its own, and none
+    at one of a pool, of a scale or of the other output."""
     if not isinstance(out, (tuple, list)) or len(out) != 2:
         raise TypeError(f"out is {type(out).__name__}; accepted: a pair of tensors (K, V)")
     for name, tensor, dim in zip(names, out, (geometry.head_dim, geometry.v_head_dim), strict=True):
@@ -200,16 +235,11 @@ def _check_out(
         if overlaps_itself(tensor):
             raise ValueError(f"{name} has strides {list(tensor.stride())}; accepted: rows that do not overlap")
     if not torch.compiler.is_compiling():
-        held = [_addresses(pool) for pool in pools]
+        taken = [tensor for tensor in source if isinstance(tensor, Tensor)]
         for name, tensor in zip(names, out, strict=True):
-            begin, end = _addresses(tensor)
-            if any(begin < other_end and other_begin < end for other_begin, other_end in held):
-                raise ValueError(f"{name} shares memory with a cache or the other output; accepted: memory of its own")
-            held.append((begin, end))
+            if any(share_elements(tensor, other) for other in taken):
+                raise ValueError(
+                    f"{name} shares memory with a cache, a scale or the other output; accepted: memory of its own"
+                )
+            taken.append(tensor)
     return out[0], out[1]
-
-
-def _addresses(tensor: Tensor) -> tuple[int, int]:
-    """The first byte of a tensor, and the one after its last."""
-    begin = tensor.data_ptr()
-    return begin, begin + extent(tensor) * tensor.element_size()

@@ -31,7 +31,7 @@ def run(
     if backend == "triton" and key_cache.shape[0]:
         from .kernel import launch
 
-        launch(key_cache, value_cache, layout, dtype, k_scale, v_scale, records, k_out, v_out)
+        launch(key_cache.view(dtype), value_cache.view(dtype), layout, k_scale, v_scale, records, k_out, v_out)
         return
     sides: tuple[tuple[Tensor, Which, Scale, Tensor], ...]
     sides = ((key_cache, "key", k_scale, k_out), (value_cache, "value", v_scale, v_out))

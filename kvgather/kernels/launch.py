@@ -1,19 +1,20 @@
-"""What launchers share: where a kernel runs, how far its offsets reach, and how wide it may load."""
+"""What launchers share: how a kernel is launched cheaply, how far its offsets reach, and how wide it may load."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import triton
 from torch import Tensor
 
 from ..formats.layout import PoolStrides, Which
+from .signatures import Pointers
 
 
 def inner_extent(tensor: Tensor) -> int:
@@ -38,8 +39,8 @@ def _mend_interpreter() -> None:
 
 
 @contextlib.contextmanager
-def launching(pool: Tensor, interpreted: bool) -> Iterator[None]:
-    """The pool's GPU is the current one; in the interpreter NumPy overflows to infinity in silence, as a GPU does."""
+def launching(tensor: Tensor, interpreted: bool) -> Iterator[None]:
+    """The tensor's GPU is the current one; in the interpreter NumPy overflows to infinity in silence, as a GPU does."""
     if interpreted:
         import warnings
 
@@ -50,7 +51,7 @@ def launching(pool: Tensor, interpreted: bool) -> Iterator[None]:
             warnings.filterwarnings("ignore", "All-NaN", RuntimeWarning)  # a maximum passes NaN by, in silence too
             yield
     else:
-        with torch.cuda.device(pool.device):
+        with torch.cuda.device(tensor.device):
             yield
 
 
@@ -88,3 +89,89 @@ class LoadStrides:
         dim_group = s.dim_group // align if grouped else s.dim_group
         strides = (s.block // align, s.head // align, s.slot_group // align, s.slot, dim_group, s.dim)
         return cls(strides, align, inner_extent(pool), s.slots_per_group, s.dims_per_group)
+
+
+# Triton's compiled kernels can be called without the search that `kernel[grid]` does at each launch: 11 µs for 21
+# arguments, where the search takes 23 (H100, Triton 3.6). Elsewhere it was never run, and the plain launch serves.
+_CALLS_COMPILED = triton.__version__.startswith("3.6.") and torch.version.hip is None
+
+
+_PREPARED: dict[object, Any] = {}
+Prepared = TypeVar("Prepared")
+
+
+def prepared_once(kind: object, key: Hashable, prepare: Callable[[], Prepared]) -> Prepared:
+    """What `prepare` makes, made at the first call with a key and kept for the others.
+
+    Args:
+        kind: what tells callers apart, such as the kernel.
+        key: everything that `prepare` looks at.
+    """
+    found = _PREPARED.get((kind, key))
+    if found is None:
+        if len(_PREPARED) >= 1024:  # an engine has some dozens; a test suite with every shape there is has more
+            _PREPARED.clear()
+        found = _PREPARED[kind, key] = prepare()
+    return cast(Prepared, found)
+
+
+class PreparedLaunch:
+    """A kernel with everything about its launches that does not change from one to the next.
+
+    The kernel's parameters come in this order: pointers, numbers, strides, constants. What the caller's cache of
+    prepared launches is keyed by has to hold the `signature` of each tensor and every constant: the kernel that was
+    compiled at the first launch serves all that follow.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        views: tuple[torch.dtype | None, ...],
+        strides: tuple[Any, ...],
+        constants: dict[str, Any],
+        interpreted: bool,
+    ) -> None:
+        """Prepare, and launch nothing.
+
+        Args:
+            kernel: decorated with `triton.jit`.
+            views: for each pointer the dtype that the kernel is compiled for, None for the tensor's own. FP8 goes as
+                uint8, because not every GPU's Triton has every FP8 dtype.
+            strides: the values of its stride parameters, tuples or ints.
+            constants: its `tl.constexpr` parameters by name, and launch options such as `num_warps`.
+            interpreted: whether launches run in Triton's interpreter.
+        """
+        self._kernel, self._views, self._strides, self._constants = kernel, views, strides, constants
+        self._interpreted = interpreted
+        self._tail: tuple[Any, ...] = (*strides, *(constants[n] for n in kernel.arg_names if n in constants))
+        self._compiled: Any = None
+        self._device = -1
+
+    def __call__(
+        self, programs: int, tensors: Pointers, addresses: tuple[int | float, ...], numbers: tuple[int, ...]
+    ) -> None:
+        """Launch; nothing for a grid of 0.
+
+        Args:
+            programs: the grid.
+            tensors: the pointer arguments, all on one device, the first one a tensor; a number where the kernel takes
+                a number there.
+            addresses: their `data_ptr()`, or the number.
+            numbers: the run-time numbers, ints below 2^31.
+        """
+        if programs == 0:
+            return
+        if self._compiled is not None and torch.cuda.current_device() == self._device:
+            self._compiled[(programs, 1, 1)](*addresses, *numbers, *self._tail)
+            return
+        with launching(cast(Tensor, tensors[0]), self._interpreted):
+            if self._compiled is not None:
+                self._compiled[(programs, 1, 1)](*addresses, *numbers, *self._tail)
+                return
+            loaded = [
+                t.view(view) if view is not None and isinstance(t, Tensor) else t
+                for t, view in zip(tensors, self._views, strict=True)
+            ]
+            compiled = self._kernel[(programs,)](*loaded, *numbers, *self._strides, **self._constants)
+            if _CALLS_COMPILED and not self._interpreted:
+                self._compiled, self._device = compiled, torch.cuda.current_device()

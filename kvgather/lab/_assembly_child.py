@@ -1,7 +1,7 @@
 """The child process of `assembly`: compiles the gather kernel and answers in JSON, one line a job.
 
 Everything a compilation depends on comes from where a launch has it: the tile, the constants and the strides from
-`_prepare`, the argument types from Triton's own specialization of tensors that have shapes and no memory.
+`GatherLaunch`, the argument types from Triton's own specialization of tensors that have shapes and no memory.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from ..device import fp8_in_hardware
 from ..formats.fp8 import FORMATS
 from ..formats.layout import Which
 from ..formats.scale import Scale, kind_shape
-from ..gather.kernel import _prepare, _Side, gather_kernel
-from ..gather.ops import as_operand
+from ..gather.kernel import GatherLaunch, Side, gather_kernel, pointers_of
 from .assembly import Variant
 
 META = torch.device("meta")
@@ -62,33 +61,44 @@ def pools_of(variant: Variant) -> tuple[Tensor, Tensor]:
     return key, value
 
 
-def side_of(case: Case, which: Which, pool: Tensor) -> _Side:
+def side_of(case: Case, which: Which, pool: Tensor) -> Side:
     kind, dim = (case.k_kind, case.k_dim) if which == "key" else (case.v_kind, case.v_dim)
     scale = None
     if kind != "none":
         scale = torch.empty(kind_shape(kind, case.num_blocks, case.num_heads, case.page_size) or (1,), device=META)
-    held = torch.uint8 if case.out_dtype.itemsize == 1 else case.out_dtype
-    rows = torch.empty((case.total_tokens, case.num_heads, dim), dtype=held, device=META)
-    return _Side(which, as_operand(pool), Scale.of(kind, scale), rows)
+    rows = torch.empty((case.total_tokens, case.num_heads, dim), dtype=case.out_dtype, device=META)
+    return Side(which, pool, Scale.of(kind, scale), rows)
+
+
+def warm_up(launch: GatherLaunch, k: Side, v: Side, page: Tensor, hardware: bool) -> Any:
+    """The compiled kernel of a launch.
+
+    Args:
+        page: records, or a block table.
+        hardware: whether the target decodes the pool's format: the one constant that a launch asks the device for.
+    """
+    pairs = zip(pointers_of(k, v), (*k.views, *v.views), strict=True)
+    pointers = [p if view is None else p.view(view) for p, view in pairs]  # type: ignore[union-attr]
+    constants = launch.constants | {"HARDWARE": hardware}
+    numbers = (7, 1024, 1024, 1024, 1024, 3)  # run-time numbers, for which nothing is specialized
+    return gather_kernel.warmup(page, page, page, *pointers, *numbers, *launch.strides, **constants, grid=(1,))
 
 
 def compile_one(variant: Variant, target: str) -> dict[str, Any]:
     case, gpu = variant.case, gpu_target(target)
     key, value = pools_of(variant)
     k, v = side_of(case, "key", key), side_of(case, "value", value)
-    prepared = _prepare(k, v, case.layout, case.dtype, interpreted=False, lanes=gpu.warp_size)
-    constants = dict(prepared.constants)
-    if case.dtype in FORMATS:  # the one constant that a launch asks the device for
-        constants["HARDWARE"] = case.dtype in fp8_in_hardware(*target.split(":"))
-    records = torch.empty((case.total_tokens // case.page_size + 1, 4), dtype=torch.int32, device=META)
-    pointers = (*k.pointers(records, case.dtype.itemsize), *v.pointers(records, case.dtype.itemsize))
+    offsets = (torch.empty(17, dtype=torch.int32, device=META),) * 2 if variant.by_table else None
+    launch = GatherLaunch(k, v, case.layout, interpreted=False, lanes=gpu.warp_size, offsets=offsets)
+    hardware = case.dtype not in FORMATS or case.dtype in fp8_in_hardware(*target.split(":"))
+    page = torch.empty((case.total_tokens // case.page_size + 1, 4), dtype=torch.int32, device=META)
     driver.set_active(NoDriver(gpu))  # type: ignore[arg-type]
     try:
-        kernel = gather_kernel.warmup(records, *pointers, *prepared.strides, **constants, grid=(1,))
+        kernel = warm_up(launch, k, v, page, hardware)
     except Exception as error:
         return {"error": words_of(error)}
     text = kernel.asm["ptx" if gpu.backend == "cuda" else "amdgcn"]
-    return {"text": text, "lanes": gpu.warp_size, "constants": constants}
+    return {"text": text, "lanes": gpu.warp_size, "constants": launch.constants | {"HARDWARE": hardware}}
 
 
 def words_of(error: BaseException) -> str:

@@ -16,8 +16,8 @@ from triton.runtime.driver import driver
 
 from ..bench.cases import Case
 from ..device import fp8_in_hardware
-from ..gather.kernel import _prepare, gather_kernel
-from ._assembly_child import META, NoDriver, gpu_target, pools_of, side_of, words_of
+from ..gather.kernel import GatherLaunch
+from ._assembly_child import META, NoDriver, gpu_target, pools_of, side_of, warm_up, words_of
 from .assembly import Variant
 from .before_fix import gather_one_head_kernel
 from .steps import STEPS, constants_of
@@ -44,11 +44,8 @@ def _warm_up(name: str, case: Case, target: str) -> tuple[Any, int]:
         return kernel, 4
     if name.startswith("5"):
         k, v = side_of(case, "key", key), side_of(case, "value", value)
-        prepared = _prepare(k, v, case.layout, case.dtype, interpreted=False, lanes=gpu_target(target).warp_size)
-        constants = prepared.constants | {"HARDWARE": hardware}
-        pointers = (*k.pointers(records, 1), *v.pointers(records, 1))
-        kernel = gather_kernel.warmup(records, *pointers, *prepared.strides, **constants, grid=(1,))
-        return kernel, constants["num_warps"]
+        launch = GatherLaunch(k, v, case.layout, interpreted=False, lanes=gpu_target(target).warp_size)
+        return warm_up(launch, k, v, records, hardware), launch.constants["num_warps"]
     step = next(step for step in STEPS if step.name == name)
     num_warps = step.num_warps(case.page_size, case.num_heads, case.k_dim, gpu_target(target).warp_size)
     constants = constants_of(case.layout, case.dtype, case.page_size, case.num_heads, case.k_dim, hardware)

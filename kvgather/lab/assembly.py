@@ -42,15 +42,18 @@ class Variant:
 
     Attributes:
         case: the cache and the rows; `num_blocks` is the pool's size, which decides how AMD GPUs address it.
+        by_table: pages are found in a block table, as in the engines' call, and not in a plan's records.
         heads_outermost: each pool has its heads outside its blocks, as when one tensor holds a pool for each head.
     """
 
     case: Case
     heads_outermost: bool = False
+    by_table: bool = False
 
     @property
     def name(self) -> str:
-        return self.case.name + ("-heads_outermost" if self.heads_outermost else "")
+        more = "-heads_outermost" * self.heads_outermost + "-by_table" * self.by_table
+        return self.case.name + more
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import kvgather as kg
 from kvgather.bench.cases import LAYOUTS, SMALL, Case, build
 from kvgather.formats.fp8 import FLOATS, FORMATS, POOL_DTYPES, decode_table
 from kvgather.formats.scale import KINDS
+from kvgather.gather.again import forget
 from tests.gather.oracle import assert_same, untouched
 from tests.where import on_each_device
 
@@ -41,7 +42,7 @@ def test_every_code_is_decoded_exactly(
 
     if software:
         monkeypatch.setattr(kernel, "fp8_support", lambda device: dict.fromkeys(FORMATS, "software"))
-    monkeypatch.setattr(kernel, "_PREPARED", {})
+    forget()
     codes = torch.arange(256, dtype=torch.uint8, device=where)
     pool = codes.view(1, 16, 1, 16).view(dtype)
     plan = kg.GatherPlan.build(
@@ -71,7 +72,7 @@ def test_no_result_depends_on_the_tile(layout: str, where: str, monkeypatch: pyt
         wanted = built.cache.gather(built.plan, backend="torch")
         for tile in tiles:
             monkeypatch.setattr(kernel, "choose_tile", lambda *_, tile=tile: kernel.Tile(*tile))
-            monkeypatch.setattr(kernel, "_PREPARED", {})
+            forget()
             assert_same(built.cache.gather(built.plan, backend="triton"), wanted)
 
 

@@ -91,7 +91,7 @@ def wrong_outs() -> dict[str, tuple[Any, type[Exception], str]]:
         "heads": ((torch.empty(8, 3, 16), good), ValueError, r"out\[0\] has shape \[8, 3, 16\]; accepted: at least 8"),
         "dims": ((good, torch.empty(8, 2, 17)), ValueError, r"out\[1\] has shape \[8, 2, 17\]; accepted: at least 8"),
         "device": ((good.to("meta"), good), ValueError, r"out\[0\] is on meta; accepted: cpu"),
-        "itself": ((good, good), ValueError, r"out\[1\] shares memory with a cache or the other output"),
+        "itself": ((good, good), ValueError, r"out\[1\] shares memory with a cache, a scale or the other output"),
         "each other": ((one[:8], one[1:]), ValueError, r"out\[1\] shares memory"),
         "expanded": ((good[:1].expand(8, 2, 16), good), ValueError, r"out\[0\] has strides \[0, 16, 1\]; acc"),
         "sliding": (

@@ -1,0 +1,85 @@
+"""The kernel that makes a plan: one launch, one program for each record."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device import interpreting
+from .kernels.launch import PreparedLaunch, prepared_once
+from .kernels.pages import find_page
+from .kernels.signatures import MOST, offset_lanes
+
+
+@triton.jit(do_not_specialize=["batch", "columns", "num_blocks", "total", "row_stride", "column_stride"])
+def plan_kernel(
+    table_ptr, cu_ptr, start_ptr,
+    record_ptr,  # [capacity, 4] int32
+    origin_ptr,  # [capacity, 3] int64
+    given_ptr,  # [batch + 1] int64
+    batch, columns, num_blocks, total, row_stride, column_stride,
+    cu_strides,
+    PAGE: tl.constexpr, STARTS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """The record of each page, where it comes from, and a copy of the offsets; there are more records than offsets."""
+    record = tl.program_id(0).to(tl.int64)
+    strides = (row_stride.to(tl.int64), column_stride.to(tl.int64), cu_strides[0], cu_strides[1])
+    block, first_row, rows, begin, sequence, column, block_id = find_page(
+        record, table_ptr, cu_ptr, start_ptr, batch, columns, num_blocks, total, strides, PAGE, STARTS, LANES
+    )
+    used = rows > 0
+    tl.store(record_ptr + record * 4, block.to(tl.int32))
+    tl.store(record_ptr + record * 4 + 1, tl.where(used, first_row, 0).to(tl.int32))
+    tl.store(record_ptr + record * 4 + 2, rows.to(tl.int32))
+    tl.store(record_ptr + record * 4 + 3, tl.where(used, begin, 0).to(tl.int32))
+    tl.store(origin_ptr + record * 3, sequence)
+    tl.store(origin_ptr + record * 3 + 1, column)
+    tl.store(origin_ptr + record * 3 + 2, block_id)
+    if record <= batch:
+        tl.store(given_ptr + record, tl.load(cu_ptr + record * cu_strides[0]).to(tl.int64))
+
+
+def plan_records(
+    block_table: Tensor,
+    cu_seqlens_k: Tensor,
+    seq_starts: Tensor | None,
+    page_size: int,
+    num_blocks: int,
+    total_tokens: int,
+    capacity: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A plan's records, where they come from and the offsets as they came, in one launch.
+
+    Args:
+        block_table, cu_seqlens_k, seq_starts, page_size, num_blocks, total_tokens: as `GatherPlan.build` takes them,
+            checked.
+        capacity: records, at least as many as there are sequences and one more.
+
+    Returns:
+        As `plan.records_by_torch`, bit for bit.
+    """
+    device = block_table.device
+    batch, columns = block_table.shape
+    records = torch.empty((capacity, 4), dtype=torch.int32, device=device)
+    origin = torch.empty((capacity, 3), dtype=torch.int64, device=device)
+    given = torch.empty(batch + 1, dtype=torch.int64, device=device)
+    starts = cu_seqlens_k if seq_starts is None else seq_starts
+    tensors = (block_table, cu_seqlens_k, starts, records, origin, given)
+    addresses = tuple(tensor.data_ptr() for tensor in tensors)
+    interpreted, lanes = interpreting(), offset_lanes(batch)
+    cu_strides = (cu_seqlens_k.stride(0), starts.stride(0))
+    wide = max(block_table.stride()) > MOST
+    key = (
+        page_size, seq_starts is None, lanes, interpreted, device, cu_strides, wide,
+        *(tensor.dtype for tensor in tensors[:3]), *(address & 15 for address in addresses),
+    )  # fmt: skip
+
+    def prepare() -> PreparedLaunch:
+        constants = {"PAGE": page_size, "STARTS": seq_starts is not None, "LANES": lanes, "num_warps": 1}
+        return PreparedLaunch(plan_kernel, (None,) * 6, (cu_strides,), constants, interpreted)
+
+    numbers = (batch, min(columns, MOST), num_blocks, total_tokens, *block_table.stride())
+    prepared_once(plan_kernel, key, prepare)(capacity, tensors, addresses, numbers)
+    return records, origin, given
