@@ -1,4 +1,4 @@
-"""`kvgather bench gather`: our gather, what engines ship, what one would write in plain torch, and the limits."""
+"""`kvgather bench gather`: our gather, upstream's form of it, what one would write in plain torch, and the limits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `kvgather bench gather` times: our gather, what engines ship, and what one would write in plain torch; and
+"""What `kvgather bench gather` times: our gather, upstream's form of it, and what one would write in plain torch; and
 what a gather needs besides."""
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def ours(built: Built, out: Outputs) -> Call:
 
 
 def token_per_program(built: Built, out: Outputs) -> Call:
-    """The kernel that engines ship, told the right kind of scale."""
+    """One program per (token, head): upstream's form in our rewrite, told the right kind of scale."""
     from ..lab.before_fix import cp_mha_gather_cache, token_to_batch
 
     case, cache = built.case, built.cache
