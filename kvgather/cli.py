@@ -20,6 +20,7 @@ OK, NOT_AS_EXPECTED, USAGE, FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 BENCHMARKS = {
     "gather": "the gather, planned and as engines call it, against upstream's form and the memory's limit",
     "steps": "the kernels of chapter 07, each one change from the one before",
+    "host": "how long one eager call keeps the host busy, in raw launches of upstream's form",
     "prefix": "the prefix path both ways, the choice between them, one program per (token, head), and the limits",
 }
 """What `kvgather bench` measures: each is the `run` of the module of its name in `kvgather.bench`."""
@@ -72,8 +73,8 @@ def bench(arguments: argparse.Namespace) -> int:
     with Progress() as progress:
         rows = what.run(device, only=arguments.case, seconds=arguments.seconds, progress=progress)
     print(report.table(rows))
-    if hasattr(what, "summary"):
-        print(f"\n{what.summary(rows)}")
+    if hasattr(what, "summary") and (said := what.summary(rows)):
+        print(f"\n{said}")
     if arguments.csv is not None:
         slug = "cpu" if device.type == "cpu" else report.slug(rows[0].device)
         path = Path(arguments.csv or RESULTS / f"{arguments.what}_{slug}.csv")
