@@ -5,7 +5,7 @@ import io
 import re
 from pathlib import Path
 
-from kvgather.bench import report
+from kvgather.bench import call_tables, report
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -52,6 +52,11 @@ def test_the_prefix_paths_figures_are_the_measured_ones() -> None:
         assert path == min(by_path, key=lambda name: by_path[name])
         assert abs(times[case, "auto"] / by_path[path] - 1) < 0.02
     assert rows[0].device in README and rows[0].date in README
+
+
+def test_the_engines_calls_figures_are_the_measured_ones() -> None:
+    block = README.split(f"{call_tables.BEGIN}\n")[1].split(call_tables.END)[0]
+    assert block == call_tables.readme_block(ROOT / "benchmarks" / "results")  # python -m kvgather.bench.call_tables
 
 
 def test_every_file_it_links_to_exists() -> None:
