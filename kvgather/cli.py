@@ -18,9 +18,10 @@ Commands = Any  # what add_subparsers returns has no public name
 OK, NOT_AS_EXPECTED, USAGE, FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 
 BENCHMARKS = {
-    "gather": "the gather against what engines ship and against the memory's limit",
+    "gather": "the gather, planned and as engines call it, against upstream's form and the memory's limit",
     "steps": "the kernels of chapter 07, each one change from the one before",
-    "prefix": "the prefix path both ways, the choice between them, what engines ship, and the limits",
+    "host": "how long one eager call keeps the host busy, in raw launches of upstream's form",
+    "prefix": "the prefix path both ways, the choice between them, one program per (token, head), and the limits",
 }
 """What `kvgather bench` measures: each is the `run` of the module of its name in `kvgather.bench`."""
 RESULTS = Path("benchmarks") / "results"
@@ -72,8 +73,8 @@ def bench(arguments: argparse.Namespace) -> int:
     with Progress() as progress:
         rows = what.run(device, only=arguments.case, seconds=arguments.seconds, progress=progress)
     print(report.table(rows))
-    if hasattr(what, "summary"):
-        print(f"\n{what.summary(rows)}")
+    if hasattr(what, "summary") and (said := what.summary(rows)):
+        print(f"\n{said}")
     if arguments.csv is not None:
         slug = "cpu" if device.type == "cpu" else report.slug(rows[0].device)
         path = Path(arguments.csv or RESULTS / f"{arguments.what}_{slug}.csv")
@@ -91,8 +92,8 @@ def _add_crash(commands: Commands) -> None:
     parser = commands.add_parser(
         "crash",
         help="repeat the crash in child processes, and show that it is fixed",
-        description="Runs the gather as it was, with the fix as it was shipped, and as it is, with a scale that is "
-        "guarded (followed by memory that faults) or not, each in a child process of its own.",
+        description="Runs the gather as it was and with upstream's fix, both in our rewrite, and as it is, with a "
+        "scale that is guarded (followed by memory that faults) or not, each in a child process of its own.",
         epilog="exit status: 0 every outcome is as expected; 1 some are not; 2 wrong usage, or no such device here; "
         "3 a child failed for another reason or ran out of time; 130 interrupted",
     )
@@ -106,7 +107,7 @@ def _add_crash(commands: Commands) -> None:
 def _add_bench(commands: Commands) -> None:
     parser = commands.add_parser(
         "bench",
-        help="measure the gather and the prefix path against what engines ship and against the memory's limit",
+        help="measure the gather, the prefix path and host times, against upstream's form and the memory's limit",
         description="Checks each implementation against the reference, then times it; on a GPU in CUDA graphs, over "
         "inputs that do not fit in its cache.",
     )

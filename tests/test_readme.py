@@ -5,7 +5,7 @@ import io
 import re
 from pathlib import Path
 
-from kvgather.bench import report
+from kvgather.bench import call_tables, report
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -44,14 +44,19 @@ def test_the_prefix_paths_figures_are_the_measured_ones() -> None:
     times = {(row.case, row.implementation): row.p50_us for row in rows}
     told = re.findall(r"\| (\d+) \| ([\d,]+) µs \| ([\d,]+) µs \| (\w+) \| ([\d,]+) µs \|", README)
     assert len(told) == 4
-    for new, direct, gather, path, shipped in told:
+    for new, direct, gather, path, token in told:
         case = f"reach-64q8x64-NHD-per-tensor-16seqs-8192+{new}"
         by_path = {name: times[case, name] for name in ("direct", "gather")}
         assert direct == f"{by_path['direct']:,.0f}" and gather == f"{by_path['gather']:,.0f}"
-        assert shipped == f"{times[case, 'as shipped']:,.0f}"
+        assert token == f"{times[case, 'token per program, dense']:,.0f}"
         assert path == min(by_path, key=lambda name: by_path[name])
         assert abs(times[case, "auto"] / by_path[path] - 1) < 0.02
     assert rows[0].device in README and rows[0].date in README
+
+
+def test_the_engines_calls_figures_are_the_measured_ones() -> None:
+    block = README.split(f"{call_tables.BEGIN}\n")[1].split(call_tables.END)[0]
+    assert block == call_tables.readme_block(ROOT / "benchmarks" / "results")  # python -m kvgather.bench.call_tables
 
 
 def test_every_file_it_links_to_exists() -> None:

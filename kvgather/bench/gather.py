@@ -1,4 +1,4 @@
-"""`kvgather bench gather`: our gather, what engines ship, what one would write in plain torch, and the limits."""
+"""`kvgather bench gather`: our gather, upstream's form of it, what one would write in plain torch, and the limits."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from torch import Tensor
 
 from ..formats.fp8 import dequantize
 from ..formats.layout import LAYOUTS
+from .calls import CALLS, IMPLEMENTATIONS, MOST_COPIES, baseline_of, summary, time_calls_of_engines
 from .cases import Case, build
 from .implementations import Implementation, ours, plan_build, python_loop, token_per_program, torch_index
 from .report import Row
-from .runner import Timing, cache_bytes, machine, run_cases, time_calls
+from .runner import Call, Timing, cache_bytes, machine, run_cases, time_calls
+
+__all__ = ["cases", "measure", "run", "summary"]
 
 RAGGED = tuple(8192 + 113 * (5 * i % 16) - 847 for i in range(16))
 """16 sequences around 8,192 tokens, one for each remainder by 16."""
@@ -44,6 +47,7 @@ def _gpu_cases() -> Iterator[Case]:
         yield replace(GPU_BASE, layout=layout, dtype=torch.float8_e4m3fnuz)  # in software on NVIDIA
         yield replace(GPU_BASE, layout=layout, lengths=(1500,))
         yield replace(GPU_BASE, layout=layout, lengths=LONGER)
+    yield from CALLS
 
 
 def _cpu_cases() -> Iterator[Case]:
@@ -80,21 +84,22 @@ def measure(case: Case, device: torch.device, *, seconds: float = 0.2) -> list[R
         ArithmeticError: an implementation's rows are not the reference's.
     """
     moved, alone = moved_bytes(case), is_timed_alone(case, device)
-    copies = 1 if device.type == "cpu" else min(8, -(-3 * cache_bytes(device) // moved))
-    builts = [build(case, device, seed, values="normal") for seed in range(copies)]
+    builts = [build(case, device, seed, values="normal") for seed in range(_copies(case, moved, device))]
     outs = [(_empty(case, case.k_dim, device), _empty(case, case.v_dim, device)) for _ in builts]
-    reference = builts[0].cache.gather(builts[0].plan, backend="torch")
-    timings: dict[str, Timing] = {}
+    reference = builts[0].cache.gather(builts[0].plan, out_dtype=case.out_dtype, backend="torch")
+    ways: dict[str, list[Call]] = {}
     for name, prepare in _implementations(case, device).items():
-        calls = [prepare(built, out) for built, out in zip(builts, outs, strict=True)]
+        ways[name] = [prepare(built, out) for built, out in zip(builts, outs, strict=True)]
         for tensor in outs[0]:
             tensor.fill_(float("nan"))
-        calls[0]()
+        ways[name][0]()
         for got, expected in zip(outs[0], reference, strict=True):
             if not torch.equal(got, expected):
                 raise ArithmeticError(f"{name} is not the reference on {case.name}")
-        loop = name == "python loop"
-        timings[name] = time_calls(calls[:1] if loop else calls, device, seconds=seconds, graph=not loop, alone=alone)
+    if case in CALLS:
+        timings = time_calls_of_engines(ways, device, seconds=seconds)
+    else:
+        timings = _time_each(ways, device, seconds, alone)
     no_gathers = {
         name: time_calls([prepare(*pair) for pair in zip(builts, outs, strict=True)], device, seconds=seconds,
                          alone=alone)
@@ -103,16 +108,17 @@ def measure(case: Case, device: torch.device, *, seconds: float = 0.2) -> list[R
     limits, limit_bytes = _limits(case, device, seconds)
     cast = limit_bytes / limits["contiguous cast"].p50
 
-    def against(name: str, timing: Timing) -> float:
-        return round(timings[name].p50 / timing.p50, 2) if name in timings else 0.0
+    def against(timing: Timing, *names: str) -> float:
+        return next((round(timings[name].p50 / timing.p50, 2) for name in names if name in timings), 0.0)
 
     def row(name: str, timing: Timing, size: int) -> Row:
         return Row(
             benchmark="gather", case=case.name + "-one_launch" * alone, implementation=name,
             p20_us=round(timing.p20, 2), p50_us=round(timing.p50, 2), p80_us=round(timing.p80, 2),
             samples=timing.samples, bytes=size, gb_per_s=round(size / timing.p50 / 1e3, 1),
-            share_of_cast=round(size / timing.p50 / cast, 4), against_loop=against("python loop", timing),
-            against_token=against("token per program", timing), **machine(device.type),
+            share_of_cast=round(size / timing.p50 / cast, 4), against_loop=against(timing, "python loop"),
+            against_token=against(timing, "token per program", baseline_of(name)),
+            **machine(device.type),
         )  # fmt: skip
 
     return [
@@ -122,13 +128,30 @@ def measure(case: Case, device: torch.device, *, seconds: float = 0.2) -> list[R
     ]
 
 
+def _time_each(ways: dict[str, list[Call]], device: torch.device, seconds: float, alone: bool) -> dict[str, Timing]:
+    """GPU time, one implementation after the other; the Python loop, which waits, by the clock and on one input."""
+    timings = {}
+    for name, calls in ways.items():
+        loop = name == "python loop"
+        timings[name] = time_calls(calls[:1] if loop else calls, device, seconds=seconds, graph=not loop, alone=alone)
+    return timings
+
+
+def _copies(case: Case, moved: int, device: torch.device) -> int:
+    """Inputs to take in turns: as many as leave the GPU's last cache."""
+    most = MOST_COPIES if case in CALLS else 8
+    return 1 if device.type == "cpu" else min(most, -(-3 * cache_bytes(device) // moved))
+
+
 def is_timed_alone(case: Case, device: torch.device) -> bool:
     """Whether each launch is a CUDA graph of its own, instead of one of several in a row."""
-    return device.type == "cuda" and case.total_tokens <= ONE_LAUNCH
+    return device.type == "cuda" and case.total_tokens <= ONE_LAUNCH and case not in CALLS
 
 
 def _implementations(case: Case, device: torch.device) -> dict[str, Implementation]:
     found: dict[str, Implementation] = {"kvgather": ours}
+    if case in CALLS:
+        return dict(IMPLEMENTATIONS)
     plain = case.dtype == torch.float8_e4m3fn and case.k_kind in ("per-tensor", "per-token-head")
     if device.type == "cuda" and plain and case.page_size == 16 and case.lengths in (RAGGED, LONGER):
         from .launches import software_decode, trusting
@@ -162,7 +185,7 @@ def _limits(case: Case, device: torch.device, seconds: float) -> tuple[dict[str,
     """A contiguous cast with a scale, and a contiguous copy, of as many codes as the case has, and their bytes."""
     n, alone = case.total_tokens * case.num_heads * (case.k_dim + case.v_dim), is_timed_alone(case, device)
     moved = n * (case.dtype.itemsize + case.out_dtype.itemsize)
-    copies = 1 if device.type == "cpu" else min(8, -(-3 * cache_bytes(device) // moved))
+    copies = _copies(case, moved, device)
     scale = torch.full((1,), 0.5, device=device)
     held = [torch.randn(n, device=device).mul_(16).clamp_(-200, 200).to(case.dtype) for _ in range(copies)]
     out = [torch.empty(n, dtype=case.out_dtype, device=device) for _ in range(copies)]

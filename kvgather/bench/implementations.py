@@ -1,16 +1,18 @@
-"""What `kvgather bench gather` times: our gather, what engines ship, and what one would write in plain torch; and
+"""What `kvgather bench gather` times: our gather, upstream's form of it, and what one would write in plain torch; and
 what a gather needs besides."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..formats.fp8 import FORMATS, dequantize
 from ..formats.layout import as_nhd
+from ..gather.compat import cp_mha_gather_cache
 from ..plan import GatherPlan
 from .cases import Built
 from .runner import Call
@@ -22,19 +24,38 @@ Implementation = Callable[[Built, Outputs], Call]
 
 def ours(built: Built, out: Outputs) -> Call:
     """This package's gather, checks included."""
-    return lambda: built.cache.gather(built.plan, out=out)
+    return partial(built.cache.gather, built.plan, out_dtype=built.case.out_dtype, out=out)
 
 
 def token_per_program(built: Built, out: Outputs) -> Call:
-    """The kernel that engines ship, told the right kind of scale."""
-    from ..lab.before_fix import cp_mha_gather_cache, token_to_batch
+    """One program per (token, head): upstream's form in our rewrite, told the right kind of scale."""
+    from ..lab import before_fix
+
+    return partial(before_fix.cp_mha_gather_cache, *_engines_arguments(built, out))
+
+
+def engines_call(built: Built, out: Outputs) -> Call:
+    """The gather as engines call it, with everything that `cp_mha_gather_cache` does."""
+    return partial(cp_mha_gather_cache, *_engines_arguments(built, out))
+
+
+def upstream_form(built: Built, out: Outputs) -> Call:
+    """One raw launch of upstream's form of the kernel (our rewrite), told the right kind of scale."""
+    from ..lab.before_fix import raw_launch
+
+    return raw_launch(*_engines_arguments(built, out))
+
+
+def _engines_arguments(built: Built, out: Outputs) -> tuple[Any, ...]:
+    """What `cp_mha_gather_cache` takes; sequences begin at 0, and the flag says what the scale is."""
+    from ..lab.before_fix import token_to_batch
 
     case, cache = built.case, built.cache
     batches = token_to_batch(built.cu_seqlens_k)
     starts = torch.zeros(len(case.lengths), dtype=torch.int32, device=batches.device)
-    return lambda: cp_mha_gather_cache(
+    return (
         cache.key_cache, cache.value_cache, *out, built.block_table, cache.k_scale, cache.v_scale, built.cu_seqlens_k,
-        batches, starts, True, case.layout, case.total_tokens, per_token_quant=case.k_kind == "per-token-head",
+        batches, starts, True, case.layout, case.total_tokens, case.k_kind == "per-token-head",
     )  # fmt: skip
 
 

@@ -89,8 +89,8 @@ def summary(rows: Sequence[Row]) -> str:
     """Targets and crossing; on a CPU, what was left out."""
     if not any(row.implementation == "direct" for row in rows):
         return (
-            "Tiny batches in plain torch. Left out, for they need a GPU: the direct path, the gather as shipped, the "
-            "limits,\npeaks of memory, and every target."
+            "Tiny batches in plain torch. Left out, for they need a GPU: the direct path, one program per (token, "
+            "head), the\nlimits, peaks of memory, and every target."
         )
     return f"{targets(rows)}\n\n{crossing(rows)}"
 
@@ -123,7 +123,7 @@ def _reach(found: Found) -> Iterable[Target]:
         if best is None:
             yield what, accepted, "not measured", None
             continue
-        names = (*PATHS, "auto", "as shipped", "dense, no gather", "dense, no gather, cached part")
+        names = (*PATHS, "auto", "token per program, dense", "dense, no gather", "dense, no gather, cached part")
         others = ", ".join(f"{name} {by_name[name].p50_us:,.1f}" for name in names if name in by_name)
         yield what, accepted, f"{best[0]:,.1f} µs, {best[0] / peer:.2f} of the best peer ({others})", best[0] <= most
 

@@ -25,6 +25,8 @@ class Row:
         against_loop: the Python loop's median over this one's, same run; 0 where the loop was not run.
         against_token: the one-program-per-(token, head) kernel's median over this one's, same run; 0 likewise.
         device, driver, torch, triton, commit, date: where and when.
+        launches: of a host time, over the median of one raw launch in the same run; 0 elsewhere. A file in which no row
+            has any has no such column.
     """
 
     benchmark: str
@@ -45,6 +47,11 @@ class Row:
     triton: str
     commit: str
     date: str
+    launches: float = 0.0
+
+
+_COLUMNS = tuple(field.name for field in fields(Row))
+_ALWAYS = _COLUMNS[:-1]
 
 
 def write(rows: Iterable[Row], path: Path) -> None:
@@ -53,10 +60,12 @@ def write(rows: Iterable[Row], path: Path) -> None:
     replaced = {(row.benchmark, row.case, row.device) for row in rows}
     kept = [row for row in read(path) if (row.benchmark, row.case, row.device) not in replaced] if path.exists() else []
     path.parent.mkdir(parents=True, exist_ok=True)
+    written = [*kept, *rows]
+    columns = _COLUMNS if any(row.launches for row in written) else _ALWAYS
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(asdict(row) for row in [*kept, *rows])
+        writer.writerows(asdict(row) for row in written)
 
 
 def read(path: Path) -> list[Row]:
@@ -65,15 +74,14 @@ def read(path: Path) -> list[Row]:
     Raises:
         ValueError: the file's columns are not a row's.
     """
-    kinds = {"int": int, "float": float, "str": str}
+    types = {"int": int, "float": float, "str": str}
+    convert = {field.name: types[str(field.type)] for field in fields(Row)}
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        wanted = [field.name for field in fields(Row)]
-        if reader.fieldnames != wanted:
-            raise ValueError(f"{path} has columns {reader.fieldnames}; accepted: {wanted}")
-        return [
-            Row(**{field.name: kinds[str(field.type)](line[field.name]) for field in fields(Row)}) for line in reader
-        ]
+        columns = tuple(reader.fieldnames or ())
+        if columns not in (_ALWAYS, _COLUMNS):
+            raise ValueError(f"{path} has columns {list(columns)}; accepted: {list(_ALWAYS)}, and {_COLUMNS[-1]} last")
+        return [Row(**{name: convert[name](line[name]) for name in columns}) for line in reader]
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol, TypedDict, TypeVar
 
 import torch
 
@@ -149,8 +149,19 @@ def run_cases(
     return rows
 
 
+class Machine(TypedDict):
+    """A row's columns about where and when."""
+
+    device: str
+    driver: str
+    torch: str
+    triton: str
+    commit: str
+    date: str
+
+
 @functools.cache
-def machine(device_type: str) -> dict[str, str]:
+def machine(device_type: str) -> Machine:
     """What a row says about where it was measured: device, driver, versions, commit and date."""
     import importlib.metadata
 

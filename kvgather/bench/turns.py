@@ -1,4 +1,8 @@
-"""Timing several ways to do one thing in turns, so that a GPU that slows down slows down all of them."""
+"""Timing several ways to do one thing in turns, so that a GPU that slows down slows down all of them.
+
+`time_in_turns` gives GPU time, `time_eagerly` the time of a call in a loop of calls, which is the host's or the GPU's,
+whichever is longer, and `time_on_host` the time until a call returns.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,11 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from .runner import Call, Timing, _captured, _time_on_cpu
+
+EAGER_SECONDS = 0.02
+"""Length of one sample of eager calls: the GPU's work after the last launch is then a small part of it."""
+HOST_BATCH = 8
+"""Calls between two waits for the GPU: few, so that its queue never fills and no launch waits for a place in it."""
 
 
 def time_in_turns(ways: Mapping[str, Sequence[Call]], device: torch.device, *, seconds: float) -> dict[str, Timing]:
@@ -47,3 +56,69 @@ def time_in_turns(ways: Mapping[str, Sequence[Call]], device: torch.device, *, s
         for name, start, stop in taken:
             samples[name].append(1e3 * start.elapsed_time(stop) / len(ways[name]))
     return {name: Timing.of(times) for name, times in samples.items()}
+
+
+def time_eagerly(ways: Mapping[str, Sequence[Call]], device: torch.device, *, seconds: float) -> dict[str, Timing]:
+    """Time one call in a host loop that launches call after call and waits for the GPU once, at the end.
+
+    Args:
+        ways: by name, the same work on different memory, as in `time_calls`.
+        device: where they run.
+        seconds: about how long to measure each way, after a warm-up.
+
+    Returns:
+        Percentiles over loops of about `EAGER_SECONDS`, the ways in turns: per call, the host's time or the GPU's,
+        whichever is longer.
+    """
+    loops = {}
+    for name, calls in ways.items():
+        _loop(calls, device)  # compiles
+        once = _loop(calls, device) * len(calls)
+        loops[name] = list(calls) * max(1, round(1e6 * EAGER_SECONDS / once))
+    samples: dict[str, list[float]] = {name: [] for name in ways}
+    end, rounds = time.monotonic() + seconds * len(ways), 0
+    while rounds < 3 or (time.monotonic() < end and rounds < 200):
+        rounds += 1
+        for name, calls in loops.items():
+            samples[name].append(_loop(calls, device))
+    return {name: Timing.of(times) for name, times in samples.items()}
+
+
+def _loop(calls: Sequence[Call], device: torch.device) -> float:
+    """Time per call of one loop over all calls, in µs."""
+    _wait(device)
+    begin = time.perf_counter()
+    for call in calls:
+        call()
+    _wait(device)
+    return 1e6 * (time.perf_counter() - begin) / len(calls)
+
+
+def time_on_host(ways: Mapping[str, Call], device: torch.device, *, seconds: float) -> dict[str, Timing]:
+    """Time until one call returns; the work that it launched is not waited for.
+
+    Args:
+        ways: by name, the calls; `HOST_BATCH` of one run before the next has its turn.
+        device: where they launch.
+        seconds: about how long to measure each way, after a warm-up.
+    """
+    for call in ways.values():
+        for _ in range(HOST_BATCH):
+            call()
+    samples: dict[str, list[float]] = {name: [] for name in ways}
+    end, rounds = time.monotonic() + seconds * len(ways), 0
+    while rounds < 2 or time.monotonic() < end:
+        rounds += 1
+        for name, call in ways.items():
+            _wait(device)
+            for _ in range(HOST_BATCH):
+                begin = time.perf_counter_ns()
+                call()
+                samples[name].append((time.perf_counter_ns() - begin) / 1e3)
+    _wait(device)
+    return {name: Timing.of(times) for name, times in samples.items()}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -37,9 +37,9 @@ def _warm_up(name: str, case: Case, target: str) -> tuple[Any, int]:
     if name.startswith("0"):
         index = torch.empty(64, dtype=torch.int32, device=META)
         kernel = gather_one_head_kernel.warmup(
-            key, value, rows, rows, index, scale, scale, index, index, index, case.num_heads, case.page_size, 1024,
-            K_DIM=case.k_dim, V_DIM=case.v_dim, K_LANES=case.k_dim, V_LANES=case.v_dim, X=16 // case.dtype.itemsize,
-            SHUFFLE=case.layout == "SHUFFLE", DEQUANT=True, PER_TOKEN=False, grid=(1,),
+            key, value, rows, rows, index, scale, scale, index, index, index, case.num_heads, 1024,
+            PAGE_SIZE=case.page_size, K_DIM=case.k_dim, V_DIM=case.v_dim, K_LANES=case.k_dim, V_LANES=case.v_dim,
+            X=16 // case.dtype.itemsize, SHUFFLE=case.layout == "SHUFFLE", DEQUANT=True, PER_TOKEN=False, grid=(1,),
         )  # fmt: skip
         return kernel, 4
     if name.startswith("5"):

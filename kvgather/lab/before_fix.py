@@ -1,12 +1,13 @@
 """The gather as it was: one program per (token, head), and a flag that says what the scale is.
 
-This is our own writing of the algorithm that inference engines shipped, bug included. The kernel indexes
-the scale as `[block, head, slot]` whenever it is told `PER_TOKEN`; the launcher passes on the caller's flag,
-True by default, and never looks at the scale. A one-element scale is then read far beyond its end.
-`kvgather.gather` is the gather as it should be.
+Upstream's form of the kernel in our own rewrite, bug included: 21 arguments, the page size a constexpr. It indexes
+the scale as `[block, head, slot]` whenever it is told `PER_TOKEN`, which the launcher sets from the caller's flag
+alone: a one-element scale is then read far beyond its end. `kvgather.gather` is the gather as it should be.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import triton
@@ -32,8 +33,8 @@ def gather_one_head_kernel(
     token_to_batch_ptr,  # [tokens]
     seq_starts_ptr,  # [batch]
     num_heads,
-    page_size,
     stride_table,
+    PAGE_SIZE: tl.constexpr,
     K_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
     K_LANES: tl.constexpr,
@@ -48,17 +49,17 @@ def gather_one_head_kernel(
 
     batch = tl.load(token_to_batch_ptr + token)
     position = token - tl.load(cu_seqlens_ptr + batch) + tl.load(seq_starts_ptr + batch)
-    block = tl.load(block_tables_ptr + batch * stride_table + position // page_size).to(tl.int64)
-    slot = position % page_size
+    block = tl.load(block_tables_ptr + batch * stride_table + position // PAGE_SIZE).to(tl.int64)
+    slot = position % PAGE_SIZE
 
     k_dim = tl.arange(0, K_LANES)
     v_dim = tl.arange(0, V_LANES)
     if SHUFFLE:
-        page = (block * num_heads + head) * page_size
-        k_at = page * K_DIM + (k_dim // X) * page_size * X + slot * X + k_dim % X
+        page = (block * num_heads + head) * PAGE_SIZE
+        k_at = page * K_DIM + (k_dim // X) * PAGE_SIZE * X + slot * X + k_dim % X
         v_at = page * V_DIM + (slot // X) * V_DIM * X + v_dim * X + slot % X
     else:
-        row = (block * page_size + slot) * num_heads + head
+        row = (block * PAGE_SIZE + slot) * num_heads + head
         k_at = row * K_DIM + k_dim
         v_at = row * V_DIM + v_dim
     k = tl.load(key_cache_ptr + k_at, mask=k_dim < K_DIM, other=0.0)
@@ -66,7 +67,7 @@ def gather_one_head_kernel(
 
     if DEQUANT:
         if PER_TOKEN:
-            scale_at = (block * num_heads + head) * page_size + slot  # [block, head, slot]
+            scale_at = (block * num_heads + head) * PAGE_SIZE + slot  # [block, head, slot]
         else:
             scale_at = block * 0  # element 0
         k_scale = tl.load(k_scale_ptr + scale_at)
@@ -124,14 +125,65 @@ def cp_mha_gather_cache(
     if dequant and (k_scales is None or v_scales is None):
         raise ValueError("k_scales or v_scales is None; accepted with dequant: a tensor each")
     require_triton(key_cache.device)
+    if total_tokens == 0:
+        return
+    launch = raw_launch(
+        key_cache,
+        value_cache,
+        key,
+        value,
+        block_tables,
+        k_scales,
+        v_scales,
+        cu_seqlens_kv,
+        token_to_batch,
+        seq_starts,
+        dequant,
+        kv_cache_layout,
+        total_tokens,
+        per_token_quant,
+    )
+    with launching(key_cache, interpreting()):
+        launch()
+
+
+def raw_launch(
+    key_cache: Tensor,
+    value_cache: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_tables: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
+    cu_seqlens_kv: Tensor,
+    token_to_batch: Tensor,
+    seq_starts: Tensor,
+    dequant: bool,
+    kv_cache_layout: str,
+    total_tokens: int,
+    per_token_quant: bool = True,
+) -> Callable[[], object]:
+    """One launch `kernel[grid](…)` and nothing else, on the current GPU: the yardstick of the benchmarks.
+
+    Nothing is checked. Strides and constants are read here, once, so that a call costs what Triton costs.
+
+    Args:
+        key_cache, value_cache, key, value, block_tables, k_scales, v_scales, cu_seqlens_kv, token_to_batch,
+            seq_starts, dequant, kv_cache_layout, total_tokens, per_token_quant: see `cp_mha_gather_cache`;
+            at least one token.
+
+    Returns:
+        The launch.
+    """
     shuffle = kv_cache_layout == "SHUFFLE"
     page_size = key_cache.shape[3] if shuffle else key_cache.shape[1]
     num_heads, k_dim = key.shape[1:]
-    v_dim = value.shape[2]
-    if total_tokens == 0:
-        return
-    with launching(key_cache, interpreting()):
-        gather_one_head_kernel[(total_tokens, num_heads)](
+    v_dim, grid = value.shape[2], (total_tokens, key.shape[1])
+    k_lanes, v_lanes = triton.next_power_of_2(k_dim), triton.next_power_of_2(v_dim)
+    x, stride_table = 16 // key_cache.element_size(), block_tables.stride(0)
+
+    def launch() -> object:
+        return gather_one_head_kernel[grid](
             key_cache,
             value_cache,
             key,
@@ -143,17 +195,19 @@ def cp_mha_gather_cache(
             token_to_batch,
             seq_starts,
             num_heads,
-            page_size,
-            block_tables.stride(0),
+            stride_table,
+            PAGE_SIZE=page_size,
             K_DIM=k_dim,
             V_DIM=v_dim,
-            K_LANES=triton.next_power_of_2(k_dim),
-            V_LANES=triton.next_power_of_2(v_dim),
-            X=16 // key_cache.element_size(),
+            K_LANES=k_lanes,
+            V_LANES=v_lanes,
+            X=x,
             SHUFFLE=shuffle,
             DEQUANT=dequant,
             PER_TOKEN=per_token_quant,
         )
+
+    return launch
 
 
 def cp_mha_gather_cache_shipped_fix(
@@ -172,7 +226,7 @@ def cp_mha_gather_cache_shipped_fix(
     total_tokens: int,
     per_token_quant: bool = True,
 ) -> None:
-    """The same gather with the fix as it was shipped: one-element scales are per-tensor, whatever the flag.
+    """The same gather with upstream's fix, rewritten too: one-element scales are per-tensor, whatever the flag.
 
     It closes the case that was reported. A per-head scale `[heads]` has more than one element, so it is still
     indexed as `[block, head, slot]` and read outside its end.

@@ -2,7 +2,7 @@
 
 A case is a kernel, where its scale lies, and a device: "before/guarded/cpu".
 
-- before: the gather as it was. shipped-fix: with the fix as it was shipped. after: `kvgather.gather`.
+- before: the gather as it was. shipped-fix: with upstream's fix; both in our rewrite. after: `kvgather.gather`.
 - guarded: behind the scale comes memory that faults (`kvgather.lab.fence`). unguarded: on a GPU an ordinary
   allocation; on a CPU the scale lies in an arena whose element i holds i, so that the outcome repeats.
 - cpu: Triton's interpreter. cuda: a GPU, CUDA or ROCm.

@@ -130,7 +130,7 @@ def test_what_a_gpu_times_is_the_reference_too(which: int, where: str) -> None:
     wanted = prefix.wanted(built)
     found = prefix.implementations(case, CUDA)
     assert list(found) == [
-        "direct", "gather", "auto", "as shipped", "dense, no gather", "dense, no gather, cached part"
+        "direct", "gather", "auto", "token per program, dense", "dense, no gather", "dense, no gather, cached part"
     ]  # fmt: skip
     for name, prepare in found.items():
         call = prepare(built)  # the cached part is checked here
@@ -255,8 +255,8 @@ def test_a_gpu_measures_with_limits_and_peaks(part: str) -> None:
     }[part]
     rows = {each.implementation: each for each in prefix.measure(case, CUDA, seconds=0.01)}
     if part == "reach":
-        assert {"direct", "gather", "auto", "as shipped", "read limit", "contiguous copy"} <= set(rows)
-        assert rows["read limit"].bytes == case.cached_bytes and rows["as shipped"].against_token == 1
+        assert {"direct", "gather", "auto", "token per program, dense", "read limit", "contiguous copy"} <= set(rows)
+        assert rows["read limit"].bytes == case.cached_bytes and rows["token per program, dense"].against_token == 1
     else:
         peak = partial("{}: peak memory".format)
         assert 0 < rows[peak("gather, workspace 2048")].bytes < rows[peak("gather")].bytes

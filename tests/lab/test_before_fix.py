@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
@@ -79,3 +81,28 @@ def test_token_to_batch_skips_empty_sequences():
     found = before_fix.token_to_batch(torch.tensor([0, 2, 2, 3], dtype=torch.int32))
     assert found.tolist() == [0, 0, 2]
     assert found.dtype == torch.int32
+
+
+def test_the_kernel_has_upstreams_form():
+    parameters = inspect.signature(before_fix.gather_one_head_kernel.fn).parameters
+    assert len(parameters) == 21
+    assert "constexpr" in str(parameters["PAGE_SIZE"].annotation) and "page_size" not in parameters
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_raw_launch_is_one_launch_with_21_arguments(call, layout, monkeypatch):
+    case = call(layout, torch.float8_e4m3fn, torch.tensor([0.5]))
+    launch = before_fix.raw_launch(**case.arguments, per_token_quant=False)
+    launches = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *given, **named: launches.append((grid, len(given) + len(named)))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(before_fix, "gather_one_head_kernel", Kernel())
+        launch()
+    assert launches == [((3, 2), 21)]
+    launch()
+    for got, want in zip(case.got, case.want, strict=True):
+        assert torch.equal(got, want)

@@ -1,0 +1,149 @@
+"""The engines' call next to upstream's form: both checked first, each timed as it says."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kvgather.bench import calls, gather, turns
+from kvgather.bench.cases import Case, build
+from kvgather.bench.implementations import engines_call, upstream_form
+from kvgather.bench.report import Row
+from tests.where import on_each_device
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+TINY = Case(num_heads=1, k_dim=16, v_dim=16, lengths=(3, 2), starts=(), out_dtype=torch.float32)
+NAMES = ["kvgather", "cp_mha_gather_cache", "upstream form"]
+
+
+def test_the_cases_are_those_with_something_to_reach() -> None:
+    found = [case for case in gather.cases(CUDA) if case in calls.CALLS]
+    wanted = itertools.product(("NHD", "SHUFFLE"), ((8, 64), (8, 128), (1, 64)), (1536, 16384, 131072))
+    assert {(case.layout, (case.num_heads, case.k_dim), case.total_tokens) for case in found} == set(wanted)
+    for case in calls.CALLS:
+        assert case.lengths == (case.total_tokens // 16,) * 16 and case.k_dim == case.v_dim
+        assert (case.page_size, case.k_kind, case.v_kind) == (16, "per-tensor", "per-tensor")
+        assert (case.dtype, case.out_dtype) == (torch.float8_e4m3fn, torch.bfloat16)
+        assert not gather.is_timed_alone(case, CUDA)
+        assert list(gather._implementations(case, CUDA)) == NAMES
+    assert not set(calls.CALLS) & set(gather.cases(CPU))
+
+
+@pytest.mark.parametrize("megabytes", [50, 60])
+def test_the_inputs_do_not_fit_in_the_cache(megabytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gather, "cache_bytes", lambda device: megabytes * 2**20)
+    for case in calls.CALLS:
+        moved = gather.moved_bytes(case)
+        assert gather._copies(case, moved, CUDA) * moved > 2.5 * megabytes * 2**20
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("layout", ["NHD", "SHUFFLE"])
+def test_rows_are_held_against_upstreams_form(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, in the interpreter: everything but what the times say."""
+    case = replace(TINY, layout=layout)
+    monkeypatch.setattr(gather, "CALLS", (case,))
+    monkeypatch.setattr(turns, "EAGER_SECONDS", 1e-6)
+    rows = {row.implementation: row for row in gather.measure(case, CPU, seconds=1e-6)}
+    eager = [name + ", eager" for name in NAMES[1:]]
+    assert list(rows) == [*NAMES, *eager, "contiguous cast", "contiguous copy"]
+    for name in (*NAMES, *eager):
+        baseline = rows["upstream form, eager" if name in eager else "upstream form"]
+        assert rows[name].against_token == pytest.approx(baseline.p50_us / rows[name].p50_us, rel=0.02, abs=0.01)
+        assert rows[name].bytes == gather.moved_bytes(case) and rows[name].launches == 0
+
+
+@pytest.mark.triton
+@on_each_device
+@pytest.mark.parametrize("kind", ["per-tensor", "per-token-head"])
+@pytest.mark.parametrize("prepare", [engines_call, upstream_form])
+def test_both_gather_what_the_cache_holds(prepare, kind: str, where: str) -> None:
+    built = build(replace(TINY, layout="SHUFFLE", k_kind=kind, v_kind=kind), where, values="normal")
+    wanted = built.cache.gather(built.plan, out_dtype=torch.float32, backend="torch")
+    got = torch.full_like(wanted[0], -7), torch.full_like(wanted[1], -7)
+    prepare(built, got)()
+    assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
+
+
+@pytest.mark.triton
+def test_a_call_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gather, "CALLS", (TINY,))
+    wrong = dict(calls.IMPLEMENTATIONS) | {"upstream form": lambda built, out: lambda: out[0].zero_()}
+    monkeypatch.setattr(gather, "IMPLEMENTATIONS", wrong)
+    monkeypatch.setattr(gather, "time_calls_of_engines", lambda *_, **__: pytest.fail("timed"))
+    with pytest.raises(ArithmeticError, match="upstream form is not the reference"):
+        gather.measure(TINY, CPU, seconds=1e-6)
+
+
+def test_the_summary_says_what_is_reached() -> None:
+    times = {
+        "kvgather": 14.0, "cp_mha_gather_cache": 16.1, "upstream form": 83.0, "cp_mha_gather_cache, eager": 41.5,
+        "upstream form, eager": 83.0,
+    }  # fmt: skip
+    (case,) = (each for each in calls.CALLS if each.name.startswith("NHD-8x64") and each.total_tokens == 16384)
+    rows = [
+        Row("gather", case.name, name, time, time, time, 9, 1, 1, 1, 0, 1, "d", "", "2", "3", "c", "2026-11-27")
+        for name, time in times.items()
+    ]
+    assert calls.summary(rows).splitlines()[1:] == [
+        case.name,
+        "  eager 2.00 × (≥ 2 ×): reached",
+        "  GPU 5.16 × (≥ 4 ×): reached",
+        "  GPU 16.1 µs, planned 14.0 (≤ 16.0): NOT reached",
+    ]
+    other = [replace(row, case=calls.CALLS[-2].name) for row in rows]  # nothing is to be reached eagerly
+    assert calls.summary(other).splitlines()[2:4] == ["  eager 2.00 ×", "  GPU 5.16 × (≥ 1 ×): reached"]
+    assert calls.summary(rows[:-1]) == "" and gather.summary is calls.summary
+
+
+class Clock:
+    """Time that goes by only while calls run, and a record of what ran."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.order = 0.0, []
+        clock = SimpleNamespace(
+            perf_counter=lambda: self.now, monotonic=lambda: self.now, perf_counter_ns=lambda: round(1e9 * self.now)
+        )
+        monkeypatch.setattr(turns, "time", clock)
+        monkeypatch.setattr(turns, "_wait", lambda device: self.order.append("wait"))
+
+    def run(self, name: str, seconds: float) -> None:
+        self.now += seconds
+        self.order.append(name)
+
+
+def test_eager_calls_take_turns_in_loops_over_all_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    ways = {
+        "fast": [partial(clock.run, f"fast {copy}", 0.001) for copy in range(2)],
+        "slow": [partial(clock.run, "slow", 0.05)],
+    }
+    timings = turns.time_eagerly(ways, CPU, seconds=0.03)
+    assert (timings["fast"].p50, timings["slow"].p50) == (pytest.approx(1000), pytest.approx(50_000))
+    assert timings["fast"].samples == timings["slow"].samples == 3
+    a_loop = ["wait", *["fast 0", "fast 1"] * 10, "wait"]  # 20 ms
+    assert clock.order[-3 * (len(a_loop) + 3) :] == 3 * [*a_loop, "wait", "slow", "wait"]
+
+
+def test_host_times_end_when_the_call_returns(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    ways = {"a": partial(clock.run, "a", 0.001), "b": partial(clock.run, "b", 0.002)}
+    timings = turns.time_on_host(ways, CPU, seconds=1e-9)
+    assert (timings["a"].p50, timings["b"].p50) == (pytest.approx(1000), pytest.approx(2000))
+    assert timings["a"].samples == timings["b"].samples == 2 * turns.HOST_BATCH
+    one_round = ["wait", *["a"] * turns.HOST_BATCH, "wait", *["b"] * turns.HOST_BATCH]
+    assert clock.order[2 * turns.HOST_BATCH :] == 2 * one_round + ["wait"]
+
+
+@pytest.mark.gpu
+def test_a_gpu_times_both_ways() -> None:
+    rows = {row.implementation: row for row in gather.measure(calls.CALLS[0], CUDA, seconds=0.02)}
+    eager = [name + ", eager" for name in NAMES[1:]]
+    assert {*NAMES, *eager} <= set(rows)
+    assert all(rows[name].p50_us > 0 for name in rows)
+    assert rows["upstream form, eager"].p50_us >= 0.9 * rows["upstream form"].p50_us
