@@ -214,6 +214,8 @@ class PagedKVCache:
             raise ValueError(
                 f"k, v and slots have {len(k)}, {len(v)} and {len(slots)} tokens; accepted: as many of each"
             )
+        if not torch.compiler.is_compiling():
+            self._check_memory()
         self._check_writable()
         if len(slots) == 0:
             return
@@ -259,6 +261,13 @@ class PagedKVCache:
         self._last_slots = slots
         return True
 
+    def _check_memory(self) -> None:
+        """Raise unless pools and scales are inside their memory: what an engine's are does not change, that may."""
+        tensors = (self.key_cache, self.value_cache, self.k_scale, self.v_scale)
+        for name, tensor in zip(("key_cache", "value_cache", "k_scale", "v_scale"), tensors, strict=True):
+            if tensor is not None:
+                check_inside_storage(tensor, name)
+
     def _check_writable(self) -> None:
         """Raise if two elements that a write sets have one address; to gather from such a cache is fine."""
         tensors = {"key_cache": self.key_cache, "value_cache": self.value_cache}
@@ -291,10 +300,7 @@ class PagedKVCache:
         if not torch.compiler.is_compiling():
             if (done := gather_again(meaning, source, plan, out, out_dtype)) is not None:
                 return done
-            # What an engine's pools and scales are does not change; its memory may.
-            for name, tensor in zip(("key_cache", "value_cache", "k_scale", "v_scale"), source, strict=True):
-                if tensor is not None:
-                    check_inside_storage(tensor, name)
+            self._check_memory()
         return gather_checked(source, meaning, plan, self.geometry, self._scales, out_dtype, out, backend)
 
     def check(self) -> None:

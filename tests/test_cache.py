@@ -391,7 +391,7 @@ def test_a_write_that_is_known_is_the_same(kind: str) -> None:
     caches = [kg.PagedKVCache(4, 4, 2, 16, layout="HND", scale=kind, device="cpu") for _ in range(2)]
     for turn, tokens in enumerate((3, 5, 1, 3)):
         k, v = torch.randn(2, tokens, 2, 16)
-        slots = (torch.randperm(16)[:tokens] - (turn == 2)).int()
+        slots = (torch.randperm(16)[:tokens] - int(turn == 2)).int()
         for cache, backend in zip(caches, ("triton", "torch"), strict=True):
             cache.write(k, v, slots, backend=backend)
         for ours, theirs in ((c.key_cache, d.key_cache) for c, d in [caches]):
