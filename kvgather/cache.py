@@ -20,9 +20,8 @@ from .formats.checks import (
 from .formats.fp8 import FLOATS, check_pool_dtype
 from .formats.layout import Geometry, key_shape, value_shape
 from .formats.scale import KINDS, Scale, check_values, kind_shape, resolve
-from .gather.again import NOT_TENSORS, gather_again, inside
+from .gather.again import KEPT, NOT_TENSORS, gather_again
 from .gather.dispatch import gather_checked
-from .kernels.signatures import signature
 from .plan import GatherPlan
 from .scatter import SlotError, check_duplicates, check_slots, scatter
 
@@ -140,7 +139,7 @@ class PagedKVCache:
             ).in_memory(g.device)
             for name, scale, kind in zip("kv", scales, kinds, strict=True)
         )
-        self._written: dict[object, ScatterLaunch] = {}
+        self._written: dict[object, list[ScatterLaunch]] = {}
         self._last_slots: Tensor | None = None
         self._kinds = self._scales[0].kind, self._scales[1].kind
         self._too_large = torch.full((1,), -1, dtype=torch.int64, device=g.device)  # the largest slot refused so far
@@ -225,35 +224,21 @@ class PagedKVCache:
         with torch.no_grad():  # else K and V that need a gradient would drag their graph into a float pool
             launch = scatter(*pools, g, self._scales, k, v, slots, self._too_large, backend)
         self._last_slots = slots
-        if launch is not None and not torch.compiler.is_compiling():
-            self._written[self._write_key(k, v, slots, backend)] = launch
-
-    def _write_key(self, k: Tensor, v: Tensor, slots: Tensor, backend: str) -> object:
-        """What tells writes apart, besides the number of tokens; the addresses of pools and scales are part of it."""
-        pools_and_scales = self.key_cache, self.value_cache, self._scales[0].tensor, self._scales[1].tensor
-        return (
-            backend, interpreting(), slots.dtype, slots.stride(), slots.device, slots.data_ptr() & 15,
-            type(k), k.dtype, k.shape[1:], k.stride(), k.device, k.data_ptr() & 15, k.is_neg(),
-            type(v), v.dtype, v.shape[1:], v.stride(), v.device, v.data_ptr() & 15, v.is_neg(),
-            *(None if tensor is None else (tensor.data_ptr(), signature(tensor)) for tensor in pools_and_scales),
-        )  # fmt: skip
+        if launch is not None and len(k) > 1 and k is not v:  # of one row the stride says nothing
+            launch.remember(k, v, slots)
+            launches = self._written.setdefault((backend, interpreting()), [])
+            launches.insert(0, launch)
+            del launches[KEPT:]
 
     def _write_again(self, k: Tensor, v: Tensor, slots: Tensor, backend: str) -> bool:
         """Write as an earlier call did whose checks these arguments pass too; False if there is none."""
         try:
-            launch = self._written.get(self._write_key(k, v, slots, backend))
+            for launch in self._written.get((backend, interpreting()), ()):
+                if launch.fits(self.key_cache, self.value_cache, k, v, slots):
+                    break
+            else:
+                return False
         except NOT_TENSORS:
-            return False
-        if launch is None:
-            return False
-        tokens = slots.shape[0]
-        if not (
-            k.shape[0] == v.shape[0] == tokens
-            and inside(k, (tokens - 1) * k.stride(0) + launch.k_reach - 1)
-            and inside(v, (tokens - 1) * v.stride(0) + launch.v_reach - 1)
-            and inside(slots, (tokens - 1) * slots.stride(0))
-            and launch.apart(k, v)
-        ):
             return False
         if not launch.on_gpu:
             check_slots(slots, self.num_slots)

@@ -12,8 +12,9 @@ from .formats.checks import extent
 from .formats.fp8 import FORMATS, SCALE_FLOOR, code_max
 from .formats.layout import Geometry, PoolStrides
 from .formats.scale import Scale
+from .kernels.guards import guard
 from .kernels.launch import PreparedLaunch
-from .kernels.signatures import row_reach
+from .kernels.signatures import inside, row_reach
 from .kernels.values import round_to, widen
 
 
@@ -187,17 +188,52 @@ class ScatterLaunch:
         self._k_at = self._k[0].data_ptr(), self._k[1].data_ptr()
         self._v_at = self._v[0].data_ptr(), self._v[1].data_ptr()
 
-        self.k_reach, self.v_reach, self.on_gpu = row_reach(k), row_reach(v), not interpreted
-        self._spans = [(t.data_ptr(), t.data_ptr() + extent(t) * t.element_size()) for t in (key_cache, value_cache)]
+        self.on_gpu = not interpreted
 
-    def apart(self, k: Tensor, v: Tensor) -> bool:
-        """Whether rows certainly share no memory with the pools."""
-        for rows, reach in ((k, self.k_reach), (v, self.v_reach)):
+    def remember(self, k: Tensor, v: Tensor, slots: Tensor) -> None:
+        """Remember what rows and slots were like that passed every check, for `fits`."""
+        fixed = [t for t in (*self._k, *self._v) if t is not self._k[0] and t is not self._v[0]]
+        fixed = [self._k[0], self._v[0], *fixed]
+        grows = [k, v, slots]
+        self._fixed = tuple(fixed[2:])
+        self._looks_like = guard(
+            [*fixed, *grows],
+            [*(t.shape for t in fixed), *((None, *t.shape[1:]) for t in grows)],
+            [t.stride() for t in (*fixed, *grows)],
+        )
+        self._alignment = tuple(t.data_ptr() & 15 for t in grows)
+        self._spans = [extent(t) * t.element_size() for t in fixed]
+        self._ends = [(t.data_ptr(), t.data_ptr() + span) for t, span in zip(fixed[:2], self._spans, strict=False)]
+        self._reach = row_reach(k), row_reach(v)
+
+    def fits(self, key_cache: Tensor, value_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> bool:
+        """Whether this launch can write other rows to other slots: they pass the checks that those remembered passed.
+
+        Rows that may share memory with a pool do not; slots past the pool, or twice, are not looked at.
+        """
+        if key_cache is not self._k[0] or value_cache is not self._v[0]:
+            return False
+        fixed = (key_cache, value_cache, *self._fixed)
+        if not self._looks_like(*fixed, k, v, slots):
+            return False
+        if (self._k[0].data_ptr(), self._v[0].data_ptr()) != (self._k_at[0], self._v_at[0]):
+            return False
+        for tensor, span in zip(fixed, self._spans, strict=True):
+            if tensor.storage_offset() * tensor.element_size() + span > tensor.untyped_storage().nbytes():
+                return False
+        if (k.data_ptr() & 15, v.data_ptr() & 15, slots.data_ptr() & 15) != self._alignment:
+            return False
+        tokens = slots.shape[0]
+        if not (k.shape[0] == v.shape[0] == tokens and inside(slots, (tokens - 1) * slots.stride(0))):
+            return False
+        for rows, reach in ((k, self._reach[0]), (v, self._reach[1])):
+            last = (tokens - 1) * rows.stride(0) + reach - 1
             begin = rows.data_ptr()
-            end = begin + ((rows.shape[0] - 1) * rows.stride(0) + reach) * rows.element_size()
-            for pool_begin, pool_end in self._spans:
-                if begin < pool_end and pool_begin < end:
-                    return False
+            end = begin + (last + 1) * rows.element_size()
+            if tokens and not inside(rows, last):
+                return False
+            if any(begin < pool_end and pool_begin < end for pool_begin, pool_end in self._ends):
+                return False
         return True
 
     def __call__(self, k: Tensor, v: Tensor, slots: Tensor) -> None:

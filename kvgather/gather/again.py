@@ -1,15 +1,14 @@
 """Calls that were checked before: what an engine does once a layer, without the checks that cannot fail again.
 
-Every check of a call looks at what a `signature` says, except four: sizes that change with the batch, values of scales
-on a CPU, numbers, and whether an output shares memory with something else. So a call whose signatures are those of one
-that passed is checked for these four alone. Whatever is unusual goes back to the full checks, which say what is wrong.
-
-Attributes of a tensor take 0.1 to 0.2 µs each, and seven to ten tensors come with a call: each is read once.
+Every check of a call looks at what a guard looks at (`kernels.guards`), except six: addresses and memory, sizes that
+change with the batch, values of scales on a CPU, numbers, and whether an output shares memory with something else. So
+a call whose tensors are like those of one that passed is checked for these alone. Whatever is unusual goes back to the
+full checks, which say what is wrong.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,8 @@ from ..device import interpreting
 from ..formats.checks import extent
 from ..formats.layout import Geometry
 from ..formats.scale import Scale, acceptable_number, check_values
-from ..kernels.signatures import MOST, row_reach, signature
+from ..kernels.guards import guard
+from ..kernels.signatures import MOST, inside, row_reach
 from ..plan import GatherPlan
 
 if TYPE_CHECKING:  # the kernel needs Triton, which is not everywhere
@@ -28,9 +28,13 @@ if TYPE_CHECKING:  # the kernel needs Triton, which is not everywhere
 
 Source = tuple[Tensor, Tensor, Tensor | float | None, Tensor | float | None]
 """K's and V's pools, K's and V's scales, as they were given."""
+Table = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+"""A block table, its offsets, its starts, and the sequence of each token."""
 
 NOT_TENSORS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 """What comes of an argument that is not what it should be; the full checks name it."""
+KEPT = 64
+"""Calls that are remembered of one meaning; an engine has one for each kind of layer and alignment of its outputs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +43,19 @@ class Known:
 
     Attributes:
         launch: its kernel.
+        looks_like: whether other tensors are like its own.
+        alignment: its addresses modulo 16: what Triton compiled for.
         page_size, num_blocks, device: of its pools.
-        spans: bytes from the first to the last, of the pools and of the scales.
+        spans: bytes from the first to the last, of the pools and of the scales; 0 for no scale.
         k_reach, v_reach: elements from the first to the last of an output's row.
         shapes: of a row, of K and of V.
-        itemsize: of the outputs.
+        code_size, itemsize: bytes of an element of the pools, and of the outputs.
         scales: as they were resolved, where values have to be looked at in each call.
     """
 
     launch: GatherLaunch
+    looks_like: Callable[..., bool]
+    alignment: tuple[int, ...]
     page_size: int
     num_blocks: int
     device: torch.device
@@ -55,33 +63,66 @@ class Known:
     k_reach: int
     v_reach: int
     shapes: tuple[tuple[int, int], tuple[int, int]]
+    code_size: int
     itemsize: int
     scales: tuple[Scale, Scale] | None
 
 
-_KNOWN: dict[Hashable, Known] = {}
+_KNOWN: dict[Hashable, list[Known]] = {}
 
 
 def remember(
-    key: Hashable, launch: GatherLaunch, geometry: Geometry, source: Source, scales: tuple[Scale, Scale],
+    meaning: Hashable,
+    launch: GatherLaunch,
+    geometry: Geometry,
+    source: Source,
+    scales: tuple[Scale, Scale],
     out: Sequence[Tensor],
-) -> None:  # fmt: skip
+    given_out: bool,
+    table: Table | None = None,
+) -> None:
     """Keep what calls need that differ from this one in addresses and in the size of the batch alone.
 
     Args:
-        key: from `planned_key` or `table_key`.
+        meaning: every argument that is no tensor, as `gather_again` or `gather_table_again` takes it.
         launch: what the call launched.
-        geometry, source, scales, out: its pools, scales and outputs, which passed every check.
+        geometry, scales: of its cache, resolved.
+        source, table: as they were given; a table where there is no plan.
+        out: K's and V's rows.
+        given_out: whether the caller gave them.
     """
-    if len(_KNOWN) >= 1024:  # an engine has some dozens; a test suite with every shape there is has more
-        _KNOWN.clear()
+    tensors: list[Tensor] = []
+    sizes: list[list[int | None]] = []
+    strides: list[list[int | None]] = []
+    for tensor in source:
+        if isinstance(tensor, Tensor):
+            tensors.append(tensor)
+            sizes.append([*tensor.shape])
+            strides.append([*tensor.stride()])
+    for tensor in out if given_out else ():
+        tensors.append(tensor)
+        sizes.append([None, *tensor.shape[1:]])
+        strides.append([*tensor.stride()])
+    for tensor in table or ():
+        if tensor is not None:
+            tensors.append(tensor)
+            sizes.append([None] * tensor.ndim)
+            strides.append([None, None] if tensor.ndim == 2 else [*tensor.stride()])
+    if len({id(tensor) for tensor in tensors}) < len(tensors) or (given_out and min(len(rows) for rows in out) < 2):
+        return  # one tensor for two arguments, or one row, whose stride says nothing: not worth remembering
     spans = [extent(t) * t.element_size() if isinstance(t, Tensor) else 0 for t in source]
     heads = geometry.num_kv_heads
-    _KNOWN[key] = Known(
-        launch, geometry.page_size, geometry.num_blocks, geometry.device, (spans[0], spans[1], spans[2], spans[3]),
-        row_reach(out[0]), row_reach(out[1]), ((heads, geometry.head_dim), (heads, geometry.v_head_dim)),
+    known = Known(
+        launch, guard(tensors, sizes, strides), _alignment(source, out, table), geometry.page_size,
+        geometry.num_blocks, geometry.device, (spans[0], spans[1], spans[2], spans[3]), row_reach(out[0]),
+        row_reach(out[1]), ((heads, geometry.head_dim), (heads, geometry.v_head_dim)), geometry.dtype.itemsize,
         out[0].element_size(), scales if geometry.device.type == "cpu" else None,
     )  # fmt: skip
+    if len(_KNOWN) >= 1024:
+        _KNOWN.clear()
+    calls = _KNOWN.setdefault(_key(meaning, source, given_out, table), [])
+    calls.insert(0, known)
+    del calls[KEPT:]
 
 
 def forget() -> None:
@@ -89,51 +130,15 @@ def forget() -> None:
     _KNOWN.clear()
 
 
-def planned_key(meaning: Hashable, source: Source, out: Sequence[Tensor] | None) -> Hashable:
-    """What tells planned gathers apart.
-
-    Args:
-        meaning: every argument that is neither a tensor nor the plan.
-        source, out: as they were given.
-    """
-    return (meaning, interpreting(), *_source_key(source), out and (_out_key(out[0]), _out_key(out[1])))
+def _key(meaning: Hashable, source: Source, given_out: bool, table: Table | None) -> Hashable:
+    """What tells calls apart without a look at a tensor: which arguments are tensors, and those that are none."""
+    absent = table and (table[2] is None, table[3] is None, table[0].shape[0] <= 32)
+    return meaning, interpreting(), type(source[2]), type(source[3]), given_out, absent
 
 
-def table_key(
-    meaning: Hashable, source: Source, out: Sequence[Tensor], table: Tensor, cu_seqlens: Tensor,
-    starts: Tensor | None, token_to_batch: Tensor | None,
-) -> Hashable:  # fmt: skip
-    """What tells gathers by block table apart; arguments as in `gather_table_again`."""
-    row_stride, column_stride = table.stride()
-    return (
-        meaning, interpreting(), *_source_key(source), _out_key(out[0]), _out_key(out[1]),
-        type(table), table.dtype, table.device, table.data_ptr() & 15, table.shape[0] <= 32,
-        row_stride > MOST or column_stride > MOST,
-        _index_key(cu_seqlens), starts is not None and _index_key(starts),
-        token_to_batch is not None and _index_key(token_to_batch),
-    )  # fmt: skip
-
-
-def _source_key(source: Source) -> tuple[object, object, object, object]:
-    key_cache, value_cache, k_scale, v_scale = source
-    return (
-        signature(key_cache), signature(value_cache),
-        signature(k_scale) if isinstance(k_scale, Tensor) else type(k_scale),
-        signature(v_scale) if isinstance(v_scale, Tensor) else type(v_scale),
-    )  # fmt: skip
-
-
-def _out_key(out: Tensor) -> Hashable:
-    """`signature` without the number of rows, and without the memory that has to hold them."""
-    rows, heads, dim = out.shape
-    return (
-        type(out), out.dtype, out.device, heads, dim, out.stride(), out.data_ptr() & 15, out.is_neg(), rows > 1,
-    )  # fmt: skip
-
-
-def _index_key(index: Tensor) -> Hashable:
-    """`signature` of offsets, starts and the like, without their number."""
-    return type(index), index.dtype, index.device, index.stride(), index.data_ptr() & 15
+def _alignment(source: Source, out: Sequence[Tensor], table: Table | None) -> tuple[int, ...]:
+    tensors = (*source, *out, *(table or ()))
+    return tuple(t.data_ptr() & 15 if isinstance(t, Tensor) else 0 for t in tensors)
 
 
 def gather_again(
@@ -147,14 +152,18 @@ def gather_again(
     """
     if type(plan) is not GatherPlan or not (out is None or (type(out) in (tuple, list) and len(out) == 2)):
         return None
+    rows = plan.total_tokens
     try:
-        known = _KNOWN.get(planned_key(meaning, source, out))
+        for known in _KNOWN.get(_key(meaning, source, out is not None, None), ()):
+            if known.looks_like(*_tensors(source), *(out or ())):
+                break
+        else:
+            return None
     except NOT_TENSORS:
         return None
-    if known is None or plan.page_size != known.page_size or plan.num_blocks > known.num_blocks:
+    if plan.page_size != known.page_size or plan.num_blocks > known.num_blocks:
         return None
-    records, rows = plan.records, plan.total_tokens
-    if records.device != known.device or not _values_are_good(known, source):
+    if plan.records.device != known.device or not _scales_are_good(known, source):
         return None
     if out is None:
         k_shape, v_shape = known.shapes
@@ -163,52 +172,56 @@ def gather_again(
     else:
         k_out, v_out = out
     tensors, addresses = _pointers(source, k_out, v_out)
-    if out is not None and not _rows_are_good(known, k_out, v_out, rows, addresses):
+    if not _memory_is_good(known, tensors, addresses, rows) or _aligned_otherwise(known, addresses, ()):
         return None
-    known.launch.from_records(records, tensors, addresses)
+    known.launch.from_records(plan.records, tensors, addresses)
     return k_out, v_out
 
 
-def gather_table_again(
-    meaning: Hashable, source: Source, out: Sequence[Tensor], table: Tensor, cu_seqlens: Tensor,
-    starts: Tensor | None, token_to_batch: Tensor | None, total: int,
-) -> bool:  # fmt: skip
+def gather_table_again(meaning: Hashable, source: Source, out: tuple[Tensor, Tensor], table: Table, total: int) -> bool:
     """A gather by block table whose like passed the checks; False when it has to go through them.
 
     Args:
         meaning: every argument that is no tensor, except the number of tokens.
-        source, out, table, cu_seqlens, starts, token_to_batch, total: as given to `cp_mha_gather_cache`.
+        source, out, table, total: as given to `cp_mha_gather_cache`.
     """
     if type(total) is not int or not 0 <= total <= MOST:
         return False
+    block_table, cu_seqlens, starts, token_to_batch = table
     try:
-        known = _KNOWN.get(table_key(meaning, source, out, table, cu_seqlens, starts, token_to_batch))
+        for known in _KNOWN.get(_key(meaning, source, True, table), ()):
+            if known.looks_like(*_tensors(source), *out, *(t for t in table if t is not None)):
+                break
+        else:
+            return False
     except NOT_TENSORS:
         return False
-    if known is None or not _values_are_good(known, source):
+    if not _scales_are_good(known, source):
         return False
-    batch, columns = table.shape
-    row_stride, column_stride = table.stride()
+    batch, columns = block_table.shape
+    row_stride, column_stride = block_table.stride()
     fits = (
-        inside(table, (batch - 1) * row_stride + (columns - 1) * column_stride if batch and columns else -1)
+        row_stride <= MOST >= column_stride
+        and inside(block_table, (batch - 1) * row_stride + (columns - 1) * column_stride if batch and columns else -1)
         and _indices_fit(cu_seqlens, batch + 1, batch + 1)
         and (starts is None or _indices_fit(starts, batch, batch))
         and (token_to_batch is None or _indices_fit(token_to_batch, total, MOST))
     )
     if not fits:
         return False
-    k_out, v_out = out
-    tensors, addresses = _pointers(source, k_out, v_out)
-    if not _rows_are_good(known, k_out, v_out, total, addresses):
+    tensors, addresses = _pointers(source, *out)
+    if not _memory_is_good(known, tensors, addresses, total) or _aligned_otherwise(known, addresses, table):
         return False
-    known.launch.from_table(table, cu_seqlens, starts, known.num_blocks, total, tensors, addresses)
+    known.launch.from_table(block_table, cu_seqlens, starts, known.num_blocks, total, tensors, addresses)
     return True
 
 
-def inside(tensor: Tensor, last: int) -> bool:
-    """Whether the element at `last`, counted from the tensor's first, is inside its memory; −1 is none."""
-    end = (tensor.storage_offset() + last + 1) * tensor.element_size() if last >= 0 else 0
-    return end <= tensor.untyped_storage().nbytes()
+def _tensors(source: Source) -> tuple[Any, ...]:
+    """What of a source is a tensor."""
+    key_cache, value_cache, k_scale, v_scale = source
+    if isinstance(k_scale, Tensor) and isinstance(v_scale, Tensor):
+        return source
+    return (key_cache, value_cache, *(scale for scale in (k_scale, v_scale) if isinstance(scale, Tensor)))
 
 
 def _indices_fit(index: Tensor, least: int, most: int) -> bool:
@@ -233,32 +246,52 @@ def _pointers(source: Source, k_out: Tensor, v_out: Tensor) -> tuple[tuple[Any, 
     )
 
 
-def _rows_are_good(known: Known, k_out: Tensor, v_out: Tensor, rows: int, addresses: tuple[Any, ...]) -> bool:
-    """Whether outputs have enough rows, inside their memory, and certainly share none of it with anything else."""
+def _aligned_otherwise(known: Known, addresses: tuple[Any, ...], table: Sequence[Tensor | None]) -> bool:
+    """Whether an address is a multiple of 16 where the known call's was not, or the other way round."""
+    k_at, k_scale_at, k_out_at, v_at, v_scale_at, v_out_at = addresses
+    scales = known.spans[2], known.spans[3]
+    now = (
+        k_at & 15, v_at & 15, k_scale_at & 15 if scales[0] else 0, v_scale_at & 15 if scales[1] else 0,
+        k_out_at & 15, v_out_at & 15, *[0 if t is None else t.data_ptr() & 15 for t in table],
+    )  # fmt: skip
+    return now != known.alignment
+
+
+def _memory_is_good(known: Known, tensors: tuple[Any, ...], addresses: tuple[Any, ...], rows: int) -> bool:
+    """Whether everything is inside its memory, outputs have enough rows, and certainly share memory with nothing."""
+    key_cache, k_scale, k_out, value_cache, v_scale, v_out = tensors
+    k_span, v_span, k_scale_span, v_scale_span = known.spans
+    code_size, itemsize = known.code_size, known.itemsize
     k_rows, v_rows = k_out.shape[0], v_out.shape[0]
     if k_rows < rows or v_rows < rows:
         return False
-    k_last = (k_rows - 1) * k_out.stride(0) + known.k_reach - 1 if k_rows else -1
-    v_last = (v_rows - 1) * v_out.stride(0) + known.v_reach - 1 if v_rows else -1
-    if not (inside(k_out, k_last) and inside(v_out, v_last)):
+    k_bytes = ((k_rows - 1) * k_out.stride(0) + known.k_reach) * itemsize if k_rows else 0
+    v_bytes = ((v_rows - 1) * v_out.stride(0) + known.v_reach) * itemsize if v_rows else 0
+    if (
+        key_cache.storage_offset() * code_size + k_span > key_cache.untyped_storage().nbytes()
+        or value_cache.storage_offset() * code_size + v_span > value_cache.untyped_storage().nbytes()
+        or k_out.storage_offset() * itemsize + k_bytes > k_out.untyped_storage().nbytes()
+        or v_out.storage_offset() * itemsize + v_bytes > v_out.untyped_storage().nbytes()
+        or (k_scale_span and k_scale.storage_offset() * 4 + k_scale_span > k_scale.untyped_storage().nbytes())
+        or (v_scale_span and v_scale.storage_offset() * 4 + v_scale_span > v_scale.untyped_storage().nbytes())
+    ):
         return False
-    k_pool, k_scale, k_begin, v_pool, v_scale, v_begin = addresses
-    k_end, v_end = k_begin + (k_last + 1) * known.itemsize, v_begin + (v_last + 1) * known.itemsize
-    k_span, v_span, k_scale_span, v_scale_span = known.spans
+    k_pool, k_factor, k_begin, v_pool, v_factor, v_begin = addresses
+    k_end, v_end = k_begin + k_bytes, v_begin + v_bytes
     return not (
         (k_begin < v_end and v_begin < k_end)
         or (k_begin < k_pool + k_span and k_pool < k_end)
         or (v_begin < k_pool + k_span and k_pool < v_end)
         or (k_begin < v_pool + v_span and v_pool < k_end)
         or (v_begin < v_pool + v_span and v_pool < v_end)
-        or (k_scale_span and k_begin < k_scale + k_scale_span and k_scale < k_end)
-        or (k_scale_span and v_begin < k_scale + k_scale_span and k_scale < v_end)
-        or (v_scale_span and k_begin < v_scale + v_scale_span and v_scale < k_end)
-        or (v_scale_span and v_begin < v_scale + v_scale_span and v_scale < v_end)
+        or (k_scale_span and k_begin < k_factor + k_scale_span and k_factor < k_end)
+        or (k_scale_span and v_begin < k_factor + k_scale_span and k_factor < v_end)
+        or (v_scale_span and k_begin < v_factor + v_scale_span and v_factor < k_end)
+        or (v_scale_span and v_begin < v_factor + v_scale_span and v_factor < v_end)
     )
 
 
-def _values_are_good(known: Known, source: Source) -> bool:
+def _scales_are_good(known: Known, source: Source) -> bool:
     """Whether scales hold values that a scale may have, as far as that can be seen without a wait."""
     _, _, k_scale, v_scale = source
     if type(k_scale) is float and not acceptable_number(k_scale):

@@ -9,7 +9,7 @@ from ..formats.checks import check_choice, check_int, check_tensor, described
 from ..formats.layout import Geometry, group
 from ..formats.scale import classify
 from ..plan import INDEX_DTYPES, check_table
-from .again import gather_table_again, table_key
+from .again import gather_table_again
 from .dispatch import check_out, check_out_dtype, choose_backend, gather_by_table, resolve_for
 
 _LAYOUTS = ("NHD", "SHUFFLE", "HND")
@@ -63,9 +63,9 @@ def cp_mha_gather_cache(
     source = key_cache, value_cache, k_scales if dequant is True else None, v_scales if dequant is True else None
     meaning = (kv_cache_layout, dequant, per_token_quant)
     flags_are_good = isinstance(dequant, bool) and isinstance(per_token_quant, bool)  # 1 equals True as a key
-    batch = block_tables, cu_seqlens_kv, seq_starts
+    table = block_tables, cu_seqlens_kv, seq_starts, token_to_batch
     if flags_are_good and not torch.compiler.is_compiling():
-        if gather_table_again(meaning, source, (key, value), *batch, token_to_batch, total_tokens):
+        if gather_table_again(meaning, source, (key, value), table, total_tokens):
             return
     check_choice(kv_cache_layout, "kv_cache_layout", _LAYOUTS)
     for name, flag in (("dequant", dequant), ("per_token_quant", per_token_quant)):
@@ -82,13 +82,12 @@ def cp_mha_gather_cache(
         _check_flag(k_scales, "k_scales", geometry, per_token_quant)
         _check_flag(v_scales, "v_scales", geometry, per_token_quant)
     scales = resolve_for(geometry, source[2], "k_scales", None), resolve_for(geometry, source[3], "v_scales", None)
-    check_table(*batch, ("block_tables", "cu_seqlens_kv", "seq_starts"), geometry.device)
+    check_table(*table[:3], ("block_tables", "cu_seqlens_kv", "seq_starts"), geometry.device)
     check_out_dtype(key.dtype, geometry.dtype, scales, "key's dtype")
     pools_and_scales = key_cache, value_cache, source[2], source[3]
     out = check_out((key, value), geometry, total_tokens, key.dtype, pools_and_scales, ("key", "value"))
     backend = choose_backend("auto", geometry.device)
-    known_by = table_key(meaning, source, out, *batch, token_to_batch)
-    gather_by_table(pools_and_scales, meaning, geometry, scales, out, *batch, total_tokens, backend, known_by)
+    gather_by_table(pools_and_scales, meaning, geometry, scales, out, table, total_tokens, backend, given=source)
 
 
 def _check_token_to_batch(token_to_batch: Tensor | None, total_tokens: int, device: torch.device) -> None:

@@ -14,7 +14,7 @@ from ..formats.layout import Geometry
 from ..formats.scale import Scale, resolve
 from ..plan import GatherPlan
 from . import ops
-from .again import Source, gather_again, planned_key, remember
+from .again import Source, Table, gather_again, remember
 
 BACKENDS = ("auto", "triton", "torch")
 OUT_NAMES = ("out[0]", "out[1]")
@@ -108,8 +108,7 @@ def gather_checked(
             sides = Side("key", key_cache, scales[0], k_out), Side("value", value_cache, scales[1], v_out)
             launch, pointers = prepare(*sides, geometry.layout), pointers_of(*sides)
             launch.from_records(plan.records, pointers, addresses_of(pointers))
-            key = planned_key(meaning, source, None if out is None else (k_out, v_out))
-            remember(key, launch, geometry, source, scales, (k_out, v_out))
+            remember(meaning, launch, geometry, source, scales, (k_out, v_out), out is not None)
         return k_out, v_out
     k, v = (scale.in_memory(geometry.device) for scale in scales)
     pools = ops.as_operand(key_cache), ops.as_operand(value_cache)
@@ -135,22 +134,22 @@ def gather_by_table(
     geometry: Geometry,
     scales: tuple[Scale, Scale],
     out: tuple[Tensor, Tensor],
-    block_table: Tensor,
-    cu_seqlens: Tensor,
-    seq_starts: Tensor | None,
+    table: Table,
     total_tokens: int,
     backend: str,
-    key: Hashable,
+    given: Source,
 ) -> None:
     """Gather a batch that has no plan: in one launch by Triton, through a plan otherwise; everything was checked.
 
     Args:
         source, meaning, geometry, scales: as in `gather_checked`.
         out: K and V, of the same dtype, checked by `check_out`.
-        block_table, cu_seqlens, seq_starts, total_tokens: as `GatherPlan.build` takes them, checked by `check_table`.
+        table: the batch, checked by `check_table`.
+        total_tokens: as `GatherPlan.build` takes it.
         backend: "triton" or "torch".
-        key: from `table_key`, by which the next call is known again.
+        given: `source` as the caller has it, by which the next call is known again.
     """
+    block_table, cu_seqlens, seq_starts, _ = table
     if geometry.num_blocks == 0 or backend == "torch" or torch.compiler.is_compiling():
         plan = GatherPlan.build(
             block_table, cu_seqlens, page_size=geometry.page_size, num_blocks=geometry.num_blocks,
@@ -164,7 +163,7 @@ def gather_by_table(
     launch, pointers = prepare(*sides, geometry.layout, (cu_seqlens, seq_starts)), pointers_of(*sides)
     sizes = geometry.num_blocks, total_tokens
     launch.from_table(block_table, cu_seqlens, seq_starts, *sizes, pointers, addresses_of(pointers))
-    remember(key, launch, geometry, source, scales, out)
+    remember(meaning, launch, geometry, given, scales, out, given_out=True, table=table)
 
 
 def choose_backend(backend: str, device: torch.device) -> str:

@@ -91,10 +91,10 @@ class LoadStrides:
         return cls(strides, align, inner_extent(pool), s.slots_per_group, s.dims_per_group)
 
 
-# Triton's compiled kernels can be called without the search that `kernel[grid]` does at each launch: 11 µs for 21
-# arguments, where the search takes 23 (H100, Triton 3.6). Elsewhere it was never run, and the plain launch serves.
-_CALLS_COMPILED = triton.__version__.startswith("3.6.") and torch.version.hip is None
-
+# A kernel that Triton compiled can be run without the search that `kernel[grid](…)` does at each launch, as
+# torch.compile's own launches do. Where that was never tried, and while a profiler's hook wants to see launches, the
+# plain launch serves.
+_RUNS_COMPILED = triton.__version__.startswith("3.6.") and torch.version.hip is None
 
 _PREPARED: dict[object, Any] = {}
 Prepared = TypeVar("Prepared")
@@ -144,7 +144,7 @@ class PreparedLaunch:
         self._kernel, self._views, self._strides, self._constants = kernel, views, strides, constants
         self._interpreted = interpreted
         self._tail: tuple[Any, ...] = (*strides, *(constants[n] for n in kernel.arg_names if n in constants))
-        self._compiled: Any = None
+        self._compiled: tuple[Any, ...] | None = None  # how to run it, the device's stream, the function, its metadata
         self._device = -1
 
     def __call__(
@@ -161,17 +161,22 @@ class PreparedLaunch:
         """
         if programs == 0:
             return
-        if self._compiled is not None and torch.cuda.current_device() == self._device:
-            self._compiled[(programs, 1, 1)](*addresses, *numbers, *self._tail)
+        hooks = triton.knobs.runtime
+        if (
+            self._compiled is not None
+            and torch.cuda.current_device() == self._device
+            and not hooks.launch_enter_hook.calls
+            and not hooks.launch_exit_hook.calls
+        ):
+            run, stream_of, function, metadata = self._compiled
+            stream = stream_of(self._device)
+            run(programs, 1, 1, stream, function, metadata, None, None, None, *addresses, *numbers, *self._tail)
             return
         with launching(cast(Tensor, tensors[0]), self._interpreted):
-            if self._compiled is not None:
-                self._compiled[(programs, 1, 1)](*addresses, *numbers, *self._tail)
-                return
-            loaded = [
-                t.view(view) if view is not None and isinstance(t, Tensor) else t
-                for t, view in zip(tensors, self._views, strict=True)
-            ]
+            pairs = zip(tensors, self._views, strict=True)
+            loaded = [t.view(view) if view is not None and isinstance(t, Tensor) else t for t, view in pairs]
             compiled = self._kernel[(programs,)](*loaded, *numbers, *self._strides, **self._constants)
-            if _CALLS_COMPILED and not self._interpreted:
-                self._compiled, self._device = compiled, torch.cuda.current_device()
+            if _RUNS_COMPILED and not self._interpreted and self._compiled is None:
+                stream_of = triton.runtime.driver.active.get_current_stream
+                self._compiled = compiled.run, stream_of, compiled.function, compiled.packed_metadata
+                self._device = torch.cuda.current_device()

@@ -25,6 +25,12 @@ def signature(tensor: Tensor) -> tuple[object, ...]:
     )  # fmt: skip
 
 
+def inside(tensor: Tensor, last: int) -> bool:
+    """Whether the element at `last`, counted from the tensor's first, is inside its memory; −1 is none."""
+    end = (tensor.storage_offset() + last + 1) * tensor.element_size() if last >= 0 else 0
+    return end <= tensor.untyped_storage().nbytes()
+
+
 def row_reach(tensor: Tensor) -> int:
     """Elements from the first to the last of one index of the first axis, both counted."""
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))

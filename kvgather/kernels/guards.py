@@ -1,0 +1,66 @@
+"""Are these tensors of the kind that was checked before? Asked at every call, so asked of torch's own compiled check.
+
+`torch.compile` guards what it compiled with a check of types, dtypes, devices, sizes, strides and dispatch keys (the
+negative bit is one) that takes 0.1 µs a tensor, where Python's attributes take 1 µs. It is a private part of torch:
+where it is missing, or is another, a check in Python does the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Sizes = Sequence[int | None]
+"""A tensor's sizes or strides; None where any number will do."""
+
+
+def guard(tensors: Sequence[Tensor], sizes: Sequence[Sizes], strides: Sequence[Sizes]) -> Callable[..., bool]:
+    """A function of as many arguments that says whether they are tensors like these.
+
+    Args:
+        tensors: no tensor twice.
+        sizes, strides: of each tensor; None in the place of those that may differ.
+
+    Returns:
+        False for what is no tensor, or of another type, dtype, device, size, stride, negative bit, or in another mode
+        of torch (inference, grad, …); what it says nothing of are the address and the memory behind it.
+    """
+    torch_guards = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "TensorGuards", None)
+    if torch_guards is not None:
+        try:
+            made = torch_guards(
+                *tensors,
+                dynamic_dims_sizes=[list(each) for each in sizes],
+                dynamic_dims_strides=[list(each) for each in strides],
+            ).check
+            if made(*tensors) is True:
+                return made  # type: ignore[no-any-return]
+        except (AttributeError, RuntimeError, TypeError):
+            pass
+    return python_guard(tensors, sizes, strides)
+
+
+def python_guard(tensors: Sequence[Tensor], sizes: Sequence[Sizes], strides: Sequence[Sizes]) -> Callable[..., bool]:
+    """`guard` without torch's own."""
+
+    def kind(tensor: Tensor) -> tuple[object, ...]:
+        return type(tensor), tensor.dtype, tensor.device, tensor.is_neg(), tensor.ndim
+
+    def fits(numbers: Sequence[int], wanted: Sizes) -> bool:
+        return all(want is None or number == want for number, want in zip(numbers, wanted, strict=True))
+
+    kinds = [kind(tensor) for tensor in tensors]
+
+    def check(*others: Any) -> bool:
+        return len(others) == len(kinds) and all(
+            isinstance(other, Tensor)
+            and kind(other) == wanted
+            and fits(other.shape, size)
+            and fits(other.stride(), stride)
+            for other, wanted, size, stride in zip(others, kinds, sizes, strides, strict=True)
+        )
+
+    return check
