@@ -179,7 +179,7 @@ LAYERS = [
     {"attention"},
     {"serving"},
 ]
-WRITTEN_WITH = {"scatter": "cache", "scatter_kernel": "cache"}  # what cache.write is made of
+WRITTEN_WITH = {"plan_kernel": "plan", "scatter": "cache", "scatter_kernel": "cache"}  # one part in several files
 ON_TOP = {"__main__", "lab", "bench", "workbook", "cli"}
 MODULES = sorted((ROOT / "kvgather").rglob("*.py"))
 

@@ -294,10 +294,9 @@ def _memory_is_good(known: Known, tensors: tuple[Any, ...], addresses: tuple[Any
 def _scales_are_good(known: Known, source: Source) -> bool:
     """Whether scales hold values that a scale may have, as far as that can be seen without a wait."""
     _, _, k_scale, v_scale = source
-    if type(k_scale) is float and not acceptable_number(k_scale):
-        return False
-    if type(v_scale) is float and not acceptable_number(v_scale):
-        return False
+    for scale in (k_scale, v_scale):
+        if not (scale is None or isinstance(scale, Tensor) or (type(scale) is float and acceptable_number(scale))):
+            return False
     if known.scales is None:
         return True
     try:
