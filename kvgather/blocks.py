@@ -63,7 +63,8 @@ class BlockPool:
 
         Args:
             token_ids: the prompt, at least one integer >= 0 (a list, or an integer tensor [n]).
-            extra_key: whatever else K and V depend on, such as an adapter id; only equal keys share blocks.
+            extra_key: whatever else K and V depend on, such as an adapter id; only equal keys of one type share
+                blocks (1, True and 1.0 are three keys, also inside of tuples; NumPy's numbers are Python's).
 
         Returns:
             The sequence. Its first `num_cached_tokens` tokens (a multiple of page_size, never the last token)
@@ -78,7 +79,8 @@ class BlockPool:
             hash(extra_key)
         except TypeError:
             raise TypeError(f"extra_key is {extra_key!r:.60}; accepted: any hashable value") from None
-        hits = self._lookup(tokens, extra_key)
+        content_key = _typed(extra_key)
+        hits = self._lookup(tokens, content_key)
         num_new = -(-len(tokens) // self.page_size) - len(hits)
         self._require_free(num_new, reserved=sum(self._ref_counts[block_id] == 0 for block_id in hits))
 
@@ -88,7 +90,7 @@ class BlockPool:
         block_ids = hits + [self._take() for _ in range(num_new)]
         cached = len(hits) * self.page_size
         keys = [self._key_of(block_id) for block_id in hits]
-        seq = PooledSequence(tokens, block_ids, cached, cached, extra_key, self, keys)
+        seq = PooledSequence(tokens, block_ids, cached, cached, extra_key, self, keys, content_key)
         self._live.add(seq)
         self._stats.prompts += 1
         self._stats.prompt_tokens += seq.num_tokens
@@ -129,8 +131,10 @@ class BlockPool:
         so_far = seq.num_computed_tokens
         computed = check_int(given, "num_computed_tokens", minimum=so_far, maximum=seq.num_tokens)
         seq.num_computed_tokens = computed
+        if seq.withdrawn:
+            return
         for i in range(len(seq.keys), computed // self.page_size):
-            key = self._next_key(seq.keys, seq.token_ids, i, seq.extra_key)
+            key = self._next_key(seq.keys, seq.token_ids, i, seq.content_key)
             owner = self._published.setdefault(key, seq.block_ids[i])
             if owner == seq.block_ids[i]:
                 self._keys[owner] = key
@@ -154,6 +158,30 @@ class BlockPool:
                     self._blank.append(block_id)
                 else:
                     self._reusable[block_id] = None
+
+    def withdraw(self, seq: PooledSequence) -> None:
+        """Stop sharing what a sequence holds, for K and V that turned out bad: its published blocks are found no more.
+
+        Neither are blocks that follow them in other sequences, which were computed from them. The sequence and every
+        live one that uses a withdrawn block go on with the blocks that they have, and publish nothing from now on.
+        Call it before `free`.
+
+        Raises:
+            ValueError, TypeError: the sequence is not a live one of this pool.
+        """
+        self._check_live(seq)
+        seq.withdrawn = True
+        bad = {key for block_id in seq.block_ids if (key := self._keys[block_id]) is not None}
+        self._unpublish(self._following(bad))
+
+    def reset(self) -> None:
+        """Start over, for instance after an update of the weights: no block that was published is found any more.
+
+        Live sequences keep their blocks and publish nothing from now on. `stats` goes on counting.
+        """
+        for seq in self._live:
+            seq.withdrawn = True
+        self._unpublish(list(self._published.values()))
 
     def slots(
         self, seq: PooledSequence, start: int = 0, end: int | None = None, device: torch.device | str = "cpu"
@@ -230,6 +258,31 @@ class BlockPool:
         assert key is not None
         return key
 
+    def _following(self, bad: set[_Key]) -> list[int]:
+        """Published blocks whose chain of keys passes one of `bad`, those of `bad` themselves among them."""
+        known: dict[int, bool] = {}  # by the identity of a link, so that each is looked at once
+        for key in self._published:
+            path: list[_Key] = []
+            link: _Key | None = key
+            while link is not None and id(link) not in known and link not in bad:
+                path.append(link)
+                link = link.parent
+            verdict = link is not None and known.get(id(link), True)
+            known.update((id(passed), verdict) for passed in path)
+        return [block_id for key, block_id in self._published.items() if key in bad or known.get(id(key), False)]
+
+    def _unpublish(self, block_ids: list[int]) -> None:
+        """Forget what blocks are published as; free ones are blank then, and live sequences that use others flagged."""
+        gone = set(block_ids)
+        for block_id in gone:
+            del self._published[self._key_of(block_id)]
+            self._keys[block_id] = None
+        for seq in self._live:
+            seq.withdrawn = seq.withdrawn or not gone.isdisjoint(seq.block_ids)
+        for block_id in [block_id for block_id in self._reusable if block_id in gone]:
+            del self._reusable[block_id]
+            self._blank.append(block_id)
+
     def _require_free(self, needed: int, reserved: int = 0) -> None:
         free = self.num_free_blocks - reserved
         if needed > free:
@@ -261,8 +314,8 @@ class BlockPool:
 class PooledSequence:
     """One sequence of a pool: its tokens, its row of the block table, and how much of it is in the cache.
 
-    `num_cached_tokens` were found in the cache when it was allocated, `num_computed_tokens` are in it by now.
-    Read it freely; only its pool changes it.
+    `num_cached_tokens` were found in the cache when it was allocated, `num_computed_tokens` are in it by now; a
+    `withdrawn` one publishes no blocks. Read it freely; only its pool changes it.
     """
 
     token_ids: list[int]
@@ -272,6 +325,8 @@ class PooledSequence:
     extra_key: Hashable
     pool: BlockPool = field(repr=False)
     keys: list[_Key] = field(repr=False)  # chain links of its computed full blocks
+    content_key: Hashable = field(repr=False)  # its extra_key, with types
+    withdrawn: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -362,6 +417,19 @@ class _Key:
 def chain_hash(parent_hash: int | None, token_ids: tuple[int, ...], extra_key: Hashable) -> int:
     """Hash of a full block and of everything before it."""
     return hash((parent_hash, token_ids, extra_key))
+
+
+def _typed(key: Hashable) -> Hashable:
+    """A key that is equal to another one only if their types are too, for Python says 1 == True == 1.0."""
+    if key is None or type(key) is str:
+        return key
+    if type(key).__module__ == "numpy" and hasattr(key, "item"):
+        key = key.item()
+    if isinstance(key, tuple):
+        return type(key), tuple(_typed(item) for item in key)
+    if isinstance(key, frozenset):
+        return type(key), frozenset(_typed(item) for item in key)
+    return type(key), key
 
 
 def _checked_tokens(token_ids: Iterable[int]) -> list[int]:

@@ -1,8 +1,8 @@
 """Where kernels run: on a GPU, or in Triton's interpreter on a machine that has none.
 
-Importing this module on a machine with no GPU sets TRITON_INTERPRET=1, unless the variable is already set or triton
-is already imported: Triton reads it when a kernel is decorated, its own library's kernels included, so it has to be
-there before triton is. Everything that imports triton in this package goes through here first.
+Importing this module on a machine with no GPU switches Triton's interpreter on, unless TRITON_INTERPRET is set or
+triton was imported before: Triton chooses when a kernel is decorated, its own library's kernels at its import. The
+choice holds for this process; child processes do not inherit it.
 """
 
 from __future__ import annotations
@@ -36,18 +36,39 @@ def has_gpu() -> bool:
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _HAS_NUMPY = importlib.util.find_spec("numpy") is not None
 
+INTERPRET = "TRITON_INTERPRET"
+_import_error = ""
+
 
 def triton_available() -> bool:
-    """Whether triton is installed (it is not on macOS)."""
-    return _HAS_TRITON
+    """Whether triton is installed (it is not on macOS) and can be imported."""
+    return _HAS_TRITON and not _import_error
 
 
-def _interpret_by_default() -> None:
-    if not has_gpu() and "triton" not in sys.modules:
-        os.environ.setdefault("TRITON_INTERPRET", "1")
+def _interpret_by_default() -> bool:
+    """Import triton with its interpreter on where no GPU exists and nobody has chosen; returns whether it did.
+
+    The variable alone reaches the kernels of Triton's library, and the knob alone kernels decorated later. With the
+    knob set the variable can go, before a child process inherits it (Triton 3.6 to 3.9).
+    """
+    global _import_error
+    undecided = INTERPRET not in os.environ and "triton" not in sys.modules
+    if has_gpu() or not (_HAS_TRITON and _HAS_NUMPY and undecided):
+        return False
+    os.environ[INTERPRET] = "1"
+    try:
+        from triton import knobs
+
+        knobs.runtime.interpret = True
+    except Exception as error:  # a triton that does not fit this machine: everything else still works
+        _import_error = f"{type(error).__name__}: {error}"
+        return False
+    finally:
+        os.environ.pop(INTERPRET, None)
+    return True
 
 
-_interpret_by_default()
+_switched_on = _interpret_by_default()
 
 
 _interpreted_meanwhile = 0
@@ -87,29 +108,96 @@ def _library_interpreted() -> bool:
     return isinstance(library, InterpretedFunction)
 
 
-def require_triton(device: torch.device) -> None:
+def _why_not_interpreted() -> tuple[str, str]:
+    """Why kernels cannot run in the interpreter on a machine with no GPU, and what to do about it."""
+    if not _HAS_NUMPY:
+        return "the interpreter needs NumPy, which is not installed", "install NumPy"
+    from triton import knobs
+
+    if not knobs.runtime.interpret:
+        if _switched_on:  # and off again: the knob also sets the variable
+            return "triton.knobs.runtime.interpret was set to False", "set triton.knobs.runtime.interpret to True"
+        if INTERPRET in os.environ:
+            value = os.environ[INTERPRET]
+            return f"{INTERPRET} is {value!r}", f"unset {INTERPRET}, or set it to 1, before Python starts"
+    return (
+        "triton was imported before its interpreter was switched on",
+        f"import kvgather before triton, or set {INTERPRET}=1 before Python starts",
+    )
+
+
+def require_triton(
+    device: torch.device, request: str = 'backend="triton"', accepted: str = '"torch" or "auto"'
+) -> None:
     """Raise unless Triton kernels can run on tensors of `device`.
 
     Args:
         device: where the tensors of the launch are.
+        request: the argument that needs Triton, as the caller wrote it.
+        accepted: what that argument may be instead.
 
     Raises:
-        BackendError: triton is missing, was imported without its interpreter on a machine with no GPU, or the
-            tensors are on a CPU while kernels are compiled for a GPU.
+        BackendError: kernels cannot run on `device` here. The message names the cause: triton or NumPy is missing,
+            triton was imported before its interpreter was switched on, the interpreter is switched off, or the tensors
+            are on a CPU while kernels are compiled for a GPU.
     """
     if not triton_available():
-        raise BackendError('backend="triton" needs triton, which is not installed here; accepted: "torch" or "auto"')
+        why = f"cannot be imported here ({_import_error})" if _import_error else "is not installed here"
+        raise BackendError(f"{request} needs triton, which {why}; accepted: {accepted}")
     if device.type == "cuda" or interpreting():
         return
     if has_gpu():
         raise BackendError(
-            f'backend="triton" got tensors on {device}, and kernels are compiled for the GPU here; accepted: tensors '
-            'on the GPU, backend="torch", or TRITON_INTERPRET=1 set before Python starts'
+            f"{request} got tensors on {device}, and kernels are compiled for the GPU here; accepted: {accepted}, "
+            f"tensors on the GPU, or {INTERPRET}=1 set before Python starts"
         )
+    cause, remedy = _why_not_interpreted()
     raise BackendError(
-        'backend="triton" needs Triton\'s interpreter on a machine with no GPU, and triton was imported before it '
-        "was switched on; import kvgather before triton, or set TRITON_INTERPRET=1 before Python starts"
+        f"{request} needs Triton's interpreter on a machine with no GPU, and {cause}; accepted: {accepted}, or {remedy}"
     )
+
+
+def parse_device(device: object, name: str = "device") -> torch.device:
+    """A device or the name of one as a `torch.device`; whether this machine has it is not looked at.
+
+    Raises:
+        TypeError, ValueError: neither a device nor the name of one; the message begins with `name`.
+    """
+    accepted = "accepted: a torch.device or its name: cpu, cuda, cuda:0, …"
+    if not isinstance(device, (str, torch.device)):
+        raise TypeError(f"{name} is {type(device).__name__} {device!r:.60}; {accepted}")
+    try:
+        return torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"{name} is {device!r:.60}; {accepted}") from None
+
+
+def resolve_device(device: torch.device | str | None = None, name: str = "device") -> torch.device:
+    """The device that an argument means, checked to be one that holds tensors here.
+
+    Args:
+        device: a device or its name; None is the GPU if there is one, else the CPU.
+        name: the argument's name, for errors.
+
+    Raises:
+        TypeError, ValueError: no device, one that this machine does not have, or "meta", which holds no values.
+    """
+    if device is None:
+        return torch.device("cuda" if has_gpu() else "cpu")
+    where = parse_device(device, name)
+    if where.type == "cuda":
+        count = torch.cuda.device_count() if has_gpu() else 0
+        if (where.index or 0) >= count:
+            raise ValueError(f"{name} is {where}, and torch sees {count} GPUs here; accepted: one of those, or cpu")
+    elif where.type == "meta":
+        raise ValueError(f"{name} is meta, which holds no values; accepted: a GPU, or cpu")
+    elif where.type != "cpu":
+        try:
+            torch.empty(0, device=where)
+        except Exception as error:  # each backend has its own way to say that it is not there
+            words = str(error).splitlines()[:1] or [type(error).__name__]
+            raise ValueError(f"{name} is {where}, which torch cannot use here ({words[0]:.100})") from None
+    return where
 
 
 def fp8_support(device: torch.device | str | None = None) -> dict[torch.dtype, str]:
@@ -122,18 +210,29 @@ def fp8_support(device: torch.device | str | None = None) -> dict[torch.dtype, s
         For each FP8 dtype "hardware" or "software". Software decode is exact for all 256 codes. It is always used
         under Triton's interpreter, whose own conversions get NaN codes wrong.
 
+    Raises:
+        TypeError, ValueError: `device` is no device, or a GPU that torch does not see.
+
     Source: NVIDIA has e4m3 and e5m2 from compute capability 8.9; AMD gfx942 has the fnuz forms, gfx950 and RDNA4
         the OCP ones.
     """
-    where = torch.device(device) if device is not None else torch.device("cuda" if has_gpu() else "cpu")
+    where = resolve_device(None) if device is None else parse_device(device)
     decoded: frozenset[torch.dtype] = frozenset()
     if where.type == "cuda" and not interpreting():
-        if torch.version.hip is not None:
-            decoded = fp8_in_hardware("hip", torch.cuda.get_device_properties(where).gcnArchName.split(":")[0])
-        else:
-            major, minor = torch.cuda.get_device_capability(where)
-            decoded = fp8_in_hardware("cuda", f"{major}{minor}")
+        decoded = fp8_in_hardware(*_architecture(where))
     return {dtype: "hardware" if dtype in decoded else "software" for dtype in FP8_DTYPES}
+
+
+def _architecture(gpu: torch.device) -> tuple[str, str]:
+    """The backend and the architecture of a GPU, as `fp8_in_hardware` takes them."""
+    try:
+        if torch.version.hip is not None:
+            return "hip", torch.cuda.get_device_properties(gpu).gcnArchName.split(":")[0]
+        major, minor = torch.cuda.get_device_capability(gpu)
+    except (AssertionError, RuntimeError) as error:
+        words = str(error).splitlines()[0]
+        raise ValueError(f"device is {gpu}; accepted: a GPU that torch sees here, or cpu ({words:.100})") from None
+    return "cuda", f"{major}{minor}"
 
 
 def fp8_in_hardware(backend: str, arch: str) -> frozenset[torch.dtype]:
@@ -188,15 +287,16 @@ def doctor() -> Report:
     """
     notes = []
     if not triton_available():
-        kernels = "not here: triton is not installed"
-        notes.append("the chapters that run Triton kernels (04 to 07) need Linux or Windows; the others work")
+        kernels = f"not here: {_import_error or 'triton is not installed'}"
+        notes.append("the chapters that run Triton kernels (04 to 08) need Linux or Windows; the others work")
     elif interpreting():
         kernels = "in Triton's interpreter, on the CPU"
     elif has_gpu():
         kernels = "compiled, on the GPU"
     else:
-        kernels = "not here: triton was imported before its interpreter was switched on"
-        notes.append("import kvgather before triton, or set TRITON_INTERPRET=1 before Python starts")
+        cause, remedy = _why_not_interpreted()
+        kernels = f"not here: {cause}"
+        notes.append(remedy)
     names = {dtype: str(dtype).removeprefix("torch.float8_") for dtype in FP8_DTYPES}
     decode = ", ".join(f"{names[dtype]}: {how}" for dtype, how in fp8_support().items())
     lab = _version("jupyterlab")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from enum import IntEnum
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,7 +28,7 @@ def snapshot(pool: BlockPool, *seqs: PooledSequence) -> list[Any]:
     ]
 
 
-def run_prompt(pool: BlockPool, tokens: list[int], extra_key: str | None = None) -> PooledSequence:
+def run_prompt(pool: BlockPool, tokens: list[int], extra_key: Any = None) -> PooledSequence:
     seq = pool.allocate(tokens, extra_key)
     pool.commit(seq)
     return seq
@@ -221,6 +224,95 @@ def test_a_hash_collision_never_shares_wrong_content(monkeypatch: pytest.MonkeyP
     assert pool.allocate([1, 2, 3, 4, 5], "a").num_cached_tokens == 4
 
 
+class Color(IntEnum):
+    RED = 1
+
+
+KEYS: list[Any] = [
+    None, True, 1, 1.0, 1 + 0j, "1", b"1", Fraction(1), (1,), (True,), (1.0,), ((1,),), ((True,),), frozenset({1}),
+    frozenset({True}), Color.RED, (int, 1), False, 0, 0.0, "", (), (None,),
+]  # fmt: skip
+
+
+def test_equal_keys_of_different_types_share_nothing() -> None:
+    pool = BlockPool(num_blocks=256, page_size=2)
+    for key in KEYS:
+        assert run_prompt(pool, [1, 2, 3], key).num_cached_tokens == 0, key
+    for key in KEYS:
+        again = pool.allocate([1, 2, 3], key)
+        assert again.num_cached_tokens == 2 and again.extra_key is key
+
+
+def test_a_key_of_numpy_is_pythons() -> None:
+    pool = BlockPool(num_blocks=64, page_size=2)
+    for key, same in ((7, np.int64(7)), (7.5, np.float64(7.5)), (True, np.bool_(True)), (("a", 7), ("a", np.int32(7)))):
+        run_prompt(pool, [1, 2, 3], key)
+        assert pool.allocate([1, 2, 3], same).num_cached_tokens == 2
+    assert pool.allocate([1, 2, 3], np.int64(1)).num_cached_tokens == 0  # which is not True
+
+
+def test_withdrawn_blocks_are_found_no_more() -> None:
+    pool = BlockPool(num_blocks=16, page_size=4)
+    bad, other = run_prompt(pool, PROMPT), run_prompt(pool, [9, 9, 9, 9, 9])
+    freed = run_prompt(pool, [*PROMPT[:8], 7, 7, 7, 7, 7])  # published after the bad ones, computed from them
+    after = freed.block_ids[2]
+    pool.free(freed)
+    pool.withdraw(bad)
+    assert pool.allocate(PROMPT).num_cached_tokens == 0
+    assert pool.allocate([9, 9, 9, 9, 9]).num_cached_tokens == 4
+    assert pool.block(after).state == "blank" and [pool.block(b).token_ids for b in bad.block_ids] == [None] * 3
+    assert bad.withdrawn and not other.withdrawn
+
+
+def test_what_follows_withdrawn_blocks_is_not_found_after_they_were_computed_again() -> None:
+    pool = BlockPool(num_blocks=32, page_size=4)
+    bad = run_prompt(pool, PROMPT)
+    reader = run_prompt(pool, [*PROMPT[:8], 7, 7, 7, 7, 7])  # its first two blocks are the bad ones
+    pool.withdraw(bad)
+    good = run_prompt(pool, PROMPT)
+    assert pool.allocate([*PROMPT[:8], 7, 7, 7, 7, 7]).num_cached_tokens == 8
+    for seq in (bad, reader):
+        for token in range(8):
+            pool.append(seq, token)
+        pool.commit(seq)
+        assert seq.num_computed_tokens == seq.num_tokens and seq.withdrawn
+        assert pool.allocate([*seq.token_ids, 0]).num_cached_tokens == 8  # the good ones, and nothing after them
+    pool.free(bad)
+    pool.free(reader)
+    assert pool.allocate(PROMPT).block_ids[:2] == good.block_ids[:2]
+
+
+def test_a_private_copy_of_a_withdrawn_block_goes_on() -> None:
+    """Two sequences computed the same block at once: the copy read nothing of the bad one."""
+    pool = BlockPool(num_blocks=16, page_size=4)
+    bad, copy = pool.allocate(PROMPT), pool.allocate(PROMPT)
+    pool.commit(bad)
+    pool.commit(copy)
+    pool.withdraw(bad)
+    assert not copy.withdrawn
+    assert pool.allocate(PROMPT).num_cached_tokens == 0
+
+
+def test_reset_finds_nothing_and_live_sequences_go_on() -> None:
+    pool = BlockPool(num_blocks=16, page_size=4)
+    live = run_prompt(pool, PROMPT)
+    pool.free(run_prompt(pool, [9, 9, 9, 9, 9]))
+    stats = pool.stats
+    pool.reset()
+    assert pool.stats == stats and pool.num_free_blocks == 13
+    assert all(pool.block(b).token_ids is None for b in range(16))
+    assert pool.allocate([9, 9, 9, 9, 9]).num_cached_tokens == 0
+    pool.append(live, 10)
+    pool.append(live, 11)
+    pool.commit(live)  # computed with the old weights
+    assert pool.allocate([*live.token_ids, 1]).num_cached_tokens == 0
+    new = run_prompt(pool, PROMPT)
+    assert pool.allocate(PROMPT).block_ids[:2] == new.block_ids[:2]
+    pool.reset()
+    pool.reset()
+    assert pool.allocate(PROMPT).num_cached_tokens == 0
+
+
 def test_stats_count_prompt_tokens_and_hits() -> None:
     pool = BlockPool(num_blocks=16, page_size=4)
     assert pool.stats.hit_rate == 0.0
@@ -326,7 +418,7 @@ def test_commit_out_of_range(computed: int) -> None:
         pool.commit(seq, 5.0)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("call", ["append", "commit", "free", "slots", "block_table"])
+@pytest.mark.parametrize("call", ["append", "commit", "free", "withdraw", "slots", "block_table"])
 def test_freed_foreign_and_wrong_sequences_raise(call: str) -> None:
     pool, other = BlockPool(4, 4), BlockPool(4, 4)
     freed, foreign = pool.allocate([1]), other.allocate([1])
@@ -384,6 +476,10 @@ def test_a_very_long_chain_neither_recurses_nor_slows_down() -> None:
         "pool = BlockPool(num_blocks=60_001, page_size=1)\n"
         "seq = pool.allocate(range(60_000)); pool.commit(seq); pool.free(seq)\n"
         "assert pool.allocate(range(60_000)).num_cached_tokens == 59_999\n"
+        "pool.reset()\n"
+        "pool = BlockPool(num_blocks=60_001, page_size=1)\n"
+        "seq = pool.allocate(range(60_000)); pool.commit(seq); pool.withdraw(seq)\n"
+        "assert pool._published == {}\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,7 +1,8 @@
 """The block pool against a slow, obvious twin and a model of memory, through random histories.
 
 The twin stores whole prefixes instead of chains and searches with a loop. The memory records, for every
-slot, the tokens that its K and V would be computed from: the whole prefix up to that position.
+slot, the tokens that its K and V would be computed from: the whole prefix up to that position. It also numbers the
+writes, and stores with each slot the writes it was computed from: nothing computed from a withdrawn one is found.
 """
 
 from __future__ import annotations
@@ -58,6 +59,19 @@ class ObviousPool:
         if prefix not in self.content:
             self.content[block_id] = prefix
 
+    def withdraw(self, block_ids: list[int]) -> set[int]:
+        """Forget these blocks' contents and whatever begins like one of them; returns the blocks that had one."""
+        bad = [content for b in block_ids if (content := self.content[b]) is not None]
+        gone = {
+            b
+            for b, content in enumerate(self.content)
+            if content is not None and any(content[0] == key and content[1][: len(t)] == t for key, t in bad)
+        }
+        for b in gone:
+            self.content[b] = None
+        self.free_ids = [b for b in self.free_ids if b not in gone] + [b for b in self.free_ids if b in gone]
+        return gone
+
     def release(self, block_ids: list[int]) -> None:
         for b in reversed(block_ids):
             self.refs[b] -= 1
@@ -72,6 +86,10 @@ class PoolMachine(RuleBasedStateMachine):
         self.twin = ObviousPool(num_blocks, page_size)
         self.live: list[PooledSequence] = []
         self.memory: dict[int, Prefix] = {}
+        self.origins: dict[int, frozenset[int]] = {}  # of each slot: its own write and those that it was computed from
+        self.writes = 0
+        self.bad: set[int] = set()  # writes
+        self.private: set[PooledSequence] = set()  # sequences that publish nothing
 
     def snapshot(self) -> list[Any]:
         seqs = [(list(s.block_ids), list(s.token_ids), s.num_computed_tokens) for s in self.live]
@@ -101,6 +119,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert seq.num_cached_tokens == len(hits) * self.pool.page_size < seq.num_tokens
         for position, slot in enumerate(self.pool.slots(seq, 0, seq.num_cached_tokens).tolist()):
             assert self.memory[slot] == self.prefix(seq, position + 1)
+            assert self.bad.isdisjoint(self.origins[slot]), "a block that was computed from a withdrawn one is found"
 
     @precondition(lambda self: self.live)
     @rule(data=st.data(), token=st.integers(0, 1))
@@ -131,9 +150,31 @@ class PoolMachine(RuleBasedStateMachine):
             assert written.ref_count == 1, "a shared block would be written"
             assert written.token_ids is None, "a published block would be written"
             self.memory[slot] = self.prefix(seq, position + 1)
+            before = self.pool.slots(seq, 0, position).tolist()
+            self.writes += 1
+            self.origins[slot] = frozenset({self.writes}).union(*(self.origins[earlier] for earlier in before))
         self.pool.commit(seq, end)
         for i in range(start // page_size, end // page_size):
-            self.twin.publish(seq.block_ids[i], self.prefix(seq, (i + 1) * page_size))
+            if seq not in self.private:
+                self.twin.publish(seq.block_ids[i], self.prefix(seq, (i + 1) * page_size))
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def withdraw(self, data: st.DataObject) -> None:
+        seq = data.draw(st.sampled_from(self.live), label="sequence")
+        for slot in self.pool.slots(seq, 0, seq.num_computed_tokens).tolist():
+            self.bad |= {max(self.origins[slot])}  # the slot's own write
+        gone = self.twin.withdraw(seq.block_ids)
+        self.private |= {seq, *(other for other in self.live if not gone.isdisjoint(other.block_ids))}
+        self.pool.withdraw(seq)
+
+    @precondition(lambda self: self.writes % 5 == 4)
+    @rule()
+    def reset(self) -> None:
+        self.bad |= set(range(self.writes + 1))
+        self.twin.withdraw(list(range(self.pool.num_blocks)))
+        self.private |= set(self.live)
+        self.pool.reset()
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())
@@ -160,6 +201,10 @@ class PoolMachine(RuleBasedStateMachine):
             view, prefix = self.pool.block(b), self.twin.content[b]
             assert view.ref_count == sum(seq.block_ids.count(b) for seq in self.live) == self.twin.refs[b]
             assert view.token_ids == (None if prefix is None else prefix[1][-self.pool.page_size :])
+
+    @invariant()
+    def those_that_publish_nothing_are_known(self) -> None:
+        assert all(seq.withdrawn == (seq in self.private) for seq in self.live)
 
     @invariant()
     def computed_tokens_are_in_memory(self) -> None:

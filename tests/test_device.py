@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,8 +40,42 @@ except ValueError as error:
 @no_gpu
 @pytest.mark.triton
 def test_importing_kvgather_first_switches_the_interpreter_on() -> None:
-    done = run(f"import os, torch, kvgather as kg\n{GATHER}\nprint(os.environ['TRITON_INTERPRET'])")
-    assert done.stdout.split("\n") == ["48.0 True", "48.0", "1", ""], done.stderr
+    done = run(f"import torch, kvgather as kg\n{GATHER}")
+    assert done.stdout.split("\n") == ["48.0 True", "48.0", ""], done.stderr
+
+
+DECORATED_LATER = """
+import os, subprocess, sys, tempfile, importlib.util, pathlib
+import torch, kvgather as kg
+with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder) / "own.py"
+    path.write_text(
+        "import triton, triton.language as tl\\n@triton.jit\\n"
+        "def double(x, N: tl.constexpr):\\n    at = tl.arange(0, N)\\n    tl.store(x + at, tl.load(x + at) * 2)\\n"
+    )
+    spec = importlib.util.spec_from_file_location("own", path)
+    own = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(own)
+    x = torch.ones(8)
+    own.double[(1,)](x, 8)
+print(x.sum().item(), "TRITON_INTERPRET" in os.environ)
+child = "import triton.language as tl, triton; print(isinstance(tl.cdiv, triton.JITFunction))"
+print(subprocess.run([sys.executable, "-c", child], capture_output=True, text=True).stdout.strip())
+"""
+
+
+@no_gpu
+@pytest.mark.triton
+def test_the_interpreter_reaches_kernels_decorated_later_and_no_child_process() -> None:
+    done = run(DECORATED_LATER)
+    assert done.stdout.split("\n") == ["16.0 False", "True", ""], done.stderr
+
+
+@no_gpu
+@pytest.mark.triton
+def test_a_variable_that_was_set_by_the_user_stays_for_child_processes() -> None:
+    done = run("import os, kvgather; print(os.environ['TRITON_INTERPRET'])", TRITON_INTERPRET="1")
+    assert done.stdout == "1\n", done.stderr
 
 
 @no_gpu
@@ -51,7 +86,8 @@ def test_triton_before_kvgather_leaves_torch_and_says_what_to_do() -> None:
     assert lines[0] == "48.0 False", done.stderr
     assert lines[1] == (
         'BackendError backend="triton" needs Triton\'s interpreter on a machine with no GPU, and triton was imported '
-        "before it was switched on; import kvgather before triton, or set TRITON_INTERPRET=1 before Python starts"
+        'before its interpreter was switched on; accepted: "torch" or "auto", or import kvgather before triton, or set '
+        "TRITON_INTERPRET=1 before Python starts"
     )
     assert "Triton kernels  not here: triton was imported before its interpreter was switched on" in lines
     assert "note: import kvgather before triton, or set TRITON_INTERPRET=1 before Python starts" in lines
@@ -70,6 +106,57 @@ def test_the_variable_set_to_0_is_left_alone() -> None:
     done = run(f"import torch, kvgather as kg\n{GATHER}", TRITON_INTERPRET="0")
     assert done.stdout.split("\n")[0] == "48.0 False", done.stderr
     assert "BackendError" in done.stdout
+    assert "and TRITON_INTERPRET is '0'; accepted: " in done.stdout
+    assert "or unset TRITON_INTERPRET, or set it to 1, before Python starts" in done.stdout
+
+
+@no_gpu
+@pytest.mark.triton
+def test_the_knob_switched_off_later_is_named() -> None:
+    done = run(f"import torch, kvgather as kg, triton\ntriton.knobs.runtime.interpret = False\n{GATHER}")
+    assert "and triton.knobs.runtime.interpret was set to False; accepted: " in done.stdout, done.stderr
+
+
+HIDDEN = """
+import importlib.util, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name == "numpy" else find(name, package)
+sys.modules["numpy"] = None
+"""
+
+
+@no_gpu
+@pytest.mark.triton
+@pytest.mark.filterwarnings("ignore")
+def test_without_numpy_the_message_names_numpy_whatever_the_variable_says() -> None:
+    for environment in ({}, {"TRITON_INTERPRET": "1"}, {"TRITON_INTERPRET": "0"}):
+        done = run(f"{HIDDEN}\nimport torch, kvgather as kg\n{GATHER}\nprint(kg.device.doctor())", **environment)
+        assert done.stdout.startswith("48.0 False\nBackendError"), done.stderr
+        assert "the interpreter needs NumPy, which is not installed; accepted: " in done.stdout
+        assert "Triton kernels  not here: the interpreter needs NumPy, which is not installed" in done.stdout
+        assert done.stdout.rstrip().endswith("note: install NumPy")
+
+
+@no_gpu
+def test_a_triton_that_cannot_be_imported_leaves_torch_and_is_named(tmp_path: Path) -> None:
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text("raise ImportError('GLIBC_9.9 not found')\n", encoding="utf-8")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nimport os, torch, kvgather as kg\n{GATHER}"
+    done = run(f"{code}\nprint('TRITON_INTERPRET' in os.environ)\nprint(kg.device.doctor())")
+    lines = done.stdout.split("\n")
+    assert lines[0] == "48.0 False", done.stderr
+    assert lines[1] == (
+        'BackendError backend="triton" needs triton, which cannot be imported here (ImportError: GLIBC_9.9 not found); '
+        'accepted: "torch" or "auto"'
+    )
+    assert lines[2] == "False"
+    assert "Triton kernels  not here: ImportError: GLIBC_9.9 not found" in lines
+
+
+def test_the_message_is_in_the_words_of_the_argument(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "triton_available", lambda: False)
+    with pytest.raises(BackendError, match=r'path="direct" needs triton, .*; accepted: "gather" or "auto"$'):
+        device.require_triton(CPU, 'path="direct"', '"gather" or "auto"')
 
 
 def test_without_triton_torch_runs_and_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,6 +191,41 @@ def test_the_interpreter_takes_any_device() -> None:
 
 def test_in_the_interpreter_every_format_is_decoded_in_software() -> None:
     assert device.fp8_support("cpu") == dict.fromkeys(device.FP8_DTYPES, "software")
+
+
+BAD_DEVICES = [
+    (3.5, TypeError, r"device is float 3.5; accepted: a torch.device or its name: cpu, cuda, cuda:0, …"),
+    (0, TypeError, r"device is int 0; accepted: a torch.device or its name"),
+    ([], TypeError, r"device is list \[\]; accepted: "),
+    ("gpu", ValueError, r"device is 'gpu'; accepted: a torch.device or its name"),
+    ("", ValueError, r"device is ''; accepted: "),
+    ("cuda:-1", ValueError, r"device is 'cuda:-1'; accepted: "),
+]
+
+
+@pytest.mark.parametrize(("given", "error", "message"), BAD_DEVICES)
+def test_a_bad_device_is_named(given: object, error: type[Exception], message: str) -> None:
+    for call in (device.fp8_support, device.resolve_device):
+        with pytest.raises(error, match=message):
+            call(given)
+
+
+def test_a_device_that_this_machine_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    count = torch.cuda.device_count() if device.has_gpu() else 0
+    with pytest.raises(ValueError, match=rf"where is cuda:99, and torch sees {count} GPUs here; accepted: one of thos"):
+        device.resolve_device("cuda:99", "where")
+    with pytest.raises(ValueError, match="device is meta, which holds no values; accepted: a GPU, or cpu"):
+        device.resolve_device("meta")
+    with pytest.raises(ValueError, match="device is maia, which torch cannot use here"):
+        device.resolve_device("maia")
+    monkeypatch.setattr(device, "interpreting", lambda: False)
+    with pytest.raises(ValueError, match="device is cuda:99; accepted: a GPU that torch sees here, or cpu"):
+        device.fp8_support("cuda:99")
+
+
+def test_the_device_that_an_argument_means() -> None:
+    assert device.resolve_device().type == ("cuda" if device.has_gpu() else "cpu")
+    assert device.resolve_device("cpu") == device.resolve_device(CPU) == CPU
 
 
 @pytest.mark.parametrize(

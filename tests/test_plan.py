@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -295,8 +296,12 @@ def test_a_plan_for_a_smaller_pool_is_fine() -> None:
 
 
 def test_a_plan_on_another_device_is_refused() -> None:
-    pool = torch.empty(BLOCKS, PAGE, 2, 8, device="meta")
+    cache = kg.PagedKVCache(BLOCKS, PAGE, 2, 8, device="cpu")
+    cache.geometry = replace(cache.geometry, device=torch.device("meta"))
     with pytest.raises(ValueError, match=r"plan is on cpu; accepted: the cache's device, meta"):
+        cache.gather(build(TABLE, [0, 4, 8]))
+    pool = torch.empty(BLOCKS, PAGE, 2, 8, device="meta")
+    with pytest.raises(ValueError, match=r"key_cache is on meta, which holds no values; accepted: a tensor on a GPU"):
         kg.gather(pool, pool, build(TABLE, [0, 4, 8]))
 
 

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..formats.checks import check_tensor
+from ..formats.checks import check_tensor, resolved
 from ..formats.fp8 import FLOATS
 
 
@@ -22,17 +22,19 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
     Args:
         out_a, out_b: `[n, heads, dim]`, bfloat16, float16 or float32. Where a log-sum-exp is −inf they may hold
             anything.
-        lse_a, lse_b: `[n, heads]` float32, natural; −inf where a query saw nothing.
+        lse_a, lse_b: `[n, heads]` float32, natural; −inf where a query saw nothing. +inf, which FlashAttention 2
+            returns for rows without keys and for rows of NaN, is −inf unless the row of its out holds a NaN.
 
     Returns:
         out `[n, heads, dim]`, in the dtype that both promote to, and lse `[n, heads]` float32. Where one side saw
-        nothing it is exactly the other; where both saw nothing, 0 and −inf.
+        nothing it is exactly the other; where both saw nothing, 0 and −inf. A NaN that was seen stays NaN.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or device.
 
     Source: the online softmax of Milakov and Gimelshein (arXiv:1805.02867), as cascade inference merges it.
     """
+    out_a, lse_a, out_b, lse_b = (resolved(given) for given in (out_a, lse_a, out_b, lse_b))
     check_tensor(out_a, "out_a", ndim=3, dtypes=FLOATS)
     for name, tensor, dtypes, shape in (
         ("lse_a", lse_a, (torch.float32,), out_a.shape[:2]),
@@ -44,6 +46,7 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
             raise ValueError(
                 f"{name} has shape {list(tensor.shape)}; accepted for out_a of shape {list(out_a.shape)}: {list(shape)}"
             )
+    lse_a, lse_b = _without_plus_infinity(out_a, lse_a), _without_plus_infinity(out_b, lse_b)
     no_a, no_b = lse_a == -math.inf, lse_b == -math.inf
     top = torch.maximum(lse_a, lse_b)
     weight_a, weight_b = torch.exp(lse_a - top), torch.exp(lse_b - top)  # one of them is 1
@@ -54,6 +57,11 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
     out = out.masked_fill((no_a & no_b)[..., None], 0)
     lse = torch.where(no_a, lse_b, torch.where(no_b, lse_a, top + total.log()))
     return out.to(torch.promote_types(out_a.dtype, out_b.dtype)), lse
+
+
+def _without_plus_infinity(out: Tensor, lse: Tensor) -> Tensor:
+    """A part's log-sum-exp with −inf for +inf, and NaN for that of a row of NaN: both then weigh what they should."""
+    return torch.where(lse == math.inf, torch.where(out.isnan().any(-1), math.nan, -math.inf), lse)
 
 
 @torch.no_grad()

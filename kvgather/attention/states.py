@@ -21,15 +21,15 @@ class RunningState:
     ) -> None:
         self.out = torch.zeros((rows, heads, dim), dtype=dtype, device=device)
         self.backend = backend
-        self.lse = torch.full((rows, heads), -torch.inf, device=device)
+        self.lse = torch.full((rows, heads), -torch.inf, dtype=torch.float32, device=device)
 
     def add(self, rows: slice, out: Tensor, lse: Tensor) -> None:
-        """Merge what `rows` saw elsewhere; in place, because memory for a second state of all rows is not there.
+        """Merge what `rows` saw in other keys, in place: a second copy of the state would exceed the workspace bound.
 
         Args:
             rows: of this state.
-            out: `[rows, heads, dim]`, any float dtype, 0 where `lse` is −inf.
-            lse: `[rows, heads]` FP32.
+            out: `[rows, heads, dim]`, any float dtype, 0 where `lse` is −inf or +inf.
+            lse: `[rows, heads]` FP32; a row with −inf or +inf weighs 0.
         """
         held_out, held_lse = self.out[rows], self.lse[rows]
         if choose_backend(self.backend, out.device) == "triton":
@@ -37,6 +37,7 @@ class RunningState:
 
             add_state(held_out, held_lse, out, lse)
             return
+        lse = lse.masked_fill(lse == torch.inf, -torch.inf)
         merged = torch.logaddexp(held_lse, lse)
         base = torch.where(merged == -torch.inf, 0, merged)  # −inf less −inf would be NaN
         held_out *= torch.exp(held_lse - base)[..., None]

@@ -23,6 +23,7 @@ def add_state_kernel(
     in_use = row < rows
     held_lse = tl.load(lse_ptr + at, mask=in_use, other=float("-inf"))
     part_lse = tl.load(part_lse_ptr + row * stride_lse_row + head * stride_lse_head, mask=in_use, other=float("-inf"))
+    part_lse = tl.where(part_lse == float("inf"), float("-inf"), part_lse)  # both say: no keys
     top = tl.maximum(held_lse, part_lse)
     base = tl.where(top == float("-inf"), 0.0, top)  # −inf less −inf would be NaN
     held_weight, part_weight = tl.exp(held_lse - base), tl.exp(part_lse - base)
@@ -47,7 +48,7 @@ def add_state(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
 
     Args:
         part: `[n, heads, dim]`, any float dtype and strides, 0 where nothing was seen.
-        part_lse: `[n, heads]` FP32, any strides.
+        part_lse: `[n, heads]` FP32, any strides; a row with −inf or +inf weighs 0.
     """
     rows, heads, dim = out.shape
     assert out.is_contiguous() and lse.is_contiguous() and out.dtype == lse.dtype == torch.float32

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import numbers
+import operator
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+Value = TypeVar("Value")
 
 
 def dtype_name(dtype: object) -> str:
@@ -15,11 +21,31 @@ def dtype_name(dtype: object) -> str:
 def described(value: object) -> str:
     """A value as an error shows it: its type and the start of its repr; of a tensor its shape, because to print its
     values is to wait for a GPU, or to read past its memory."""
+    kind = type(value).__name__
     if isinstance(value, Tensor):
-        return f"{type(value).__name__} of shape {list(value.shape)}"
+        return f"{kind} with a nested layout" if value.is_nested else f"{kind} of shape {list(value.shape)}"
     if isinstance(value, (list, tuple)) and any(isinstance(item, Tensor) for item in value):
-        return f"{type(value).__name__} with tensors"
-    return f"{type(value).__name__} {value!r:.60}"
+        return f"{kind} with tensors"
+    return f"{kind} {shown(value)}"
+
+
+def shown(value: object) -> str:
+    """The start of a value's repr; Python refuses to print integers of more than 4300 digits."""
+    try:
+        return f"{value!r:.60}"
+    except ValueError:
+        return "of too many digits to print"
+
+
+def resolved(value: Value) -> Value:
+    """A tensor with its negative bit resolved, such as `x.conj().imag`; a copy only then, anything else as it is.
+
+    For arguments that are read and small enough to copy. Kernels and views of another dtype read the bytes, which do
+    not have the sign; `check_tensor` refuses the bit.
+    """
+    if isinstance(value, Tensor) and value.is_neg():
+        return value.resolve_neg()  # type: ignore[return-value]
+    return value
 
 
 def check_tensor(
@@ -34,12 +60,14 @@ def check_tensor(
 
     Raises:
         TypeError: it is no tensor, or its dtype is not accepted.
-        ValueError: its rank, device or layout is not accepted, or its strides reach past its storage.
+        ValueError: its rank, device or layout is not accepted, its strides reach past its storage, it holds no values
+            (meta), or its bytes are not its values (the negative bit; see `resolved`).
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is {described(value)}; accepted: a torch.Tensor")
-    if value.layout != torch.strided:
-        raise ValueError(f"{name} has layout {value.layout}; accepted: a dense (strided) tensor")
+    if value.layout != torch.strided or value.is_nested:
+        layout = "nested" if value.is_nested else value.layout
+        raise ValueError(f"{name} has layout {layout}; accepted: a dense (strided) tensor")
     if dtypes is not None and value.dtype not in dtypes:
         accepted = ", ".join(dtype_name(d) for d in dtypes)
         raise TypeError(f"{name} has dtype {dtype_name(value.dtype)}; accepted: {accepted}")
@@ -47,6 +75,14 @@ def check_tensor(
         raise ValueError(f"{name} has shape {list(value.shape)}; accepted: {ndim} dimensions")
     if device is not None and value.device != device:
         raise ValueError(f"{name} is on {value.device}; accepted: {device}")
+    if not torch.compiler.is_compiling():
+        if value.is_meta and value.device.type == "meta":  # fake tensors are meta tensors on the device they stand for
+            raise ValueError(f"{name} is on meta, which holds no values; accepted: a tensor on a GPU or a CPU")
+        if value.is_neg():
+            raise ValueError(
+                f"{name} has its negative bit set, as x.conj().imag has, so that its bytes are not its values; "
+                f"accepted: {name}.resolve_neg()"
+            )
     check_inside_storage(value, name)
     return value
 
@@ -121,13 +157,69 @@ def check_inside_storage(tensor: Tensor, name: str) -> None:
 
 
 def check_int(value: object, name: str, *, minimum: int = 0, maximum: int = 2**31 - 1) -> int:
-    """Return `value` as an int in [minimum, maximum]; a bool is not a number here."""
-    if isinstance(value, bool) or not hasattr(value, "__index__") or isinstance(value, Tensor):
+    """Return `value`, Python's or NumPy's, as an int in [minimum, maximum]; a bool is not a number here."""
+    if isinstance(value, (bool, Tensor)):
         raise TypeError(f"{name} is {described(value)}; accepted: an int")
-    number = int(value.__index__())
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} is {described(value)}; accepted: an int") from None
     if not minimum <= number <= maximum:
-        raise ValueError(f"{name} is {number}; accepted: {minimum} to {maximum}")
+        raise ValueError(f"{name} is {shown(number)}; accepted: {minimum} to {maximum}")
     return number
+
+
+def check_window(value: object, name: str = "window") -> int | None:
+    """Return a window, the newest keys that a query sees, its own included; None is no window.
+
+    Engines write "no window" as 0 or -1; here the message says what does.
+
+    Raises:
+        TypeError, ValueError: neither None nor an int from 1 on.
+    """
+    if value is None:
+        return None
+    try:
+        return check_int(value, name, minimum=1)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{error}, or None for no window") from None
+
+
+def as_float(value: object) -> float | None:
+    """The float of a real number, Python's or NumPy's, infinite where it is too large; None for anything else."""
+    if isinstance(value, (bool, Tensor)) or not isinstance(value, numbers.Real):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.copysign(math.inf, operator.gt(value, 0) - 0.5)
+
+
+def check_positive(value: object, name: str, accepted: str = "a number") -> float:
+    """Return `value`, Python's or NumPy's, as a finite float above 0 that FP32 can hold.
+
+    Args:
+        value: the argument as given.
+        name: the argument's name, for errors.
+        accepted: what the argument may be, for the error of anything that is no number.
+
+    Raises:
+        TypeError: it is no number; a bool is none here.
+        ValueError: it is not finite and above 0, or FP32 rounds it to infinity or below its smallest normal number.
+    """
+    number = as_float(value)
+    if number is None:
+        raise TypeError(f"{name} is {described(value)}; accepted: {accepted}")
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name} is {_number(value)}; accepted: finite values above 0")
+    if not torch.finfo(torch.float32).smallest_normal <= number <= torch.finfo(torch.float32).max:
+        raise ValueError(f"{name} is {_number(value)}; accepted: values that FP32 can hold")
+    return number
+
+
+def _number(value: object) -> str:
+    """A number as an error shows it: NumPy's without the name of its type."""
+    return shown(value.item() if type(value).__module__ == "numpy" and hasattr(value, "item") else value)
 
 
 def check_choice(value: object, name: str, accepted: Sequence[str]) -> str:

@@ -161,7 +161,7 @@ class Geometry:
         check_choice(layout, "layout", LAYOUTS)
         sizes = []
         for which, pool in (("key", key_cache), ("value", value_cache)):
-            check_tensor(pool, f"{which}_cache", dtypes=POOL_DTYPES)
+            check_pool(pool, f"{which}_cache", None if which == "key" else key_cache.device)
             sizes.append(_read_sizes(pool, layout, "key" if which == "key" else "value"))
         (blocks, page, heads, k_dim), (*v_sizes, v_dim) = sizes
         if v_sizes != [blocks, page, heads]:
@@ -174,9 +174,21 @@ class Geometry:
                 f"value_cache has dtype {dtype_name(value_cache.dtype)}; accepted: key_cache's, "
                 f"{dtype_name(key_cache.dtype)}"
             )
-        if value_cache.device != key_cache.device:
-            raise ValueError(f"value_cache is on {value_cache.device}; accepted: {key_cache.device}, as key_cache")
         return cls(layout, blocks, page, heads, k_dim, v_dim, key_cache.dtype, key_cache.device)
+
+
+def check_pool(pool: object, name: str, device: torch.device | None = None) -> Tensor:
+    """Return `pool` if it is a dense tensor of a dtype that a pool may have, on `device` if one is given.
+
+    Raises:
+        TypeError, ValueError: it is not; for codes in uint8 the message says how to view them in their format.
+    """
+    if isinstance(pool, Tensor) and pool.dtype == torch.uint8:
+        raise TypeError(
+            f"{name} has dtype uint8; accepted: {', '.join(dtype_name(d) for d in POOL_DTYPES)}; FP8 codes that are "
+            f"stored as bytes: {name}.view(torch.float8_e4m3fn), or the format that they are in"
+        )
+    return check_tensor(pool, name, dtypes=POOL_DTYPES, device=device)
 
 
 def _read_sizes(pool: Tensor, layout: str, which: Which) -> tuple[int, int, int, int]:
@@ -230,7 +242,7 @@ def convert(pool: Tensor, src: str, dst: str, which: Which) -> Tensor:
     check_choice(src, "src", LAYOUTS)
     check_choice(dst, "dst", LAYOUTS)
     check_choice(which, "which", ("key", "value"))
-    check_tensor(pool, "pool", dtypes=POOL_DTYPES)
+    check_pool(pool, "pool")
     blocks, page, heads, dim = _read_sizes(pool, src, which)
     shape = pool_shape(dst, which, blocks, page, heads, dim, pool.element_size())
     nhd = as_nhd(pool, src, which)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checks import check_choice, check_tensor, described
+from .checks import check_choice, check_positive, check_tensor
 
 KINDS = ("none", "per-tensor", "per-head", "per-page-head", "per-token-head")
 
@@ -142,8 +142,18 @@ def classify(
     wanted_kind = "" if kind is None else f" as {kind}"
     raise ValueError(
         f"{name} has {given}; accepted for {num_heads} heads, {num_blocks} blocks, page {page_size}{wanted_kind}: "
-        f"{accepted}"
+        f"{accepted}{_pointer(shape, shapes, name) if isinstance(scale, Tensor) and kind is not None else ''}"
     )
+
+
+def _pointer(shape: tuple[int, ...], shapes: dict[str, tuple[int, ...]], name: str) -> str:
+    """What to write where a scale has the shape of another kind than the one that was requested."""
+    other = next((kind for kind, wanted in shapes.items() if shape == wanted), None)
+    if other is None and math.prod(shape) == 1:
+        other = "per-tensor"
+    if other is None:
+        return ""
+    return f'; a scale of this shape is {other}: scale="{other}", or {name.replace("_scale", "")}_kind="{other}"'
 
 
 def check_values(scale: Scale, name: str) -> None:
@@ -198,20 +208,15 @@ def resolve(
         ValueError: wrong shape or device, strides that leave the tensor, or a checked value that is not finite and
             positive.
     """
-    if isinstance(scale, (int, float)) and not isinstance(scale, bool):
-        if not (math.isfinite(scale) and scale > 0):
-            raise ValueError(f"{name} is {scale}; accepted: finite values above 0")
-        if not acceptable_number(scale):
-            raise ValueError(f"{name} is {scale}; accepted: values that FP32 can hold")
-    elif scale is not None:
-        if not isinstance(scale, Tensor):
-            raise TypeError(f"{name} is {described(scale)}; accepted: None, a float, or a tensor")
+    if isinstance(scale, Tensor):
         check_tensor(scale, name, dtypes=(torch.float32,), device=device)
+    elif scale is not None:
+        scale = check_positive(scale, name, "None, a float, or a tensor")
     found = classify(scale, name, num_blocks=num_blocks, num_heads=num_heads, page_size=page_size, kind=kind)
     if scale is None:
         return Scale("none", None)
     if not isinstance(scale, Tensor):
-        return Scale(found, None, number=float(scale))
+        return Scale(found, None, number=scale)
     resolved = Scale.of(found, scale)
     if scale.device.type == "cpu" and found in ("per-tensor", "per-head") and not torch.compiler.is_compiling():
         check_values(resolved, name)

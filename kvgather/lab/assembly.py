@@ -6,20 +6,17 @@ runs in a child process of its own, from shapes alone: the pools, scales and row
 
 from __future__ import annotations
 
-import json
-import os
 import pickle
 import re
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ..bench.cases import Case
+from ._child import AnswerError, answers, check_seconds, command, environment
 
 TARGETS = (
     "cuda:80", "cuda:89", "cuda:90", "cuda:100", "cuda:120",
@@ -27,7 +24,6 @@ TARGETS = (
 )  # fmt: skip
 """NVIDIA's by compute capability, from Ampere to Blackwell; AMD's by name, from CDNA2 and RDNA3 on."""
 
-ROOT = Path(__file__).resolve().parents[2]
 _PTX = re.compile(r"\b((?:ld|st)\.(?:[\w:]+\.)*global[\w.:]*)")
 _AMD = re.compile(r"^\s*((?:global|buffer|flat)_(?:load|store)_\w+)", re.MULTILINE)
 
@@ -92,27 +88,38 @@ def compile_all(jobs: Sequence[tuple[Variant, str]], *, timeout: float = 300.0) 
     for _, target in jobs:
         if target not in TARGETS:
             raise AssemblyError(f"target is {target!r}; accepted: {', '.join(TARGETS)}")
+    timeout = check_seconds(timeout)
     done: list[Assembly] = []
     with tempfile.TemporaryDirectory() as cache:  # a compiler's cache would hide what this Triton can do
-        environment = dict(os.environ) | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache}
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
+        variables = environment(TRITON_INTERPRET="0", TRITON_CACHE_DIR=cache)
         while len(done) < len(jobs):
             try:
                 child = subprocess.run(
-                    [sys.executable, "-P", "-m", "kvgather.lab._assembly_child"],
+                    command("kvgather.lab._assembly_child", seconds=timeout),
                     input=pickle.dumps(list(jobs[len(done) :])),
-                    env=environment,
+                    env=variables,
                     capture_output=True,
                     timeout=timeout,
                 )
             except subprocess.TimeoutExpired:
                 raise AssemblyError(f"{len(jobs)} compilations took longer than {timeout:g} s") from None
-            answers = [json.loads(line) for line in child.stdout.splitlines() if line.startswith(b"{")]
-            done += [Assembly(*job, **answer) for job, answer in zip(jobs[len(done) :], answers, strict=False)]
-            if not answers:  # LLVM ended the process, and not for something that an earlier job left behind
+            before, lines = len(done), child.stdout.decode(errors="replace").splitlines()
+            try:
+                for job, answer in zip(jobs[before:], answers(iter(lines)), strict=False):
+                    done.append(_assembly(job, answer))
+            except AnswerError as error:
+                done.append(Assembly(*jobs[len(done)], error=str(error)))
+            if len(done) == before:  # LLVM ended the process, and not for something that an earlier job left behind
                 words = child.stderr.decode(errors="replace").strip().splitlines()[-3:]
                 done.append(Assembly(*jobs[len(done)], error=f"exit {child.returncode}: " + " | ".join(words)))
     return done
+
+
+def _assembly(job: tuple[Variant, str], answer: dict[str, Any]) -> Assembly:
+    try:
+        return Assembly(*job, **answer)
+    except TypeError:
+        raise AnswerError(f"the child printed the keys {', '.join(answer)}, which are not an assembly's") from None
 
 
 def compile_for(case: Case, target: str) -> str:

@@ -20,19 +20,18 @@ import platform
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from ..device import has_gpu
+from ._child import ROOT, STARTER, AnswerError, answers, check_seconds, command, environment
 
 KINDS = ("ok", "silent corruption", "segfault", "illegal access", "abort", "timeout", "failed")
-ROOT = Path(__file__).resolve().parents[2]
 RECORDED = ROOT / "benchmarks" / "results" / "crash_h100.json"
 ACCESS_VIOLATION = 0xC0000005  # what Windows calls a segfault
 
@@ -160,6 +159,7 @@ def run(case: Case | str, *, timeout: float = 120.0) -> Outcome:
 
     Raises:
         CrashError: there is no such case, or it needs a GPU and there is none.
+        TypeError, ValueError: `timeout` is no time, or more than 1e6 seconds.
     """
     name = case if isinstance(case, str) else case.name
     if name not in CASES:
@@ -182,15 +182,21 @@ def run(case: Case | str, *, timeout: float = 120.0) -> Outcome:
 def run_child(module: str, *arguments: str, name: str = "", device: str = "cpu", timeout: float = 120.0) -> Outcome:
     """Run `python -m module arguments…` in a child process, and say what became of it.
 
-    The child may print JSON objects, one a line; their keys go into the outcome. Without one that has a "kind", a
-    child that ends with status 0 is ok.
+    The child may print JSON objects, one a line; their keys, attributes of `Outcome` other than `case` and `exit_code`,
+    go into the outcome. Without one that has a "kind", a child that ends with status 0 is ok. One that ends by itself
+    and printed something else that begins with a brace has failed.
 
     Args:
         module, arguments: what to run.
         name: the outcome's `case`; the module's name if empty.
         device: "cpu" hides every GPU and switches Triton's interpreter on; "cuda" leaves both alone.
-        timeout: seconds that the child may take; it is killed after that.
+        timeout: seconds that the child may take; it is killed after that. If this process is gone by then, the child
+            ends itself.
+
+    Raises:
+        TypeError, ValueError: `timeout` is no time, or more than 1e6 seconds.
     """
+    timeout = check_seconds(timeout)
     common: dict[str, Any] = {
         "case": name or module,
         "triton": _triton_version(),
@@ -199,7 +205,7 @@ def run_child(module: str, *arguments: str, name: str = "", device: str = "cpu",
     }
     try:
         child = subprocess.run(
-            [sys.executable, "-P", "-X", "faulthandler", "-m", module, *arguments],
+            command(module, *arguments, seconds=timeout, options=("-X", "faulthandler")),
             env=_environment(device),
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -209,17 +215,43 @@ def run_child(module: str, *arguments: str, name: str = "", device: str = "cpu",
         )
     except subprocess.TimeoutExpired:
         return Outcome(kind="timeout", message=f"no answer in {timeout:g} s", **common)
-    for line in child.stdout.splitlines():
-        if line.startswith("{"):
-            common |= json.loads(line)
+    wrong = ""
+    try:
+        for answer in answers(iter(child.stdout.splitlines())):
+            common |= _checked(answer)
+    except AnswerError as error:
+        wrong = str(error)
     common["exit_code"] = child.returncode
-    if "relative_error" in common:
-        common["relative_error"] = float(common["relative_error"])
+    if wrong and child.returncode >= 0:
+        return Outcome(**common | {"kind": "failed", "message": wrong})
     if child.returncode == 0:
         common.setdefault("kind", "ok")
     if child.returncode < 0 or child.returncode == ACCESS_VIOLATION or "kind" not in common:
         common |= _died(child.returncode, child.stderr)
     return Outcome(**common)
+
+
+def _checked(answer: dict[str, Any]) -> dict[str, Any]:
+    """What a child said, with the types that an `Outcome` has.
+
+    Raises:
+        AnswerError: a key or a value is not one of an outcome's.
+    """
+    found: dict[str, Any] = {}
+    for key, value in answer.items():
+        if key not in _SAID:
+            raise AnswerError(f"the child printed the key {key!r:.40}; accepted: {', '.join(_SAID)}")
+        try:
+            found[key] = _SAID[key](value)
+        except (TypeError, ValueError, OverflowError):
+            raise AnswerError(f"the child printed {key}: {value!r:.40}; accepted: {_SAID[key].__name__}") from None
+    if found.get("kind", KINDS[0]) not in KINDS:
+        raise AnswerError(f"the child printed kind: {found['kind']!r:.40}; accepted: {', '.join(KINDS)}")
+    return found
+
+
+_TYPES = {"str": str, "int": int, "float | None": float}
+_SAID = {f.name: _TYPES[str(f.type)] for f in fields(Outcome) if f.name not in ("case", "exit_code")}
 
 
 def run_all(cases: Iterable[str], *, timeout: float = 120.0) -> Iterator[Outcome]:
@@ -236,13 +268,12 @@ def run_all(cases: Iterable[str], *, timeout: float = 120.0) -> Iterator[Outcome
 
 def _environment(device: str) -> dict[str, str]:
     """The child's: this package on its path; on a CPU the interpreter and no GPU in sight."""
-    environment = dict(os.environ)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
-    environment.pop("TRITON_INTERPRET", None)
+    variables = environment()
+    variables.pop("TRITON_INTERPRET", None)
     if device == "cpu":
-        environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "-1"}
-        environment.setdefault("OMP_NUM_THREADS", "1")
-    return environment
+        variables |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "-1"}
+        variables.setdefault("OMP_NUM_THREADS", "1")
+    return variables
 
 
 def _triton_version() -> str:
@@ -266,12 +297,25 @@ def _died(code: int, stderr: str) -> dict[str, Any]:
 
 def _place(stderr: str) -> dict[str, Any]:
     """The innermost line of this package in what faulthandler printed, innermost first."""
+    package = _as_faulthandler_prints(str(ROOT / "kvgather") + os.sep)
     for file, line in re.findall(r'^\s*File "(.+?)", line (\d+)', stderr, re.MULTILINE):
-        path = Path(file)
-        if path.is_relative_to(ROOT / "kvgather"):
-            source = linecache.getline(file, int(line)).strip()
+        if file.startswith(package) and not file.endswith(STARTER):
+            path = ROOT / "kvgather" / file.removeprefix(package)
+            source = linecache.getline(str(path), int(line)).strip()
             return {"file": path.relative_to(ROOT).as_posix(), "line": int(line), "source": source}
     return {}
+
+
+def _as_faulthandler_prints(path: str) -> str:
+    """A path in ASCII: the handler of a signal may not encode, so what is not printable ASCII it writes as escapes."""
+    printed = ""
+    for character in path:
+        code = ord(character)
+        if 32 <= code < 127:
+            printed += character
+        else:
+            printed += f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
+    return printed
 
 
 def leave_no_core() -> None:

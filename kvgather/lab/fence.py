@@ -18,7 +18,6 @@ element before its tensor (`kvgather.lab.planted`, 20 lines; signal 11, and the 
 from __future__ import annotations
 
 import ctypes
-import math
 import mmap
 import os
 import sys
@@ -26,11 +25,15 @@ import sys
 import torch
 from torch import Tensor
 
+from ..device import parse_device
+from ..formats.checks import as_float, check_int, check_tensor, described, dtype_name
 from ._gpu_pages import GpuPages
 
 SIDES = ("after", "before")
 GUARD_BYTES = 2**26
 """How far the guard reaches: address space, no memory. An access beyond it may land elsewhere."""
+MAX_GUARD_BYTES = 2**46
+"""Half of the addresses that a process has on x86-64 and on most ARM machines."""
 
 
 class FenceError(ValueError):
@@ -58,31 +61,52 @@ def fenced(
 
     Raises:
         FenceError: `side` or `guard_bytes` is wrong, or this machine has no way to build a fence.
+        TypeError, ValueError: `value` is neither a dense tensor with values nor a number that FP32 can hold, or
+            `device` is no device.
 
     Source: the guard pages of Electric Fence (Bruce Perens, 1987); on a GPU, the driver's virtual memory
         management (cuMemAddressReserve, cuMemMap).
     """
     if side not in SIDES:
         raise FenceError(f"side is {side!r}; accepted: 'after', 'before'")
-    if guard_bytes <= 0:
-        raise FenceError(f"guard_bytes is {guard_bytes}; accepted: 1 or more")
-    source = value if isinstance(value, Tensor) else torch.tensor([value], dtype=torch.float32)
-    where = torch.device(device)
+    try:
+        guard_bytes = check_int(guard_bytes, "guard_bytes", minimum=1, maximum=MAX_GUARD_BYTES)
+    except ValueError as error:
+        raise FenceError(str(error)) from None
+    source = _source(value)
+    where = parse_device(device)
+    if where.type not in ("cpu", "cuda"):
+        raise FenceError(f"device is {where}; accepted: a CPU, or a GPU that torch calls cuda")
     if source.numel() == 0:
         return torch.empty(source.shape, dtype=source.dtype, device=where)
     nbytes = source.numel() * source.element_size()
     if where.type == "cpu":
         raw = _cpu_bytes(nbytes, side, guard_bytes)
-    elif where.type == "cuda":
-        raw = _gpu_bytes(nbytes, side, guard_bytes, where)
     else:
-        raise FenceError(f"device is {where}; accepted: a CPU, or a GPU that torch calls cuda")
+        raw = _gpu_bytes(nbytes, side, guard_bytes, where)
     with torch.no_grad():
         return raw.view(source.dtype).view(source.shape).copy_(source)
 
 
+def _source(value: object) -> Tensor:
+    """The values to copy: a dense tensor, or FP32 `[1]` of a number, which may be NaN or infinite."""
+    if isinstance(value, Tensor):
+        if value.is_quantized:
+            raise TypeError(f"value has dtype {dtype_name(value.dtype)}; accepted: a tensor that is not quantized")
+        if value.layout == torch.strided and not value.is_nested:
+            value = value.resolve_conj().resolve_neg()
+        return check_tensor(value, "value")
+    number = as_float(value)
+    if number is None:
+        raise TypeError(f"value is {described(value)}; accepted: a tensor or a number")
+    held = torch.tensor([number], dtype=torch.float32, device="cpu")
+    if bool(held.isinf()) and abs(number) != float("inf"):
+        raise ValueError(f"value is {number}; accepted: numbers that FP32 can hold")
+    return held
+
+
 def round_up(nbytes: int, unit: int) -> int:
-    return math.ceil(nbytes / unit) * unit
+    return -(-nbytes // unit) * unit
 
 
 def _cpu_bytes(nbytes: int, side: str, guard_bytes: int) -> Tensor:
@@ -90,7 +114,10 @@ def _cpu_bytes(nbytes: int, side: str, guard_bytes: int) -> Tensor:
     if sys.platform == "win32":
         raise FenceError("a fence on a CPU needs mprotect, which Windows does not have; accepted: Linux, macOS")
     body, guard = round_up(nbytes, mmap.PAGESIZE), round_up(guard_bytes, mmap.PAGESIZE)
-    pages = mmap.mmap(-1, body + guard, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        pages = mmap.mmap(-1, body + guard, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise FenceError(f"guard_bytes is {guard_bytes}, and no memory was mapped: {error.strerror}") from error
     base = ctypes.addressof(ctypes.c_char.from_buffer(pages))
     guard_at, data_at = (base + body, body - nbytes) if side == "after" else (base, guard)
     libc = ctypes.CDLL(None, use_errno=True)

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from ..cache import PagedKVCache
 from ..device import fp8_support, interpreting, require_triton
-from ..formats.fp8 import FORMATS
+from ..formats.checks import check_tensor, described, share_elements
+from ..formats.fp8 import FLOATS, FORMATS
+from ..gather.dispatch import check_made_for
 from ..kernels.launch import launching
 from ..kernels.values import decode_fp8, round_to
 from ..plan import GatherPlan
@@ -196,13 +198,17 @@ def gather(step: Step, cache: PagedKVCache, plan: GatherPlan, out: tuple[Tensor,
     Args:
         step: one of `STEPS`.
         cache: contiguous FP8 pools, NHD or SHUFFLE, one scale each.
-        plan: of block ids that are all in the pool (`plan.check()` says so).
-        out: K and V, `[tokens, heads, dim]` each, contiguous; written in place.
+        plan: made for this cache, of block ids that are all in the pool; on a GPU, where to look is to wait for it,
+            only `plan.check()` says so.
+        out: K and V, at least `[plan.total_tokens, heads, dim]` each, contiguous; written in place.
 
     Raises:
-        ValueError: the cache is not one that these kernels are written for.
+        TypeError, ValueError: the cache is not one that these kernels are written for, or `plan` or `out` does not fit
+            the cache.
     """
-    _check(cache, out)
+    _check_cache(cache)
+    _check_plan(cache, plan)
+    _check_out(cache, plan, out)
     require_triton(cache.key_cache.device)
     interpreted = interpreting()
     hardware = not interpreted and fp8_support(cache.key_cache.device)[cache.key_cache.dtype] == "hardware"
@@ -220,7 +226,7 @@ def gather(step: Step, cache: PagedKVCache, plan: GatherPlan, out: tuple[Tensor,
         )  # fmt: skip
 
 
-def _check(cache: PagedKVCache, out: tuple[Tensor, Tensor]) -> None:
+def _check_cache(cache: PagedKVCache) -> None:
     g = cache.geometry
     if g.layout not in ("NHD", "SHUFFLE"):
         raise ValueError(f"cache has layout {g.layout}; accepted: NHD, SHUFFLE")
@@ -235,5 +241,35 @@ def _check(cache: PagedKVCache, out: tuple[Tensor, Tensor]) -> None:
     for name, scale in (("k_scale", cache.k_scale), ("v_scale", cache.v_scale)):
         if scale is None or scale.numel() != 1:
             raise ValueError(f"{name} is {None if scale is None else list(scale.shape)}; accepted: one element")
-    if not all(tensor.is_contiguous() for tensor in (cache.key_cache, cache.value_cache, *out)):
-        raise ValueError("a pool or an output is not contiguous; accepted: contiguous ones")
+    for name, pool in (("key_cache", cache.key_cache), ("value_cache", cache.value_cache)):
+        _check_contiguous(pool, name)
+
+
+def _check_plan(cache: PagedKVCache, plan: GatherPlan) -> None:
+    if not isinstance(plan, GatherPlan):
+        raise TypeError(f"plan is {described(plan)}; accepted: a GatherPlan, from GatherPlan.build(...)")
+    check_made_for(cache.geometry, "plan", plan.page_size, plan.num_blocks, plan.device)
+    if plan.device.type == "cpu":
+        plan.check()
+
+
+def _check_out(cache: PagedKVCache, plan: GatherPlan, out: tuple[Tensor, Tensor]) -> None:
+    g = cache.geometry
+    if not isinstance(out, (tuple, list)) or len(out) != 2:
+        raise TypeError(f"out is {described(out)}; accepted: a pair of tensors (K, V)")
+    for i, tensor in enumerate(out):
+        name = f"out[{i}]"
+        check_tensor(tensor, name, ndim=3, dtypes=FLOATS, device=g.device)
+        if tensor.shape[0] < plan.total_tokens or tensor.shape[1:] != (g.num_kv_heads, g.head_dim):
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}; accepted: at least {plan.total_tokens} rows of "
+                f"[{g.num_kv_heads}, {g.head_dim}]"
+            )
+        _check_contiguous(tensor, name)
+        if any(share_elements(tensor, other) for other in (cache.key_cache, cache.value_cache, *out[:i])):
+            raise ValueError(f"{name} shares memory with a pool or the other output; accepted: memory of its own")
+
+
+def _check_contiguous(tensor: Tensor, name: str) -> None:
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} has strides {list(tensor.stride())}; accepted: contiguous tensors")

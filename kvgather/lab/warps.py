@@ -6,24 +6,24 @@ loads of how many bytes. Both are known without a GPU; put together they say how
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import pickle
 import re
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..bench.cases import Case
-from .assembly import ROOT, TARGETS, AssemblyError, width, widths
+from ._child import AnswerError, answers, check_seconds, command, environment
+from .assembly import TARGETS, AssemblyError, width, widths
 from .trace import Access, Trace
 
 _LAYOUT = re.compile(
@@ -220,6 +220,13 @@ def _is_store(instruction: str) -> bool:
     return instruction.startswith("st.") or "_store" in instruction
 
 
+def _compiled(name: str, target: str, answer: dict[str, Any]) -> Compiled:
+    try:
+        return Compiled(name, target, **answer)
+    except TypeError:
+        raise AnswerError(f"the child printed the keys {', '.join(answer)}, which are not a kernel's") from None
+
+
 def compile_steps(jobs: Sequence[tuple[str, Case, str]], *, timeout: float = 300.0) -> Iterator[Compiled]:
     """Compile kernels of chapter 07 for targets, in a child process; needs no GPU.
 
@@ -234,31 +241,33 @@ def compile_steps(jobs: Sequence[tuple[str, Case, str]], *, timeout: float = 300
         says why.
 
     Raises:
-        AssemblyError: there is no such target, or the child ended early.
+        AssemblyError: there is no such target, or the child ended early or printed something that is no answer.
     """
     for _, _, target in jobs:
         if target not in TARGETS:
             raise AssemblyError(f"target is {target!r}; accepted: {', '.join(TARGETS)}")
+    timeout = check_seconds(timeout)
     with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "words", "w+b") as words:
-        environment = dict(os.environ) | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": folder}
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
-        command = [sys.executable, "-P", "-m", "kvgather.lab._steps_child"]
-        pipe = subprocess.PIPE
-        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=words, env=environment) as child:
+        variables = environment(TRITON_INTERPRET="0", TRITON_CACHE_DIR=folder)
+        run, pipe = command("kvgather.lab._steps_child", seconds=timeout), subprocess.PIPE
+        with subprocess.Popen(run, stdin=pipe, stdout=pipe, stderr=words, env=variables) as child:
             assert child.stdin is not None and child.stdout is not None
             timer = threading.Timer(timeout, child.kill)
             timer.start()
             try:
-                child.stdin.write(pickle.dumps(list(jobs)))
-                child.stdin.close()
-                answers = (line for line in child.stdout if line.startswith(b"{"))
+                with suppress(BrokenPipeError):  # a child that is gone has no answer either
+                    child.stdin.write(pickle.dumps(list(jobs)))
+                    child.stdin.close()
+                answered = answers(line.decode(errors="replace") for line in child.stdout)
                 for name, _, target in jobs:
-                    answer = next(answers, None)
+                    answer = next(answered, None)
                     if answer is None:
                         words.seek(0)
                         said = words.read().decode(errors="replace").strip().splitlines()[-3:]
                         raise AssemblyError(f"no answer for {name!r:.40}, exit {child.wait()}: {' | '.join(said)}")
-                    yield Compiled(name, target, **json.loads(answer))
+                    yield _compiled(name, target, answer)
+            except AnswerError as error:
+                raise AssemblyError(str(error)) from None
             finally:
                 timer.cancel()
                 child.kill()

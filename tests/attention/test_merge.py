@@ -13,6 +13,8 @@ from torch import Tensor
 
 from kvgather.attention.merge import apply_sinks, merge_states
 from kvgather.attention.reference import reference_attention
+from kvgather.attention.states import RunningState
+from tests.where import interpreted
 
 EPS = 2.0**-23
 
@@ -67,6 +69,57 @@ def test_stable_wherever_the_log_sum_exps_are(at: float) -> None:
 def test_nan_that_was_seen_stays() -> None:
     out, lse = merge_states(torch.full((1, 1, 2), math.nan), torch.tensor([[math.nan]]), *state(1.0))
     assert out.isnan().all() and lse.isnan().all()
+
+
+@pytest.mark.parametrize("held", [0.0, -3.5, 1e30, -math.inf])
+def test_plus_infinity_weighs_nothing(held: float) -> None:
+    """FlashAttention 2 returns +inf and zeros for a row without keys."""
+    out, lse = state(held, held)
+    if held == -math.inf:
+        out.zero_()
+    nothing = (torch.zeros_like(out), torch.full_like(lse, math.inf))
+    for got in (merge_states(out, lse, *nothing), merge_states(*nothing, out, lse)):
+        assert same_bits(got[0], out) and same_bits(got[1], lse)
+    both = merge_states(*nothing, *nothing)
+    assert both[0].eq(0).all() and both[1].eq(-math.inf).all()
+
+
+def test_a_row_of_nan_stays_nan_where_its_log_sum_exp_is_infinite() -> None:
+    row = (torch.full((1, 1, 2), math.nan), torch.tensor([[math.inf]]))
+    for got in (merge_states(*row, *state(1.0)), merge_states(*state(1.0), *row)):
+        assert got[0].isnan().all() and got[1].isnan().all()
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=[pytest.mark.triton, interpreted])])
+def test_adding_to_a_running_state(backend: str) -> None:
+    held = [0.5, 0.5, 0.5, -math.inf, -math.inf, 2.0, 0.5]
+    part = [math.inf, -math.inf, math.nan, math.inf, -1.0, 3.0, math.nan]
+    (out, lse), (part_out, part_lse) = state(*held, dim=3), state(*part, dim=3)
+    out[[3, 4]], part_out[[0, 1, 3]] = 0.0, 0.0
+    part_out[2] = math.nan
+    running = RunningState(7, 1, 3, torch.float32, torch.device("cpu"), backend)
+    running.put(slice(0, 7), out, lse)
+    running.add(slice(0, 7), part_out, part_lse)
+    wanted, wanted_lse = merge_states(out, lse, part_out, part_lse)
+    torch.testing.assert_close(running.out, wanted, equal_nan=True)
+    torch.testing.assert_close(running.lse, wanted_lse, equal_nan=True)
+    assert running.out[[0, 1, 3]].equal(out[[0, 1, 3]]) and running.out[2].isnan().all()
+
+
+def test_the_log_sum_exp_of_a_running_state_is_fp32_whatever_the_default() -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert RunningState(1, 1, 1, torch.float32, torch.device("cpu")).lse.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_negative_bits_count() -> None:
+    out, lse = (torch.randn(shape, dtype=torch.complex64).conj().imag for shape in ((3, 1, 2), (3, 1)))
+    plain = (out.resolve_neg(), lse.resolve_neg())
+    for got, wanted in zip(merge_states(out, lse, *plain), merge_states(*plain, *plain), strict=True):
+        assert torch.equal(got, wanted) and not got.is_neg()
 
 
 @pytest.mark.parametrize(

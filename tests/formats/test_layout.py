@@ -179,6 +179,14 @@ WRONG_POOLS = {
         empty(2, 4, 1, 8), empty(2, 4, 1, 8, dtype=torch.float16), "NHD", TypeError,
         r"value_cache has dtype float16; accepted: key_cache's, float8_e4m3fn",
     ),
+    "codes as bytes": (
+        empty(2, 4, 1, 8, dtype=torch.uint8), empty(2, 4, 1, 8), "NHD", TypeError,
+        r"key_cache has dtype uint8; accepted: float8_e4m3fn.*; .* bytes: key_cache.view\(torch.float8_e4m3fn\), or",
+    ),
+    "no values": (
+        empty(2, 4, 1, 8).to("meta"), empty(2, 4, 1, 8).to("meta"), "NHD", ValueError,
+        r"key_cache is on meta, which holds no values; accepted: a tensor on a GPU or a CPU",
+    ),
     "mixed devices": (
         empty(2, 4, 1, 8), empty(2, 4, 1, 8).to("meta"), "NHD", ValueError, r"value_cache is on meta; accepted: cpu"
     ),

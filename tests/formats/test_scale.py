@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -127,10 +129,13 @@ def test_a_kind_decides_where_the_shape_does_not(sizes: dict[str, int], shape: t
 @pytest.mark.parametrize(
     ("scale", "kind", "message"),
     [
-        (ones(1), "per-head", r"k_scale has shape \[1\]; accepted for 8 heads, 6 blocks, page 16 as per-head: \[8\]$"),
+        (ones(1), "per-head", r"k_scale has shape \[1\]; accepted for 8 heads, 6 blocks, page 16 as per-head: \[8\];"),
+        (ones(1), "per-head", r'; a scale of this shape is per-tensor: scale="per-tensor", or k_kind="per-tensor"$'),
         (0.5, "per-head", r"k_scale has the value 0.5; accepted .* as per-head: \[8\]$"),
-        (ones(HEADS), "per-tensor", r"accepted .* as per-tensor: one element \(per-tensor\)$"),
-        (ones(HEADS), "per-token-head", r"accepted .* as per-token-head: \[6, 8, 16\]$"),
+        (ones(HEADS), "per-tensor", r"accepted .* as per-tensor: one element \(per-tensor\);"),
+        (ones(HEADS), "per-tensor", r'; a scale of this shape is per-head: scale="per-head", or k_kind="per-head"$'),
+        (ones(HEADS), "per-token-head", r"accepted .* as per-token-head: \[6, 8, 16\];"),
+        (ones(HEADS + 1), "per-tensor", r"accepted .* as per-tensor: one element \(per-tensor\)$"),
         (ones(HEADS), "none", r"k_scale was given; accepted for kind none: None"),
         (None, "per-head", r"k_scale is None; accepted for kind per-head: a scale"),
         (
@@ -189,6 +194,28 @@ def test_values_that_no_scale_may_have(bad: float) -> None:
     pages[2, 1, 3] = bad
     with pytest.raises(ValueError, match=rf"k_scale is {bad} at \[2, 1, 3\]; accepted"):
         check_values(resolved(pages), "k_scale")  # large ones are looked at on request
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), np.float64(0.5), np.float16(0.5), Fraction(1, 2)], ids=repr)
+def test_numbers_of_numpy_are_numbers(number: float) -> None:
+    assert resolved(number).in_memory(CPU).tensor.tolist() == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [
+        (np.float32("nan"), ValueError, "k_scale is nan; accepted: finite values above 0"),
+        (np.int64(-3), ValueError, "k_scale is -3; accepted: finite values above 0"),
+        (10**5000, ValueError, "k_scale is of too many digits to print; accepted: finite values above 0"),
+        (np.float64(1e300), ValueError, r"k_scale is 1e\+300; accepted: values that FP32 can hold"),
+        (np.bool_(True), TypeError, "k_scale is bool .*True.*; accepted: None, a float, or a tensor"),
+        (np.array([0.5]), TypeError, r"k_scale is ndarray array\(\[0.5\]\); accepted: None, a float, or a tensor"),
+    ],
+    ids=["nan", "negative", "digits", "1e300", "bool", "array"],
+)
+def test_what_is_no_scale_of_numpy(bad: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        resolved(bad)
 
 
 @pytest.mark.parametrize("bad", [1e-60, 1e300, 1e-40])

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
 from kvgather.lab import before_fix, crash
+from kvgather.lab._child import GRACE, ROOT
 from kvgather.lab.crash import CASES, CrashError, Outcome
 
 pytestmark = pytest.mark.triton
+LOAD = "k_scale = tl.load(k_scale_ptr + scale_at)"
 LIVE = ["before/guarded/cpu", "before/unguarded/cpu", "shipped-fix/per-head/guarded/cpu", "after/guarded/cpu"]
 
 
@@ -35,7 +42,7 @@ def test_a_guarded_scale_stops_the_kernel_at_its_line(live, name):
     outcome = live[name]
     assert (outcome.kind, outcome.exit_code) == ("segfault", -11)
     assert outcome.file == "kvgather/lab/before_fix.py"
-    assert outcome.source == "k_scale = tl.load(k_scale_ptr + scale_at)"
+    assert outcome.source == LOAD
     assert Path(before_fix.__file__).read_text().splitlines()[outcome.line - 1].strip() == outcome.source
     assert str(outcome) == f"segfault (exit -11) at {outcome.file}:{outcome.line}"
 
@@ -77,24 +84,39 @@ def child(code: int, stdout: str = "", stderr: str = "") -> object:
     return lambda *_, **__: SimpleNamespace(returncode=code, stdout=stdout, stderr=stderr)
 
 
-@pytest.mark.parametrize(
-    ("code", "stdout", "stderr", "kind", "text"),
-    [
-        (-signal.SIGABRT, '{"device": "MI300X"}', "Memory access fault by GPU node-1", "abort", "abort (exit -6)"),
-        (-9, "", "", "failed", "failed: exit -9 with no output"),
-        (1, "", "Traceback\nImportError: no torch\n\n", "failed", "failed: ImportError: no torch"),
-        (1, '{"kind": "illegal access", "message": "CUDA error: an illegal"}', "", "illegal access", "illegal access"),
-        (0, '{"kind": "silent corruption", "relative_error": "inf"}', "", "silent corruption", None),
-        (0xC0000005, "", "", "segfault", "segfault (exit 3221225477)"),
-    ],
-    ids=["abort", "killed", "import error", "illegal access", "infinite error", "windows"],
-)
-def test_how_a_child_can_end(monkeypatch, code, stdout, stderr, kind, text):
+NO_OBJECT, NO_KEY = ", which is no JSON object", "; accepted: kind, relative_error, "
+WAYS_TO_END = {  # exit code, stdout, stderr: the outcome's kind, and how it begins in words
+    "abort": (-signal.SIGABRT, '{"device": "MI300X"}', "Memory access fault by GPU node-1", "abort", "abort (exit -6)"),
+    "killed": (-9, "", "", "failed", "failed: exit -9 with no output"),
+    "import error": (1, "", "Traceback\nImportError: no torch\n\n", "failed", "failed: ImportError: no torch"),
+    "illegal access": (
+        1, '{"kind": "illegal access", "message": "CUDA error: an illegal"}', "", "illegal access", "illegal access"
+    ),
+    "infinite error": (
+        0, '{"kind": "silent corruption", "relative_error": "inf"}', "", "silent corruption",
+        "silent corruption, relative error inf",
+    ),
+    "windows": (0xC0000005, "", "", "segfault", "segfault (exit 3221225477)"),
+    "half a line": (0, '{"kind": "o', "", "failed", f'failed: the child printed {{"kind": "o{NO_OBJECT}'),
+    "half a line, an error": (1, '{"torch": "2"}\n{"k', "", "failed", f'failed: the child printed {{"k{NO_OBJECT}'),
+    "half a line, a signal": (-signal.SIGSEGV, '{"torch": "2"}\n{"k', "", "segfault", "segfault (exit -11)"),
+    "a deep line": (0, '{"a":' * 100_000, "", "failed", 'failed: the child printed {"a":{"a":'),
+    "a key": (0, '{"speed": 1}', "", "failed", f"failed: the child printed the key 'speed'{NO_KEY}"),
+    "another case": (0, '{"case": "x"}', "", "failed", f"failed: the child printed the key 'case'{NO_KEY}"),
+    "a kind": (0, '{"kind": "fine"}', "", "failed", "failed: the child printed kind: 'fine'; accepted: ok, silent"),
+    "a number": (0, '{"relative_error": "x"}', "", "failed", "failed: the child printed relative_error: 'x'; accepted"),
+    "a type": (0, '{"line": [1]}', "", "failed", "failed: the child printed line: [1]; accepted: int"),
+    "other lines": (0, "a line of text\n[1]\n7", "", "ok", "ok"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS_TO_END)
+def test_how_a_child_can_end(monkeypatch, way):
+    code, stdout, stderr, kind, text = WAYS_TO_END[way]
     monkeypatch.setattr(crash.subprocess, "run", child(code, stdout, stderr))
     outcome = crash.run("before/guarded/cpu")
-    assert outcome.kind == kind
-    assert outcome.exit_code == code
-    assert str(outcome) == (text or "silent corruption, relative error inf")
+    assert (outcome.case, outcome.kind, outcome.exit_code) == ("before/guarded/cpu", kind, code)
+    assert str(outcome).startswith(text)
 
 
 def test_any_module_can_be_run_in_a_child(monkeypatch):
@@ -109,6 +131,60 @@ def test_a_child_that_hangs_is_killed():
     outcome = crash.run("before/guarded/cpu", timeout=0.2)
     assert (outcome.kind, outcome.exit_code, outcome.as_expected) == ("timeout", None, False)
     assert str(outcome) == "timeout: no answer in 0.2 s"
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), 1e9, "2", None, True])
+def test_a_time_limit_that_is_none(timeout):
+    with pytest.raises((TypeError, ValueError), match=r"timeout is .*; accepted: "):
+        crash.run("before/guarded/cpu", timeout=timeout)
+
+
+ORPHAN = """
+import os, sys
+from kvgather.lab import crash
+print(os.getpid(), flush=True)
+crash.run_child("tests.lab.hanging", sys.argv[1], timeout=2)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="processes are killed by signals")
+def test_a_child_whose_parent_was_killed_ends_itself(tmp_path):
+    """The child blocks every signal that it may and hangs where no Python runs."""
+    pid_file = tmp_path / "pid"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    parent = subprocess.Popen([sys.executable, "-c", ORPHAN, str(pid_file)], env=environment, stdout=subprocess.PIPE)
+    with parent:
+        deadline = time.monotonic() + 60
+        while not (pid_file.exists() and pid_file.read_text().endswith("\n")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        started = time.monotonic()
+        parent.kill()
+    while _lives(int(pid_file.read_text())):
+        assert time.monotonic() - started < 2 + GRACE + 3
+        time.sleep(0.05)
+
+
+def _lives(pid):
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE  # which nobody may wait for in a container
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_a_path_that_is_not_ascii_keeps_the_line(tmp_path):
+    """faulthandler writes such a path with escapes."""
+    clone = tmp_path / "clöne 克隆 😀"
+    clone.mkdir()
+    shutil.copytree(ROOT / "kvgather", clone / "kvgather", ignore=shutil.ignore_patterns("__pycache__"))
+    code = (
+        "from kvgather.lab import crash; o = crash.run('before/guarded/cpu'); print(o.kind, o.file, o.line, o.source)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], env=environment | {"PYTHONPATH": str(clone)}, capture_output=True, text=True
+    )
+    line = Path(before_fix.__file__).read_text(encoding="utf-8").splitlines().index(f"        {LOAD}") + 1
+    assert done.stdout.strip() == f"segfault kvgather/lab/before_fix.py {line} {LOAD}", done.stderr
 
 
 def test_the_last_words_of_the_kernel_are_the_innermost_of_this_package():
@@ -128,6 +204,7 @@ def test_the_last_words_of_the_kernel_are_the_innermost_of_this_package():
         "source": Path(kernel).read_text().splitlines()[0],
     }
     assert crash._place("nothing") == {}
+    assert crash._place(f'  File "{ROOT}/kvgather/lab/_time_limit.py", line 31 in main') == {}  # it starts every child
 
 
 def test_wrong_names(monkeypatch):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -94,13 +95,54 @@ print(ctypes.c_uint8.from_address(inside + step * {int(outside)}).value)
     ("arguments", "message"),
     [
         ({"side": "left"}, "side is 'left'; accepted: 'after', 'before'"),
-        ({"guard_bytes": 0}, "guard_bytes is 0; accepted: 1 or more"),
+        ({"guard_bytes": 0}, "guard_bytes is 0; accepted: 1 to 70368744177664"),
+        ({"guard_bytes": -(10**5000)}, "guard_bytes is of too many digits to print; accepted: 1 to "),
+        ({"side": []}, r"side is \[\]; accepted: 'after', 'before'"),
         ({"device": "meta"}, "device is meta; accepted"),
     ],
 )
 def test_wrong_arguments(arguments, message):
     with pytest.raises(FenceError, match=message):
         fenced(torch.ones(1), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"value": None}, TypeError, "value is NoneType None; accepted: a tensor or a number"),
+        ({"value": "x"}, TypeError, "value is str 'x'; accepted: a tensor or a number"),
+        ({"value": [1.0]}, TypeError, r"value is list \[1.0\]; accepted: a tensor or a number"),
+        ({"value": 1e300}, ValueError, r"value is 1e\+300; accepted: numbers that FP32 can hold"),
+        ({"value": torch.ones(2, device="meta")}, ValueError, "value is on meta, which holds no values; accepted"),
+        ({"value": torch.ones(2).to_sparse()}, ValueError, "value has layout torch.sparse_coo; accepted: a dense"),
+        ({"guard_bytes": 1.5}, TypeError, "guard_bytes is float 1.5; accepted: an int"),
+        ({"guard_bytes": None}, TypeError, "guard_bytes is NoneType None; accepted: an int"),
+        ({"device": 0}, TypeError, "device is int 0; accepted: a torch.device or its name"),
+        ({"device": "gpu"}, ValueError, "device is 'gpu'; accepted: a torch.device or its name"),
+    ],
+)
+def test_arguments_of_the_wrong_kind(arguments, error, message):
+    with pytest.raises(error, match=message):
+        fenced(**{"value": torch.ones(1), **arguments})
+
+
+@needs_mprotect
+def test_what_is_copied_is_the_value():
+    view = torch.tensor([1 + 1j, 1 + 2j]).conj()
+    assert fenced(view).equal(view.resolve_conj()) and fenced(view.imag).tolist() == [-1, -2]
+    assert fenced(np.float32(0.5)).equal(torch.tensor([0.5])) and fenced(3).equal(torch.tensor([3.0]))
+    assert fenced(float("nan")).isnan().all() and fenced(float("-inf")).tolist() == [float("-inf")]
+    assert fenced(1.0, guard_bytes=np.int64(4096)).shape == (1,)
+
+
+@needs_mprotect
+def test_a_guard_that_no_memory_map_has_room_for(monkeypatch):
+    def refused(*arguments, **named):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(fence.mmap, "mmap", refused)
+    with pytest.raises(FenceError, match="guard_bytes is 67108864, and no memory was mapped: Cannot allocate memory"):
+        fenced(1.0)
 
 
 def test_no_gpu_is_said_so(monkeypatch):

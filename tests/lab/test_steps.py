@@ -10,6 +10,7 @@ import torch
 from kvgather.bench import steps as bench
 from kvgather.bench.cases import Case, build
 from kvgather.lab import steps
+from kvgather.plan import GatherPlan, PlanError
 from tests.where import on_each_device
 
 CASE = Case(page_size=16, num_heads=2, k_dim=16, v_dim=16, lengths=(19, 0, 3, 16), starts=(3, 0, 30, 0))
@@ -83,7 +84,7 @@ def test_the_benchmark_is_for_a_gpu():
         ({"v_dim": 32}, "K of 16 and V of 32; accepted: powers of two"),
         ({"v_kind": "per-head"}, r"v_scale is \[2\]; accepted: one element"),
         ({"k_kind": "none"}, "k_scale is None; accepted: one element"),
-        ({"pool_style": "padded"}, "a pool or an output is not contiguous"),
+        ({"pool_style": "padded"}, r"key_cache has strides \[.*\]; accepted: contiguous tensors"),
     ],
 )
 def test_what_the_steps_are_not_written_for_is_refused(change, message):
@@ -92,6 +93,62 @@ def test_what_the_steps_are_not_written_for_is_refused(change, message):
     out = tuple(torch.empty(case.total_tokens, case.num_heads, dim) for dim in (case.k_dim, case.v_dim))
     with pytest.raises(ValueError, match=message):
         steps.gather(steps.STEPS[1], built.cache, built.plan, (out[0], out[1]))
+
+
+def rows(short=0, **named):
+    """K's or V's rows of CASE, in memory that does not end with them."""
+    given = {"heads": 2, "dim": 16, "dtype": torch.float32} | named
+    return torch.zeros(CASE.total_tokens - short, given["heads"], given["dim"], dtype=given["dtype"])
+
+
+@each_step
+@pytest.mark.parametrize(
+    ("out", "error", "message"),
+    [
+        (
+            (rows(short=1), rows()),
+            ValueError,
+            r"out\[0\] has shape \[37, 2, 16\]; accepted: at least 38 rows of",
+        ),
+        ((rows(), rows(heads=1)), ValueError, r"out\[1\] has shape \[38, 1, 16\]; accepted: at least 38 rows"),
+        ((rows(), rows(dim=8)), ValueError, r"out\[1\] has shape \[38, 2, 8\]; accepted: at least 38 rows"),
+        ((rows(dim=32)[..., ::2], rows()), ValueError, r"out\[0\] has strides \[64, 32, 2\]; accepted: contiguous"),
+        ((rows(dtype=torch.float64), rows()), TypeError, r"out\[0\] has dtype float64; accepted: bfloat16, float16"),
+        ((rows(), rows().to("meta")), ValueError, r"out\[1\] is on meta; accepted: cpu"),
+        ((rows(), None), TypeError, r"out\[1\] is NoneType None; accepted: a torch.Tensor"),
+        ((rows(),), TypeError, r"out is tuple with tensors; accepted: a pair of tensors"),
+        (None, TypeError, r"out is NoneType None; accepted: a pair of tensors"),
+    ],
+    ids=["short", "heads", "dim", "strides", "dtype", "device", "none", "one", "no pair"],
+)
+def test_an_output_that_does_not_fit_is_refused(step, out, error, message):
+    built = build(CASE, "cpu")
+    with pytest.raises(error, match=message):
+        steps.gather(step, built.cache, built.plan, out)
+
+
+def test_outputs_of_the_same_memory_are_refused():
+    built, out = build(CASE, "cpu"), rows()
+    with pytest.raises(ValueError, match=r"out\[1\] shares memory with a pool or the other output; accepted: memory"):
+        steps.gather(steps.STEPS[0], built.cache, built.plan, (out, out))
+
+
+@each_step
+def test_a_plan_that_is_another_caches_is_refused(step):
+    built = build(CASE, "cpu")
+    other = build(replace(CASE, page_size=32), "cpu").plan
+    with pytest.raises(ValueError, match="plan was made for page_size 32; accepted: the cache's, 16"):
+        steps.gather(step, built.cache, other, (rows(), rows()))
+    larger = replace(built.plan, num_blocks=built.plan.num_blocks + 1)
+    with pytest.raises(ValueError, match=r"plan was made for a pool of \d+ blocks; accepted: at most the cache's"):
+        steps.gather(step, built.cache, larger, (rows(), rows()))
+    with pytest.raises(TypeError, match="plan is NoneType None; accepted: a GatherPlan"):
+        steps.gather(step, built.cache, None, (rows(), rows()))
+    bad = GatherPlan.build(
+        torch.tensor([[built.plan.num_blocks]]), torch.tensor([0, 3]), page_size=16, num_blocks=built.plan.num_blocks
+    )
+    with pytest.raises(PlanError, match="block_table"):
+        steps.gather(step, built.cache, bad, (rows(), rows()))
 
 
 @pytest.mark.parametrize(("lanes", "warps"), [(32, [4, 2, 2, 16]), (64, [4, 1, 1, 8])])

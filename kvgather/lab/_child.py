@@ -1,0 +1,74 @@
+"""Child processes that may die, hang or print anything: how they are started, and how their answers are read."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..formats.checks import check_positive
+
+ROOT = Path(__file__).resolve().parents[2]
+STARTER = "_time_limit.py"
+MAX_SECONDS = 1e6
+"""Longest time limit, more than 11 days: the system calls that wait count milliseconds in 32 bits."""
+GRACE = 2.0
+"""Seconds that a child gets beyond its limit before it ends itself: its parent, if it lives, is first."""
+
+
+class AnswerError(ValueError):
+    """A child printed a line that is no answer; the message shows it."""
+
+
+def check_seconds(timeout: object, name: str = "timeout") -> float:
+    """Return a time limit as a float.
+
+    Raises:
+        TypeError, ValueError: no number, or not above 0 and at most `MAX_SECONDS`.
+    """
+    seconds = check_positive(timeout, name, "a number of seconds")
+    if seconds > MAX_SECONDS:
+        raise ValueError(f"{name} is {seconds:g}; accepted: at most {MAX_SECONDS:g} seconds")
+    return seconds
+
+
+def command(module: str, *arguments: str, seconds: float, options: tuple[str, ...] = ()) -> list[str]:
+    """The command that runs a module in this Python, without the working directory on its path.
+
+    Args:
+        module, arguments: what to run.
+        seconds: after these and `GRACE` the process ends itself, for its parent may be gone by then.
+        options: of Python, such as ("-X", "faulthandler").
+    """
+    return [
+        sys.executable,
+        "-P",
+        *options,
+        str(Path(__file__).with_name(STARTER)),
+        f"{seconds + GRACE:.3f}",
+        module,
+        *arguments,
+    ]
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """This process's environment with this package on the path, and with `variables`."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return dict(os.environ) | {"PYTHONPATH": path} | variables
+
+
+def answers(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+    """The JSON objects among the lines that a child printed; lines that do not begin with a brace are passed over.
+
+    Raises:
+        AnswerError: a line begins with a brace and is no JSON object.
+    """
+    for line in lines:
+        if line.startswith("{"):
+            try:
+                yield json.loads(line)
+            except (ValueError, RecursionError):
+                raise AnswerError(f"the child printed {line.strip():.60}, which is no JSON object") from None

@@ -1,0 +1,110 @@
+"""Argument checks: what came is named, whatever it is."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from kvgather.formats.checks import as_float, check_int, check_positive, check_tensor, check_window, described, resolved
+
+
+def negative() -> torch.Tensor:
+    """[-1., -2.], of which the bytes in memory are 1 and 2."""
+    view = torch.tensor([1 + 1j, 1 + 2j]).conj().imag
+    assert view.is_neg() and view.tolist() == [-1, -2]
+    return view
+
+
+def nested() -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nested tensors are a prototype, and say so
+        return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        ([1.0], TypeError, r"x is list \[1.0\]; accepted: a torch.Tensor"),
+        ([torch.ones(1)], TypeError, r"x is list with tensors; accepted: a torch.Tensor"),
+        (np.ones(2), TypeError, r"x is ndarray array\(\[1., 1.\]\); accepted: a torch.Tensor"),
+        (10**5000, TypeError, r"x is int of too many digits to print; accepted: a torch.Tensor"),
+        (torch.ones(2).double(), TypeError, r"x has dtype float64; accepted: float32"),
+        (torch.ones(2).to_sparse(), ValueError, r"x has layout torch.sparse_coo; accepted: a dense"),
+        (nested(), ValueError, r"x has layout nested; accepted: a dense"),
+        (torch.ones(2, device="meta"), ValueError, r"x is on meta, which holds no values; accepted: a tensor on a GPU"),
+        (negative(), ValueError, r"x has its negative bit set, .*; accepted: x.resolve_neg\(\)$"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_is_no_tensor_to_read(value: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        check_tensor(value, "x", dtypes=(torch.float32,))
+
+
+def test_the_negative_bit_is_resolved_and_everything_else_left_alone() -> None:
+    plain = resolved(negative())
+    assert not plain.is_neg() and plain.tolist() == [-1, -2]
+    assert check_tensor(plain, "x") is plain
+    for value in (torch.ones(3)[::2], torch.ones(2, device="meta"), torch.ones(2).to_sparse(), None, "x", 3):
+        assert resolved(value) is value
+
+
+def test_a_fake_tensor_is_no_meta_tensor() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        fake = torch.ones(2)
+        assert check_tensor(fake, "x", dtypes=(torch.float32,), device=torch.device("cpu")) is fake
+
+
+@pytest.mark.parametrize("number", [3, np.int64(3), np.uint8(3), np.array(3)], ids=repr)
+def test_an_int_is_pythons_or_numpys(number: int) -> None:
+    assert type(check_int(number, "n")) is int and check_int(number, "n") == 3
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (True, TypeError, r"n is bool True; accepted: an int"),
+        (np.bool_(True), TypeError, r"n is bool .*True.*; accepted: an int"),
+        (np.array([3]), TypeError, r"n is ndarray array\(\[3\]\); accepted: an int"),
+        (np.array(2.5), TypeError, r"n is ndarray array\(2.5\); accepted: an int"),
+        (np.float64(3), TypeError, r"n is float64 np.float64\(3.0\); accepted: an int"),
+        (torch.tensor(3), TypeError, r"n is Tensor of shape \[\]; accepted: an int"),
+        (nested(), TypeError, r"n is Tensor with a nested layout; accepted: an int"),
+        (np.int64(-1), ValueError, r"n is -1; accepted: 0 to 2147483647"),
+        (10**5000, ValueError, r"n is of too many digits to print; accepted: 0 to 2147483647"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_is_no_int(value: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        check_int(value, "n")
+
+
+def test_floats() -> None:
+    assert [as_float(x) for x in (2, 0.5, np.float32(0.5), np.int8(2))] == [2.0, 0.5, 0.5, 2.0]
+    assert [as_float(x) for x in (10**400, -(10**400))] == [float("inf"), float("-inf")]
+    assert [as_float(x) for x in (True, np.bool_(True), 1j, "1", None, torch.ones(()), np.ones(1))] == [None] * 7
+    assert check_positive(np.float32(0.125), "softmax_scale") == 0.125
+    with pytest.raises(TypeError, match=r"softmax_scale is str 'x'; accepted: None, or a number"):
+        check_positive("x", "softmax_scale", "None, or a number")
+
+
+def test_a_window() -> None:
+    assert check_window(None) is None
+    assert [check_window(n) for n in (1, np.int32(7), 2**31 - 1)] == [1, 7, 2**31 - 1]
+    for bad in (0, -1):
+        with pytest.raises(ValueError, match=rf"window is {bad}; accepted: 1 to 2147483647, or None for no window$"):
+            check_window(bad)
+    with pytest.raises(TypeError, match=r"windows\[2\] is float 4.0; accepted: an int, or None for no window$"):
+        check_window(4.0, "windows[2]")
+
+
+def test_described_never_prints_the_values_of_a_tensor() -> None:
+    assert described(torch.ones(3, 2)) == "Tensor of shape [3, 2]"
+    assert described((1, torch.ones(1))) == "tuple with tensors"
+    assert described("x" * 100) == "str '" + "x" * 59
