@@ -110,9 +110,11 @@ class PrefixBatch:
             total_q, total_k: the last offsets, or more: capacities. When they or the lengths are given, nothing waits
                 for the device, and the call can be captured in a CUDA graph; when None, they are read.
             max_q, max_k: upper bounds of new tokens, and of tokens, of one sequence. None: the longest of the lengths
-                if those are given, else what the totals and the table allow.
+                if those are given, else what the totals and the table allow. Both are enforced on the device: a
+                sequence past one of them comes out NaN, and nothing is written for it.
             seqlens_q, seqlens_k: the lengths, where the host knows them: `batch` ints each. They choose better
-                kernels and tighter workspaces. A CUDA graph that replays with other lengths must not be given them.
+                kernels and tighter workspaces. A CUDA graph that replays with other lengths must not be given them:
+                where the device has others, rows may be wrong ones, and `check()` reports it.
             windows: the sliding windows of the layers to come; others work too, and are planned when first asked for.
 
         Returns:
@@ -141,19 +143,19 @@ class PrefixBatch:
         check_fit(known_q, known_k, columns * page_size)
         # A row of at least one column: where there is no table, keys are NaN too.
         room = min(max(columns, 1) * page_size, _MOST)
-        max_q = longest_of(max_q, "max_q", known_q, total_q)
         max_k = max(longest_of(max_k, "max_k", known_k, min(total_k, room)), min(total_k, 1))
+        max_q = min(longest_of(max_q, "max_q", known_q, total_q), max_k)  # new tokens are among the tokens
 
         given = (block_table.clone(), cu_seqlens_q.to(torch.int64, copy=True), cu_seqlens_k.to(torch.int64, copy=True))
         cu_q = clamped(given[1], total_q)
         lens_k = clamped(given[2], total_k).diff()
         table = given[0].long() if columns else given[1].new_full((batch, 1), -1)
         most = min(room, max_k)
-        too_long = lens_k > most
+        refused = (lens_k > most) | (cu_q.diff() > max_q)
         lens_k = lens_k.clamp(max=most)
         cu_k = F.pad(lens_k.cumsum(0), (1, 0))
         reached = torch.arange(table.shape[1], device=table.device) * page_size < lens_k[:, None]
-        good = reached & (table >= 0) & (table < num_blocks) & ~too_long[:, None]
+        good = reached & (table >= 0) & (table < num_blocks) & ~refused[:, None]
         table = torch.where(good, table, -1).int().contiguous()
 
         plan = GatherPlan.build(table, cu_k, page_size=page_size, num_blocks=num_blocks, total_tokens=total_k)

@@ -94,7 +94,8 @@ def direct_attention(
 
     Returns:
         out `[n, q_heads, v_head_dim]` in q's dtype and its natural log-sum-exp `[n, q_heads]` in FP32. Rows that
-        belong to no sequence are 0, and −inf or the sink; rows that see a key in a bad block are NaN, and no others.
+        belong to no sequence are 0, and −inf or the sink; rows that see a key in a bad block are NaN, and so are those
+        of a sequence with more new tokens than `batch.max_q`.
     """
     g = cache.geometry
     n, q_heads, _ = q.shape
@@ -137,7 +138,7 @@ def direct_attention(
             state_out, state_lse, part, part_lse,
             pools[0], nothing if k_scale.tensor is None else k_scale.tensor,
             pools[1], nothing if v_scale.tensor is None else v_scale.tensor,
-            sequences, batch.block_table.shape[1], tiles, tile.splits, n, softmax_scale * LOG2E,
+            sequences, batch.block_table.shape[1], tiles, tile.splits, n, rows, softmax_scale * LOG2E,
             q.stride(0), q.stride(1),
             *k.strides, *v.strides,
             k_scale.stride_block, k_scale.stride_head, k_scale.stride_slot,

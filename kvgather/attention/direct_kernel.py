@@ -18,11 +18,32 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit(do_not_specialize=["total_q"])  # at 1 it would be a constant, and has to become 64-bit
+@triton.jit
+def _fill_rows(
+    out_ptr, lse_ptr, first, end, step, split_row, kv_head, out_value, lse_value,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, V_DIM: tl.constexpr, V_PAD: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """Set the rows first, …, first + M − 1 of a KV head, then those `step` on, as far as `end`; a row is one (token,
+    query head of the group), all int64. `split_row` is the token at which the split's own rows begin."""
+    dim = tl.arange(0, V_PAD)
+    row = first + tl.arange(0, M)
+    while tl.min(row, 0) < end:
+        mine = row < end
+        at = (split_row + row // GROUP) * (KV_HEADS * GROUP) + kv_head * GROUP + row % GROUP
+        tl.store(
+            out_ptr + at[:, None] * V_DIM + dim[None, :],
+            tl.full([M, V_PAD], out_value, tl.float32).to(out_ptr.dtype.element_ty),
+            mask=mine[:, None] & (dim < V_DIM)[None, :],
+        )
+        tl.store(lse_ptr + at, tl.full([M], lse_value, tl.float32), mask=mine)
+        row += step
+
+
+@triton.jit(do_not_specialize=["total_q", "max_rows"])  # at 1 they would be constants, and have to become 64-bit
 def direct_kernel(
     q_ptr, table_ptr, cu_q_ptr, cu_k_ptr, begin_ptr, sink_ptr, state_out_ptr, state_lse_ptr, out_ptr, lse_ptr,
     k_ptr, k_scale_ptr, v_ptr, v_scale_ptr,
-    num_sequences, columns, tiles, splits, total_q, scale_log2,
+    num_sequences, columns, tiles, splits, total_q, max_rows, scale_log2,
     stride_q_row, stride_q_head,
     stride_k_block, stride_k_head, stride_k_slot_group, stride_k_slot, stride_k_dim_group, stride_k_dim,
     stride_v_block, stride_v_head, stride_v_slot_group, stride_v_slot, stride_v_dim_group, stride_v_dim,
@@ -48,20 +69,22 @@ def direct_kernel(
     dims_v = dim_v < V_DIM
 
     first_q = tl.load(cu_q_ptr + sequence)  # at num_sequences: the end of the last sequence
+    first_row = first_q.to(tl.int64) * GROUP + tile * M
+    split_row = split * total_q.to(tl.int64)
     if sequence == num_sequences:  # rows that belong to no sequence
-        row = first_q.to(tl.int64) * GROUP + tile * M + tl.arange(0, M)
-        while tl.min(row, 0) < total_q.to(tl.int64) * GROUP:
-            spare = row < total_q.to(tl.int64) * GROUP
-            at = (split * total_q.to(tl.int64) + row // GROUP) * Q_HEADS + kv_head * GROUP + row % GROUP
-            tl.store(
-                out_ptr + at[:, None] * V_DIM + dim_v[None, :],
-                tl.zeros([M, V_PAD], tl.float32).to(out_ptr.dtype.element_ty),
-                mask=spare[:, None] & dims_v[None, :],
-            )
-            tl.store(lse_ptr + at, tl.full([M], float("-inf"), tl.float32), mask=spare)
-            row += tiles * M
+        _fill_rows(
+            out_ptr, lse_ptr, first_row, total_q.to(tl.int64) * GROUP, tiles * M, split_row, kv_head,
+            0.0, float("-inf"), KV_HEADS, GROUP, V_DIM, V_PAD, M,
+        )  # fmt: skip
         return
-    rows = (tl.load(cu_q_ptr + sequence + 1) - first_q) * GROUP
+    end_q = tl.load(cu_q_ptr + sequence + 1)
+    rows = (end_q - first_q) * GROUP
+    if rows > max_rows:  # more than the tiles of a sequence hold: all of them are NaN
+        _fill_rows(
+            out_ptr, lse_ptr, first_row, end_q.to(tl.int64) * GROUP, tiles * M, split_row, kv_head,
+            float("nan"), float("nan"), KV_HEADS, GROUP, V_DIM, V_PAD, M,
+        )  # fmt: skip
+        return
     if tile * M >= rows:
         return
     len_k = tl.load(cu_k_ptr + sequence + 1) - tl.load(cu_k_ptr + sequence)

@@ -18,6 +18,7 @@ from .cut_by_lengths import common_piece
 from .dense import dense_attention
 from .merge import apply_sinks
 from .pieces import Attend, Piece, Pieces
+from .refused import refuse_rows
 from .states import RunningState
 from .workspace import in_pieces
 
@@ -56,7 +57,7 @@ def prefix_attention(
     Returns:
         out `[total_q, q_heads, v_head_dim]` in q's dtype, or (out, lse) with the natural log-sum-exp, the sink's
         included, `[total_q, q_heads]` FP32. Rows that belong to no sequence are 0 (and −inf, or the sink); rows that
-        need a bad block id are NaN.
+        need a bad block id are NaN, and so are all rows of a sequence that is longer than the batch's bounds.
 
     Raises:
         TypeError, ValueError: an argument is wrong, or the combination not supported; nothing was written or launched.
@@ -88,12 +89,14 @@ def prefix_attention(
         q = q.contiguous()
     if batch.num_sequences == 0 or min(batch.max_q, batch.max_k) == 0:
         out, lse = _nothing(q, g.v_head_dim, sinks)
+        refuse_rows(out, lse, batch.cu_seqlens_q, batch.max_q)
     elif pieces is None:
         out, lse = _direct(q, cache, batch, scale, sinks, window)
     elif (common := _common_length(q, batch, window, workspace_tokens)) > 0:
         out, lse = _common_part_first(q, cache, batch, common, scale, sinks)
     else:
         out, lse = _gathered(q, cache, pieces, scale, sinks)
+        refuse_rows(out, lse, batch.cu_seqlens_q, batch.max_q)
     return (out, lse) if return_lse else out
 
 

@@ -1,0 +1,45 @@
+"""The kernel that refuses the rows of a sequence that has too many: one program for a sequence; most return at once."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..device import interpreting
+from ..gather.launching import launching
+
+
+@triton.jit(do_not_specialize=["max_q"])  # at 1, decode, it would be another kernel
+def refuse_rows_kernel(
+    out_ptr, lse_ptr, cu_q_ptr, max_q,
+    stride_out_row, stride_out_head, stride_out_dim, stride_lse_row, stride_lse_head,
+    HEADS: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    sequence = tl.program_id(0)
+    first = tl.load(cu_q_ptr + sequence).to(tl.int64)
+    end = tl.load(cu_q_ptr + sequence + 1).to(tl.int64)
+    if end - first <= max_q:
+        return
+    dim = tl.arange(0, DIMS)
+    at = first * HEADS + tl.arange(0, R)  # of [rows, HEADS], flat
+    while tl.min(at, 0) < end * HEADS:
+        row, head = at // HEADS, at % HEADS
+        mine = at < end * HEADS
+        out_at = (row * stride_out_row + head * stride_out_head)[:, None] + dim[None, :] * stride_out_dim
+        nan = tl.full([R, DIMS], float("nan"), tl.float32)
+        tl.store(out_ptr + out_at, nan.to(out_ptr.dtype.element_ty), mask=mine[:, None] & (dim < DIM)[None, :])
+        nan_lse = tl.full([R], float("nan"), tl.float32)
+        tl.store(lse_ptr + row * stride_lse_row + head * stride_lse_head, nan_lse, mask=mine)
+        at += R
+
+
+def launch(out: Tensor, lse: Tensor, cu_seqlens_q: Tensor, max_q: int) -> None:
+    """Launch the kernel on checked arguments; see `kvgather.attention.refused.refuse_rows`."""
+    _, heads, dim = out.shape
+    dims = triton.next_power_of_2(dim)
+    with launching(out, interpreting()):
+        refuse_rows_kernel[(len(cu_seqlens_q) - 1,)](
+            out, lse, cu_seqlens_q, max_q, *out.stride(), *lse.stride(),
+            HEADS=heads, DIM=dim, DIMS=dims, R=max(1, 4096 // dims),
+        )  # fmt: skip
