@@ -206,7 +206,8 @@ class PrefixBatch:
         copy. Where nothing is new nothing is seen."""
         lens_q, lens_k = self.lens_q, self.lens_k
         further = self.max_k if window is None else window - 1
-        seen = torch.where(lens_q > 0, torch.minimum(lens_k.long(), lens_q.long() + further), 0)
+        new = lens_q.long().clamp(max=self.max_q)  # a sequence with more is refused, and may not pass max_k either
+        seen = torch.where(lens_q > 0, torch.minimum(lens_k.long(), new + further), 0)
         known = None
         if self.seqlens_q is not None and self.seqlens_k is not None:
             known = tuple(min(k, q + further) if q else 0 for q, k in zip(self.seqlens_q, self.seqlens_k, strict=True))
