@@ -7,8 +7,7 @@ rows of NaN, and never an address outside the pool or the table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,18 +15,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..cache import PagedKVCache
-from ..formats.checks import check_int, check_tensor, described
+from ..formats.checks import check_choice, check_int, check_tensor, described
+from ..gather.dispatch import check_made_for
 from ..plan import GatherPlan, PlanError
-from .choose import Facts, check_facts, explained
-from .lengths import STEP, check_fit, check_lengths, check_offsets, check_row, clamped, longest_of, total_of
+from .capture import capturing, check_may_make
+from .checked import CheckedBatch
+from .choose import PATHS, explained
+from .lengths import check_fit, check_lengths, check_offsets, check_row, clamped, longest_of, total_of
 from .pieces import Attend, Piece
+from .route import Layer, facts_of, route_of
 
 _INDEX_DTYPES = (torch.int32, torch.int64)
 _MOST = 2**31 - 1
 
 
-@dataclass(frozen=True)
-class PrefixBatch:
+class PrefixBatch(CheckedBatch):
     """One batch of the prefix path: its new tokens, and the cached ones before them.
 
     Attributes:
@@ -40,46 +42,8 @@ class PrefixBatch:
         slots: `[total_q]` int64: where each new token is written; −1 for rows that belong to no sequence.
         everything: all tokens as one piece; its `plan` gathers cached + new.
         windows: window → the piece that gathers no more than a layer of that window sees.
+        built_in_capture: whether a CUDA graph was being captured: then the batch is of use in that capture alone.
     """
-
-    block_table: Tensor
-    cu_seqlens_q: Tensor
-    cu_seqlens_k: Tensor
-    total_q: int
-    total_k: int
-    max_q: int
-    max_k: int
-    seqlens_q: tuple[int, ...] | None
-    seqlens_k: tuple[int, ...] | None
-    page_size: int
-    num_blocks: int
-    slots: Tensor
-    everything: Piece
-    windows: dict[int, Piece]
-    _given: tuple[Tensor, Tensor, Tensor] = field(repr=False)  # table and offsets as they came, for check()
-    _made: dict[Any, Any] = field(default_factory=dict, repr=False)  # what layers asked for since
-
-    @property
-    def num_sequences(self) -> int:
-        return self.block_table.shape[0]
-
-    @property
-    def device(self) -> torch.device:
-        return self.block_table.device
-
-    @property
-    def plan(self) -> GatherPlan:
-        return self.everything.plan
-
-    @property
-    def lens_q(self) -> Tensor:
-        """New tokens of each sequence, `[batch]` int32 on the device."""
-        return self.cu_seqlens_q.diff()
-
-    @property
-    def lens_k(self) -> Tensor:
-        """Cached + new tokens of each sequence, `[batch]` int32 on the device."""
-        return self.cu_seqlens_k.diff()
 
     @classmethod
     def build(
@@ -178,47 +142,44 @@ class PrefixBatch:
             slots=_slots(table, cu_q, lens_k, page_size, total_q),
             everything=Piece(plan, (attend,)),
             windows={},
+            built_in_capture=capturing(table.device),
             _given=given,
         )
         for window in asked:
             made.for_window(window)
         return made
 
-    def for_window(self, window: int | None) -> Piece:
-        """What a layer gathers, in one piece: everything, or of each sequence the last tokens that a window reaches."""
-        if window is None:
-            return self.everything
-        if window not in self.windows:
-            seen, known = self.seen(window)
-            capacity = min(self.total_k, self.total_q + self.num_sequences * (window - 1))
-            cu_k = clamped(F.pad(seen.cumsum(0), (1, 0)), capacity)
-            attend = Attend(
-                slice(0, self.total_q), self.cu_seqlens_q, cu_k.int(), self.max_q,
-                min(self.max_k, self.max_q + window - 1),
-                causal=self.max_q > 1, window=window if self.max_q > 1 else None,  # one row sees all that is gathered
-                seqlens_q=self.seqlens_q, seqlens_k=known,
-            )  # fmt: skip
-            self.windows[window] = Piece(self.plan_of(cu_k, capacity, self.lens_k - seen), (attend,))
-        return self.windows[window]
+    def prepare(
+        self,
+        cache: PagedKVCache,
+        num_q_heads: int,
+        window: int | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        workspace_tokens: int | None = None,
+        path: str = "auto",
+    ) -> None:
+        """Make what a layer needs of the batch, so that a CUDA graph's capture may be the first to run that layer.
 
-    def seen(self, window: int | None) -> tuple[Tensor, tuple[int, ...] | None]:
-        """How many tokens at the end of each sequence its new tokens see: on the device, and if it is known the host's
-        copy. Where nothing is new nothing is seen."""
-        lens_q, lens_k = self.lens_q, self.lens_k
-        further = self.max_k if window is None else window - 1
-        new = lens_q.long().clamp(max=self.max_q)  # a sequence with more is refused, and may not pass max_k either
-        seen = torch.where(lens_q > 0, torch.minimum(lens_k.long(), new + further), 0)
-        known = None
-        if self.seqlens_q is not None and self.seqlens_k is not None:
-            known = tuple(min(k, q + further) if q else 0 for q, k in zip(self.seqlens_q, self.seqlens_k, strict=True))
-        return seen, known
+        Call it once for each kind of layer: layers that are alike in all arguments share what it makes. A layer that
+        ran outside of a capture is prepared. Kernels are compiled when a layer first runs: run one eagerly as well.
 
-    def plan_of(self, cu_k: Tensor, total: int, starts: Tensor, sequences: slice = slice(None)) -> GatherPlan:
-        """A plan over some sequences' positions `starts` and on."""
-        return GatherPlan.build(
-            self.block_table[sequences], cu_k, page_size=self.page_size, num_blocks=self.num_blocks,
-            total_tokens=total, seq_starts=starts,
-        )  # fmt: skip
+        Args:
+            cache: the layer's; another one of its shape and dtype does.
+            num_q_heads: query heads, a multiple of the cache's KV heads.
+            window, workspace_tokens, path: as `prefix_attention` will be given them.
+            dtype: of q.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong, or the batch was made for another cache.
+            CaptureError: a CUDA graph is being captured.
+        """
+        check_may_make(self.device, self.built_in_capture, "what a layer needs")
+        facts_of(self, cache, num_q_heads, dtype, window)  # checks these
+        check_made_for(cache.geometry, "batch", self.page_size, self.num_blocks, self.device)
+        if workspace_tokens is not None:
+            workspace_tokens = check_int(workspace_tokens, "workspace_tokens", minimum=1)
+        check_choice(path, "path", PATHS)
+        route_of(self, cache, Layer(int(num_q_heads), dtype, window, workspace_tokens, path))
 
     def explain(
         self, cache: PagedKVCache, num_q_heads: int, window: int | None = None, dtype: torch.dtype = torch.bfloat16
@@ -234,33 +195,7 @@ class PrefixBatch:
         Raises:
             TypeError, ValueError: an argument is wrong.
         """
-        return explained(self.facts(cache, num_q_heads, dtype, window))
-
-    def facts(self, cache: PagedKVCache, num_q_heads: int, dtype: torch.dtype, window: int | None) -> Facts:
-        """What the choice of a path looks at, for one layer; arguments and errors as in `explain`."""
-        if self.seqlens_q is not None and self.seqlens_k is not None:
-            lengths = tuple(zip(self.seqlens_q, self.seqlens_k, strict=True))
-        else:
-            several = max(self.num_sequences, 1)
-            average = min(self.max_q, -(-self.total_q // several)), min(self.max_k, -(-self.total_k // several))
-            lengths = (average,) * self.num_sequences
-        common = self.common_cached if window is None else 0
-        return check_facts(cache, lengths, common, num_q_heads, dtype, window)
-
-    @property
-    def common_cached(self) -> int:
-        """How many tokens at the beginning of every sequence are cached, rounded down to what unmasked kernels take; 0
-        where the host does not know the lengths."""
-        if self.seqlens_q is None or self.seqlens_k is None:
-            return 0
-        cached = (tokens - new for new, tokens in zip(self.seqlens_q, self.seqlens_k, strict=True) if new)
-        return min(cached, default=0) // STEP * STEP
-
-    def once(self, key: object, make: Callable[[], Any]) -> Any:
-        """What `make` gives, made when a layer first asks for it and kept for the others."""
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
+        return explained(facts_of(self, cache, num_q_heads, dtype, window))
 
     def check(self) -> None:
         """Raise if the batch was built from a bad block table or bad offsets; waits for the device.

@@ -18,7 +18,7 @@ from ..kernels.launch import LoadStrides, launching
 from .direct_kernel import combine_kernel, direct_kernel
 
 if TYPE_CHECKING:
-    from .batch import PrefixBatch
+    from .checked import CheckedBatch
 
 LOG2E = 1.4426950408889634
 
@@ -69,7 +69,7 @@ def choose_tile(rows: int, keys: int, programs: int, k_pad: int, v_pad: int, pro
 def direct_attention(
     q: Tensor,
     cache: PagedKVCache,
-    batch: PrefixBatch,
+    batch: CheckedBatch,
     *,
     softmax_scale: float,
     sinks: Tensor | None = None,

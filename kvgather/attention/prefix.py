@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 
 from ..cache import PagedKVCache
-from ..device import require_triton, triton_available
+from ..device import require_triton
 from ..formats.checks import check_choice, check_int, check_tensor, described
 from ..formats.fp8 import FLOATS
 from ..gather.dispatch import check_made_for
 from .batch import PrefixBatch
-from .choose import PATHS, choose
-from .cut_by_lengths import common_piece
+from .capture import check_may_make
+from .choose import PATHS
 from .dense import dense_attention
 from .merge import apply_sinks
 from .pieces import Attend, Piece, Pieces
 from .refused import refuse_rows
+from .route import Common, Layer, route_of
 from .states import RunningState
-from .workspace import in_pieces
 
 
 @torch.no_grad()
@@ -61,6 +61,8 @@ def prefix_attention(
 
     Raises:
         TypeError, ValueError: an argument is wrong, or the combination not supported; nothing was written or launched.
+        CaptureError: a ValueError: a CUDA graph is being captured, and the batch lacks what the layer needs: see
+            `PrefixBatch.prepare`. Or the batch was built in a capture, and this call is not part of one.
     """
     _check(q, k_new, v_new, cache, batch)
     g = cache.geometry
@@ -73,15 +75,10 @@ def prefix_attention(
         window = check_int(window, "window", minimum=1)
     if workspace_tokens is not None:
         workspace_tokens = check_int(workspace_tokens, "workspace_tokens", minimum=1)
-    if check_choice(path, "path", PATHS) == "auto":
-        g, layer = cache.geometry, (q.shape[1], q.dtype, window)
-        alike = "path", layer, g.num_kv_heads, g.head_dim, g.v_head_dim, g.dtype
-        path = batch.once(alike, lambda: choose(batch.facts(cache, *layer)).path)
-    if path == "direct":
+    check_choice(path, "path", PATHS)
+    route = route_of(batch, cache, Layer(q.shape[1], q.dtype, window, workspace_tokens, path))
+    if route.direct:
         require_triton(g.device)
-        pieces = None
-    else:
-        pieces = batch.once((window, workspace_tokens), lambda: in_pieces(batch, window, workspace_tokens))
 
     if k_new is not None and v_new is not None:
         cache.write(k_new, v_new, batch.slots)
@@ -90,13 +87,13 @@ def prefix_attention(
     if batch.num_sequences == 0 or min(batch.max_q, batch.max_k) == 0:
         out, lse = _nothing(q, g.v_head_dim, sinks)
         refuse_rows(out, lse, batch.cu_seqlens_q, batch.max_q)
-    elif pieces is None:
-        out, lse = _direct(q, cache, batch, scale, sinks, window)
-    elif (common := _common_length(q, batch, window, workspace_tokens)) > 0:
-        out, lse = _common_part_first(q, cache, batch, common, scale, sinks)
-    else:
-        out, lse = _gathered(q, cache, pieces, scale, sinks)
+    elif route.common is not None:
+        out, lse = _common_part_first(q, cache, batch, route.common, scale, sinks)
+    elif route.pieces is not None:
+        out, lse = _gathered(q, cache, route.pieces, scale, sinks)
         refuse_rows(out, lse, batch.cu_seqlens_q, batch.max_q)
+    else:
+        out, lse = _direct(q, cache, batch, scale, sinks, window)
     return (out, lse) if return_lse else out
 
 
@@ -106,6 +103,8 @@ def _check(q: Tensor, k_new: Tensor | None, v_new: Tensor | None, cache: PagedKV
         raise TypeError(f"cache is {described(cache)}; accepted: a PagedKVCache")
     if not isinstance(batch, PrefixBatch):
         raise TypeError(f"batch is {described(batch)}; accepted: a PrefixBatch, from PrefixBatch.build(...)")
+    if batch.built_in_capture:
+        check_may_make(batch.device, True, "attention")
     g = cache.geometry
     check_made_for(g, "batch", batch.page_size, batch.num_blocks, batch.device)
     rows = batch.total_q
@@ -180,32 +179,18 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, piece: Piece, attend: Attend, scale:
     )  # fmt: skip
 
 
-def _common_length(q: Tensor, batch: PrefixBatch, window: int | None, workspace_tokens: int | None) -> int:
-    """How many tokens at the beginning of every sequence are cached, as far as an unmasked kernel can take them.
-
-    0 where that pays nothing: on a CPU, in a window, in FP32, with lengths that the host does not know.
-    """
-    if q.device.type != "cuda" or q.dtype == torch.float32 or window is not None or workspace_tokens is not None:
-        return 0
-    return batch.common_cached if triton_available() else 0
-
-
 def _common_part_first(
-    q: Tensor, cache: PagedKVCache, batch: PrefixBatch, length: int, scale: float, sinks: Tensor | None
+    q: Tensor, cache: PagedKVCache, batch: PrefixBatch, common: Common, scale: float, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Gather what is cached in every sequence, attend with no mask, and go on from there straight from the pages."""
     from .direct import direct_attention
 
-    piece, begin = batch.once(("common", length), lambda: (common_piece(batch, 0, length), _full(batch, length)))
+    piece = common.piece
     k, v = cache.gather(piece.plan, out_dtype=q.dtype)
     out, lse = _dense(q, k, v, piece, piece.attends[0], scale)
     del k, v
-    state = out.contiguous(), lse.contiguous()  # the flash kernel's log-sum-exp lies by heads
-    return direct_attention(q, cache, batch, softmax_scale=scale, sinks=sinks, begin=begin, state=state)
-
-
-def _full(batch: PrefixBatch, length: int) -> Tensor:
-    return torch.full((batch.num_sequences,), length, dtype=torch.int32, device=batch.device)
+    state = out.contiguous(), lse.contiguous()  # the flash kernel's log-sum-exp is stored by heads
+    return direct_attention(q, cache, batch, softmax_scale=scale, sinks=sinks, begin=common.begin, state=state)
 
 
 def _direct(

@@ -15,6 +15,7 @@ import kvgather as kg
 from kvgather.attention import cut_by_lengths, dense, dense_cudnn, dense_flash, prefix
 from kvgather.attention.batch import PrefixBatch
 from kvgather.attention.dense import dense_attention
+from kvgather.attention.route import common_of
 from tests.attention.batches import Setup, assert_close, setup
 from tests.attention.rows import cudnn, made, short_flash
 from tests.where import GPU
@@ -124,8 +125,8 @@ def test_the_gpu_goes_on(lie: str, q_dtype: torch.dtype, where: str, monkeypatch
             call_with(case, lied(case, LIES[lie], spare), **call)
             torch.cuda.synchronize()
     for length in (4, 8):
-        prefix._common_part_first(case.q, case.cache, lied(a_case(where, q_dtype), LIES["tokens, split otherwise"]),
-                                  length, 0.25, None)  # fmt: skip
+        batch = lied(case, LIES["tokens, split otherwise"])
+        prefix._common_part_first(case.q, case.cache, batch, common_of(batch, length), 0.25, None)
         torch.cuda.synchronize()
     if q_dtype == torch.bfloat16:
         for backend in ("cudnn", "flash", "torch"):

@@ -13,6 +13,7 @@ import kvgather as kg
 from kvgather.attention import dense_cudnn, dense_flash
 from kvgather.attention.prefix import _common_part_first
 from kvgather.attention.refused import refuse_rows
+from kvgather.attention.route import common_of
 from kvgather.blocks import cu_seqlens
 from kvgather.device import has_gpu, interpreting
 from kvgather.lab.trace import trace
@@ -106,7 +107,7 @@ def test_what_is_cached_in_all_first(where: str) -> None:
         made.block_table, *offsets, page_size=4, num_blocks=made.cache.geometry.num_blocks, total_q=14,
         total_k=sum(made.total), seqlens_q=[2, 2, 1], seqlens_k=made.total,
     )  # fmt: skip
-    out, lse = _common_part_first(made.q, made.cache, lied, 8, 16**-0.5, None)
+    out, lse = _common_part_first(made.q, made.cache, lied, common_of(lied, 8), 16**-0.5, None)
     assert out[2:11].isnan().all() and lse[2:11].isnan().all()
     assert_close((out[11:12], lse[11:12]), (wanted[0][11:12], wanted[1][11:12]))
 
