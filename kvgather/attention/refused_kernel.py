@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..device import interpreting
-from ..gather.launching import launching
+from ..kernels.launch import launching
 
 
 @triton.jit(do_not_specialize=["max_q"])  # at 1, decode, it would be another kernel
