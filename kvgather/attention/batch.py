@@ -11,18 +11,17 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..cache import PagedKVCache
 from ..formats.checks import check_choice, check_int, check_tensor, described
 from ..gather.dispatch import check_made_for
-from ..plan import GatherPlan, PlanError
+from ..plan import PlanError
+from .batch_tensors import Sizes, batch_tensors
 from .capture import capturing, check_may_make
 from .checked import CheckedBatch
 from .choose import PATHS, explained
-from .lengths import check_fit, check_lengths, check_offsets, check_row, clamped, longest_of, total_of
-from .pieces import Attend, Piece
+from .lengths import check_fit, check_lengths, check_offsets, check_row, longest_of, total_of
 from .route import Layer, facts_of, route_of
 
 _INDEX_DTYPES = (torch.int32, torch.int64)
@@ -40,7 +39,7 @@ class PrefixBatch(CheckedBatch):
         seqlens_q, seqlens_k: the lengths as the host knows them, or None.
         page_size, num_blocks: of the pool the batch was checked for.
         slots: `[total_q]` int64: where each new token is written; −1 for rows that belong to no sequence.
-        everything: all tokens as one piece; its `plan` gathers cached + new.
+        everything: all tokens as one piece; its `plan` gathers cached + new. Planned when a layer first needs it.
         windows: window → the piece that gathers no more than a layer of that window sees.
         built_in_capture: whether a CUDA graph was being captured: then the batch is of use in that capture alone.
     """
@@ -110,27 +109,14 @@ class PrefixBatch(CheckedBatch):
         max_k = max(longest_of(max_k, "max_k", known_k, min(total_k, room)), min(total_k, 1))
         max_q = min(longest_of(max_q, "max_q", known_q, total_q), max_k)  # new tokens are among the tokens
 
-        given = (block_table.clone(), cu_seqlens_q.to(torch.int64, copy=True), cu_seqlens_k.to(torch.int64, copy=True))
-        cu_q = clamped(given[1], total_q)
-        lens_k = clamped(given[2], total_k).diff()
-        table = given[0].long() if columns else given[1].new_full((batch, 1), -1)
-        most = min(room, max_k)
-        refused = (lens_k > most) | (cu_q.diff() > max_q)
-        lens_k = lens_k.clamp(max=most)
-        cu_k = F.pad(lens_k.cumsum(0), (1, 0))
-        reached = torch.arange(table.shape[1], device=table.device) * page_size < lens_k[:, None]
-        good = reached & (table >= 0) & (table < num_blocks) & ~refused[:, None]
-        table = torch.where(good, table, -1).int().contiguous()
-
-        plan = GatherPlan.build(table, cu_k, page_size=page_size, num_blocks=num_blocks, total_tokens=total_k)
-        cu_q_32, cu_k_32 = cu_q.int(), cu_k.int()
-        attend = Attend(
-            slice(0, total_q), cu_q_32, cu_k_32, max_q, max_k, causal=max_q > 1, seqlens_q=known_q, seqlens_k=known_k
-        )
+        tensors = batch_tensors(
+            block_table, cu_seqlens_q, cu_seqlens_k,
+            Sizes(page_size, num_blocks, total_q, total_k, max_q, most=min(room, max_k)),
+        )  # fmt: skip
         made = cls(
-            block_table=table,
-            cu_seqlens_q=cu_q_32,
-            cu_seqlens_k=cu_k_32,
+            block_table=tensors.table,
+            cu_seqlens_q=tensors.cu_q,
+            cu_seqlens_k=tensors.cu_k,
             total_q=total_q,
             total_k=total_k,
             max_q=max_q,
@@ -139,11 +125,10 @@ class PrefixBatch(CheckedBatch):
             seqlens_k=known_k,
             page_size=page_size,
             num_blocks=num_blocks,
-            slots=_slots(table, cu_q, lens_k, page_size, total_q),
-            everything=Piece(plan, (attend,)),
+            slots=tensors.slots,
             windows={},
-            built_in_capture=capturing(table.device),
-            _given=given,
+            built_in_capture=capturing(block_table.device),
+            _given=tensors.given,
         )
         for window in asked:
             made.for_window(window)
@@ -221,18 +206,3 @@ def _listed(windows: object) -> list[Any]:
     if isinstance(windows, (str, bytes, Tensor)) or not isinstance(windows, Iterable):
         raise TypeError(f"windows is {described(windows)}; accepted: ints, such as (128,)")
     return list(windows)
-
-
-def _slots(table: Tensor, cu_q: Tensor, lens_k: Tensor, page_size: int, total_q: int) -> Tensor:
-    """The slot of each new token, `[total_q]` int64."""
-    batch, columns = table.shape
-    row = torch.arange(total_q, device=table.device)
-    if batch == 0:
-        return torch.full_like(row, -1)
-    sequence = torch.searchsorted(cu_q[1:].contiguous(), row, right=True)
-    in_use = sequence < batch
-    sequence = sequence.clamp(max=batch - 1)
-    position = (lens_k - cu_q[1:])[sequence] + row
-    in_use &= position >= 0  # else there are more new tokens than tokens
-    block = table[sequence, (position // page_size).clamp(0, columns - 1)].long()
-    return torch.where(in_use & (block >= 0), block * page_size + position % page_size, -1)

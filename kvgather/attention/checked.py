@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..plan import GatherPlan
+from .batch_tensors import window_lengths, window_offsets
 from .capture import check_may_make
-from .lengths import STEP, clamped
+from .lengths import STEP
 from .pieces import Attend, Piece
 
 
@@ -32,7 +32,6 @@ class CheckedBatch:
     page_size: int
     num_blocks: int
     slots: Tensor
-    everything: Piece
     windows: dict[int, Piece]
     built_in_capture: bool = field(repr=False)
     _given: tuple[Tensor, Tensor, Tensor] = field(repr=False)  # table and offsets as they came, for check()
@@ -47,7 +46,28 @@ class CheckedBatch:
         return self.block_table.device
 
     @property
+    def everything(self) -> Piece:
+        """All tokens as one piece, planned when a layer first needs it.
+
+        Raises:
+            CaptureError: it is not there yet, and a CUDA graph is being captured.
+        """
+        return self.once("everything", self._everything, "the plan of all tokens")
+
+    def _everything(self) -> Piece:
+        plan = GatherPlan.build(
+            self.block_table, self.cu_seqlens_k, page_size=self.page_size, num_blocks=self.num_blocks,
+            total_tokens=self.total_k,
+        )  # fmt: skip
+        attend = Attend(
+            slice(0, self.total_q), self.cu_seqlens_q, self.cu_seqlens_k, self.max_q, self.max_k, causal=self.max_q > 1,
+            seqlens_q=self.seqlens_q, seqlens_k=self.seqlens_k,
+        )  # fmt: skip
+        return Piece(plan, (attend,))
+
+    @property
     def plan(self) -> GatherPlan:
+        """The plan that gathers all tokens, cached + new."""
         return self.everything.plan
 
     @property
@@ -74,27 +94,25 @@ class CheckedBatch:
         return self.windows[window]
 
     def _in_window(self, window: int) -> Piece:
-        seen, known = self.seen(window)
         capacity = min(self.total_k, self.total_q + self.num_sequences * (window - 1))
-        cu_k = clamped(F.pad(seen.cumsum(0), (1, 0)), capacity)
+        cu_k, starts = window_offsets(self.cu_seqlens_q, self.cu_seqlens_k, self.max_q, window, capacity)
         several = self.max_q > 1  # one row sees all that is gathered
         attend = Attend(
-            slice(0, self.total_q), self.cu_seqlens_q, cu_k.int(), self.max_q, min(self.max_k, self.max_q + window - 1),
-            causal=several, window=window if several else None, seqlens_q=self.seqlens_q, seqlens_k=known,
+            slice(0, self.total_q), self.cu_seqlens_q, cu_k, self.max_q, min(self.max_k, self.max_q + window - 1),
+            causal=several, window=window if several else None, seqlens_q=self.seqlens_q, seqlens_k=self.known(window),
         )  # fmt: skip
-        return Piece(self.plan_of(cu_k, capacity, self.lens_k - seen), (attend,))
+        return Piece(self.plan_of(cu_k, capacity, starts), (attend,))
 
-    def seen(self, window: int | None) -> tuple[Tensor, tuple[int, ...] | None]:
-        """How many tokens at the end of each sequence its new tokens see: on the device, and if it is known the host's
-        copy. Sequences without new tokens have no visible keys."""
-        lens_q, lens_k = self.lens_q, self.lens_k
+    def known(self, window: int | None) -> tuple[int, ...] | None:
+        """How many tokens at the end of each sequence its new tokens see, where the host knows the lengths."""
+        if self.seqlens_q is None or self.seqlens_k is None:
+            return None
         further = self.max_k if window is None else window - 1
-        new = lens_q.long().clamp(max=self.max_q)  # a sequence with more is refused, and may not pass max_k either
-        seen = torch.where(lens_q > 0, torch.minimum(lens_k.long(), new + further), 0)
-        known = None
-        if self.seqlens_q is not None and self.seqlens_k is not None:
-            known = tuple(min(k, q + further) if q else 0 for q, k in zip(self.seqlens_q, self.seqlens_k, strict=True))
-        return seen, known
+        return tuple(min(k, q + further) if q else 0 for q, k in zip(self.seqlens_q, self.seqlens_k, strict=True))
+
+    def seen(self, window: int | None) -> Tensor:
+        """The same on the device, `[batch]` int32."""
+        return window_lengths(self.lens_q, self.lens_k, self.max_q, self.max_k + 1 if window is None else window)
 
     def plan_of(self, cu_k: Tensor, total: int, starts: Tensor, sequences: slice = slice(None)) -> GatherPlan:
         """A plan over some sequences' positions `starts` and on."""

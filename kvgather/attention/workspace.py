@@ -32,7 +32,7 @@ def in_pieces(batch: CheckedBatch, window: int | None, workspace_tokens: int | N
 
 
 def _cut(batch: CheckedBatch, window: int | None, workspace_tokens: int) -> Pieces:
-    seen, known = batch.seen(window)
+    known = batch.known(window)
     if known is not None:
-        return by_lengths(batch, window, workspace_tokens, seen, known)
+        return by_lengths(batch, window, workspace_tokens, batch.seen(window), known)
     return by_bounds(batch, window, workspace_tokens)
