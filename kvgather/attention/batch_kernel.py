@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..device import interpreting
-from ..kernels.launch import launching
+from ..kernels.launch import PreparedLaunch, prepared_once
+from ..kernels.signatures import MOST
 from .batch_tensors import BatchTensors, Sizes
 
 _AT_A_TIME = 1024  # columns of the table, and new tokens, of one step of a program
@@ -130,35 +133,73 @@ def window_kernel(
 def launch_batch(table: Tensor, cu_q: Tensor, cu_k: Tensor, sizes: Sizes) -> BatchTensors:
     """Launch `batch_kernel` on checked arguments; see `kvgather.attention.batch_tensors.batch_tensors`."""
     batch, columns = table.shape
+    given: tuple[Tensor, ...] = (table, cu_q, cu_k)
+    if max(stride for tensor in given for stride in tensor.stride()) > MOST:  # of an axis of one element, at most
+        given = tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device).copy_(t) for t in given)
     interpreted, device = interpreting(), table.device
-    checked = torch.empty((batch, max(columns, 1)), dtype=torch.int32, device=device)
-    used_q, used_k = torch.empty((2, _padded(batch + 1)), dtype=torch.int32, device=device).unbind(0)
-    given_q, given_k = torch.empty((2, _padded(batch + 1)), dtype=torch.int64, device=device).unbind(0)
-    slots = torch.empty(sizes.total_q, dtype=torch.int64, device=device)
-    given = torch.empty((batch, columns), dtype=table.dtype, device=device)
-    parts = min(max(1, triton.cdiv(max(columns, sizes.max_q), _AT_A_TIME)), 16)
-    with launching(table, interpreted):
-        batch_kernel[((batch + 1) * parts,)](
-            table, cu_q, cu_k, checked, used_q, used_k, slots, given, given_q, given_k,
-            batch, columns, sizes.num_blocks, sizes.total_q, sizes.total_k, sizes.max_q, sizes.most, parts,
-            *table.stride(), *cu_q.stride(), *cu_k.stride(),
-            PAGE=sizes.page_size, CHUNK=16 if interpreted else 256, N=_AT_A_TIME,
-        )  # fmt: skip
-    ends = slice(0, batch + 1)
-    return BatchTensors(checked, used_q[ends], used_k[ends], slots, (given, given_q[ends], given_k[ends]))
+    wide = max(columns, 1)
+    narrow = _Parts((batch * wide, batch + 1, batch + 1), torch.int32, device)
+    long = _Parts((sizes.total_q, batch + 1, batch + 1), torch.int64, device)
+    copy = torch.empty((batch, columns), dtype=table.dtype, device=device)
+    parts = min(max(1, -(-max(columns, sizes.max_q) // _AT_A_TIME)), 16)
+    addresses = (*(tensor.data_ptr() for tensor in given), *narrow.addresses, long.addresses[0], copy.data_ptr(),
+                 *long.addresses[1:])  # fmt: skip
+    numbers = (
+        batch, columns, sizes.num_blocks, sizes.total_q, sizes.total_k, sizes.max_q, sizes.most, parts,
+        *given[0].stride(), *given[1].stride(), *given[2].stride(),
+    )  # fmt: skip
+    launch = prepared_once(
+        "batch", (device, interpreted, sizes.page_size, *_pointed(given)),
+        lambda: PreparedLaunch(
+            batch_kernel, (None,) * 10, (),
+            {"PAGE": sizes.page_size, "CHUNK": 16 if interpreted else 256, "N": _AT_A_TIME}, interpreted,
+        ),
+    )  # fmt: skip
+    checked, used_q, used_k = narrow.tensors
+    slots, given_q, given_k = long.tensors
+    checked = checked.view(batch, wide)
+    launch(
+        (batch + 1) * parts, (*given, checked, used_q, used_k, slots, copy, given_q, given_k), addresses, numbers
+    )  # fmt: skip
+    return BatchTensors(checked, used_q, used_k, slots, (copy, given_q, given_k))
 
 
 def launch_window(cu_q: Tensor, cu_k: Tensor, max_q: int, window: int, capacity: int) -> tuple[Tensor, Tensor]:
     """Launch `window_kernel`; see `kvgather.attention.batch_tensors.window_offsets`."""
     batch, interpreted = len(cu_q) - 1, interpreting()
-    cu_seen, starts = torch.empty((2, _padded(batch + 1)), dtype=torch.int32, device=cu_q.device).unbind(0)
-    with launching(cu_q, interpreted):
-        window_kernel[(1,)](
-            cu_q, cu_k, cu_seen, starts, batch, max_q, window, capacity, CHUNK=16 if interpreted else 1024
-        )
-    return cu_seen[: batch + 1], starts[:batch]
+    made = _Parts((batch + 1, batch), torch.int32, cu_q.device)
+    launch = prepared_once(
+        "window", (cu_q.device, interpreted, *_pointed((cu_q, cu_k))),
+        lambda: PreparedLaunch(window_kernel, (None,) * 4, (), {"CHUNK": 16 if interpreted else 1024}, interpreted),
+    )  # fmt: skip
+    cu_seen, starts = made.tensors
+    launch(
+        1, (cu_q, cu_k, cu_seen, starts), (cu_q.data_ptr(), cu_k.data_ptr(), *made.addresses),
+        (batch, max_q, window, capacity),
+    )  # fmt: skip
+    return cu_seen, starts
 
 
-def _padded(count: int) -> int:
-    """Numbers of a row of an allocation whose rows all begin at a multiple of 16 bytes: Triton compiles for those."""
-    return -(-count // 4) * 4
+def _pointed(tensors: tuple[Tensor, ...]) -> tuple[object, ...]:
+    """What a kernel is compiled for of its pointers: dtypes, and which addresses are multiples of 16."""
+    return tuple((tensor.dtype, tensor.data_ptr() & 15) for tensor in tensors)
+
+
+class _Parts:
+    """Tensors of one allocation, each at a multiple of 16 bytes: to allocate them one by one takes longer.
+
+    Attributes:
+        tensors: one for each of `sizes`.
+        addresses: where they begin.
+    """
+
+    def __init__(self, sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        each = 16 // dtype.itemsize
+        cuts: list[int] = []
+        for size in sizes:
+            cuts += [size, -size % each]
+        memory = torch.empty(sum(cuts), dtype=dtype, device=device)
+        self.tensors = memory.split_with_sizes(cuts)[::2]
+        first = memory.data_ptr()
+        starts = accumulate((-(-size // each) * 16 for size in sizes[:-1]), initial=first)
+        self.addresses = tuple(starts)

@@ -144,6 +144,10 @@ class CheckedBatch:
             self._made[key] = make()
         return self._made[key]
 
+    def recall(self, key: object) -> Any:
+        """What was decided for a key, or None."""
+        return self._made.get(key)
+
     def decided(self, key: object, decide: Callable[[], Any]) -> Any:
         """What `decide` gives, kept likewise: for what only the host is needed, and what it has of the device is the
         batch's already."""

@@ -39,16 +39,15 @@ def _fill_rows(
         row += step
 
 
-@triton.jit(do_not_specialize=["total_q", "max_rows"])  # at 1 they would be constants, and have to become 64-bit
+# No number is a constant of a launch: one compiled kernel serves every batch.
+@triton.jit(do_not_specialize=["num_sequences", "columns", "tiles", "splits", "total_q", "max_q"])
 def direct_kernel(
     q_ptr, table_ptr, cu_q_ptr, cu_k_ptr, begin_ptr, sink_ptr, state_out_ptr, state_lse_ptr, out_ptr, lse_ptr,
-    k_ptr, k_scale_ptr, v_ptr, v_scale_ptr,
-    num_sequences, columns, tiles, splits, total_q, max_rows, scale_log2,
-    stride_q_row, stride_q_head,
-    stride_k_block, stride_k_head, stride_k_slot_group, stride_k_slot, stride_k_dim_group, stride_k_dim,
-    stride_v_block, stride_v_head, stride_v_slot_group, stride_v_slot, stride_v_dim_group, stride_v_dim,
-    stride_k_scale_block, stride_k_scale_head, stride_k_scale_slot,
-    stride_v_scale_block, stride_v_scale_head, stride_v_scale_slot,
+    k_ptr, k_scale_ptr, v_ptr, v_scale_ptr, scale_log2,
+    num_sequences, columns, tiles, splits, total_q, max_q,
+    q_strides,  # row, head
+    k_strides, v_strides,  # block, head, slot group, slot, dim group, dim
+    k_scale_strides, v_scale_strides,  # block, head, slot
     PAGE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     K_DIM: tl.constexpr, V_DIM: tl.constexpr, K_PAD: tl.constexpr, V_PAD: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, SAME_PAGE: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr,
@@ -79,7 +78,7 @@ def direct_kernel(
         return
     end_q = tl.load(cu_q_ptr + sequence + 1)
     rows = (end_q - first_q) * GROUP
-    if rows > max_rows:  # more than the tiles of a sequence hold: all of them are NaN
+    if end_q - first_q > max_q:  # more than the tiles of a sequence hold: all of them are NaN
         _fill_rows(
             out_ptr, lse_ptr, first_row, end_q.to(tl.int64) * GROUP, tiles * M, split_row, kv_head,
             float("nan"), float("nan"), KV_HEADS, GROUP, V_DIM, V_PAD, M,
@@ -115,7 +114,7 @@ def direct_kernel(
 
     dim = tl.arange(0, K_PAD)
     dims = dim < K_DIM
-    q_at = (first_q + token).to(tl.int64) * stride_q_row + q_head.to(tl.int64) * stride_q_head
+    q_at = (first_q + token).to(tl.int64) * q_strides[0] + q_head.to(tl.int64) * q_strides[1]
     q = tl.load(q_ptr + q_at[:, None] + dim[None, :], mask=in_use[:, None] & dims[None, :], other=0.0)
     if INTERPRETED:
         q = widen(q, "", 0, False)
@@ -123,7 +122,7 @@ def direct_kernel(
     if K_KIND == "per-tensor":
         row_scale *= tl.load(k_scale_ptr)
     elif K_KIND == "per-head":
-        row_scale *= tl.load(k_scale_ptr + kv_head * stride_k_scale_head)
+        row_scale *= tl.load(k_scale_ptr + kv_head.to(tl.int64) * k_scale_strides[1])
     if QK == tl.bfloat16:
         q = q.to(QK)
     else:
@@ -140,7 +139,7 @@ def direct_kernel(
     if V_KIND == "per-tensor":
         v_scale = tl.load(v_scale_ptr)
     elif V_KIND == "per-head":
-        v_scale = tl.load(v_scale_ptr + kv_head * stride_v_scale_head)
+        v_scale = tl.load(v_scale_ptr + kv_head.to(tl.int64) * v_scale_strides[1])
 
     out_at = (first_q + token).to(tl.int64) * Q_HEADS + q_head
     top = tl.full([M], float("-inf"), tl.float32)
@@ -160,10 +159,10 @@ def direct_kernel(
             top = lse * LOG2E
             total = tl.where(lse != float("-inf"), 1.0, 0.0)
 
-    k_ptr += kv_head.to(tl.int64) * stride_k_head * K_ALIGN
-    v_ptr += kv_head.to(tl.int64) * stride_v_head * V_ALIGN
-    k_scale_ptr += kv_head.to(tl.int64) * stride_k_scale_head
-    v_scale_ptr += kv_head.to(tl.int64) * stride_v_scale_head
+    k_ptr += kv_head.to(tl.int64) * k_strides[1] * K_ALIGN
+    v_ptr += kv_head.to(tl.int64) * v_strides[1] * V_ALIGN
+    k_scale_ptr += kv_head.to(tl.int64) * k_scale_strides[1]
+    v_scale_ptr += kv_head.to(tl.int64) * v_scale_strides[1]
     table_ptr += sequence.to(tl.int64) * columns
     worst = tl.zeros([N], tl.int32)  # below zero once a block was bad
 
@@ -188,15 +187,12 @@ def direct_kernel(
             ids = tl.max_constancy(tl.maximum(ids, 0), [SAME_PAGE])
             slot = key % PAGE
             k = load_rows(
-                k_ptr, ids, key, dim, present, dims,
-                stride_k_block, stride_k_slot_group, stride_k_dim_group, stride_k_dim,
+                k_ptr, ids, key, dim, present, dims, k_strides,
                 PAGE, K_DIMS_PER_GROUP, K_ALIGN, K_WIDE, MASKED, K_PAD > K_DIM, FORMAT != "",
             )  # fmt: skip
             scores = tl.dot(q, tl.trans(as_operand(k, FORMAT, BIAS, HARDWARE, QK)), input_precision="ieee")
             if K_KIND == "per-page-head" or K_KIND == "per-token-head":
-                k_scale = load_key_scale(
-                    k_scale_ptr, ids, slot, present, stride_k_scale_block, stride_k_scale_slot, K_KIND, MASKED
-                )
+                k_scale = load_key_scale(k_scale_ptr, ids, slot, present, k_scale_strides, K_KIND, MASKED)
                 scores *= k_scale[None, :]
             if MASKED:
                 seen = present[None, :] & (key[None, :] <= position[:, None])
@@ -213,20 +209,16 @@ def direct_kernel(
             total = total * kept + tl.sum(p, 1)
             acc = acc * kept[:, None]
             if V_KIND == "per-page-head" or V_KIND == "per-token-head":
-                key_scale = load_key_scale(
-                    v_scale_ptr, ids, slot, present, stride_v_scale_block, stride_v_scale_slot, V_KIND, MASKED
-                )
+                key_scale = load_key_scale(v_scale_ptr, ids, slot, present, v_scale_strides, V_KIND, MASKED)
                 p *= key_scale[None, :]
             if V_SLOTS_PER_GROUP > 1:
                 v = load_shuffled_rows(
-                    v_ptr, table_ptr, step * N, end, dim_v, present, dims_v,
-                    stride_v_block, stride_v_slot_group, stride_v_slot, stride_v_dim_group,
+                    v_ptr, table_ptr, step * N, end, dim_v, present, dims_v, v_strides,
                     PAGE, N, V_SLOTS_PER_GROUP, V_ALIGN, V_WIDE, MASKED, V_PAD > V_DIM, FORMAT != "",
                 )  # fmt: skip
             else:
                 v = load_rows(
-                    v_ptr, ids, key, dim_v, present, dims_v,
-                    stride_v_block, stride_v_slot_group, stride_v_dim_group, stride_v_dim,
+                    v_ptr, ids, key, dim_v, present, dims_v, v_strides,
                     PAGE, 1, V_ALIGN, V_WIDE, MASKED, V_PAD > V_DIM, FORMAT != "",
                 )  # fmt: skip
             if MASKED:  # a bad block may hold NaN, and 0 times that would be NaN in rows that do not see it
@@ -265,16 +257,17 @@ def direct_kernel(
     tl.store(lse_ptr + out_at, lse, mask=in_use)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total_q", "splits"])
 def combine_kernel(
-    part_ptr, part_lse_ptr, sink_ptr, out_ptr, lse_ptr, rows, splits,
+    part_ptr, part_lse_ptr, sink_ptr, out_ptr, lse_ptr, total_q, splits,
     Q_HEADS: tl.constexpr, V_DIM: tl.constexpr, V_PAD: tl.constexpr, SPLITS: tl.constexpr, R: tl.constexpr,
     SINKS: tl.constexpr, BY_HAND: tl.constexpr,
 ):  # fmt: skip
-    """Merge the parts that splits found, `[splits, rows, V_DIM]`; the sink enters here, once.
+    """Merge the parts that splits found, `[splits, total_q, Q_HEADS, V_DIM]`; the sink enters here, once.
 
     All of a row's parts are loaded together: one wait for memory, not one for each part.
     """
+    rows = total_q.to(tl.int64) * Q_HEADS
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     split = tl.arange(0, SPLITS)
     dim = tl.arange(0, V_PAD)

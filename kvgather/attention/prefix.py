@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +13,9 @@ from ..cache import PagedKVCache
 from ..device import require_triton
 from ..formats.checks import check_choice, check_int, check_tensor, described
 from ..formats.fp8 import FLOATS
+from ..formats.layout import Geometry
 from ..gather.dispatch import check_made_for
+from ..kernels.signatures import signature
 from .batch import PrefixBatch
 from .capture import check_may_make
 from .choose import PATHS
@@ -19,11 +23,10 @@ from .dense import dense_attention
 from .merge import apply_sinks
 from .pieces import Attend, Piece, Pieces
 from .refused import refuse_rows
-from .route import Common, Layer, route_of
+from .route import Common, Layer, Route, route_of
 from .states import RunningState
 
 
-@torch.no_grad()
 def prefix_attention(
     q: Tensor,
     k_new: Tensor | None,
@@ -64,6 +67,62 @@ def prefix_attention(
         CaptureError: a ValueError: a CUDA graph is being captured, and the batch lacks what the layer needs: see
             `PrefixBatch.prepare`. Or the batch was built in a capture, and this call is not part of one.
     """
+    arguments = q, k_new, v_new, cache, batch, softmax_scale, sinks, window, workspace_tokens, path
+    call = _recalled(*arguments)
+    if batch.built_in_capture:
+        check_may_make(batch.device, True, "attention")
+    if call.route.direct:
+        require_triton(call.geometry.device)
+
+    if k_new is not None and v_new is not None:
+        cache.write(k_new, v_new, batch.slots)
+    if call.route.direct and not call.sees_nothing:
+        out, lse = _direct(q, cache, batch, call.scale, sinks, call.window)
+    else:
+        out, lse = _dense_path(q, cache, batch, call, sinks)
+    return (out, lse) if return_lse else out
+
+
+class _Call(NamedTuple):
+    """What checked arguments come to; equal for all calls whose tensors differ in their addresses alone."""
+
+    geometry: Geometry  # kept, so that its id stays its own
+    scale: float
+    window: int | None
+    route: Route
+    sees_nothing: bool
+
+
+def _recalled(
+    q: Tensor, k_new: Tensor | None, v_new: Tensor | None, cache: PagedKVCache, batch: PrefixBatch,
+    softmax_scale: float | None, sinks: Tensor | None, window: int | None, workspace_tokens: int | None, path: str,
+) -> _Call:  # fmt: skip
+    """`_checked`, once for arguments that are alike in everything it looks at."""
+    arguments = q, k_new, v_new, cache, batch, softmax_scale, sinks, window, workspace_tokens, path
+    if type(cache) is not PagedKVCache or type(batch) is not PrefixBatch:
+        return _checked(*arguments)
+    try:
+        key = (
+            "call", signature(q), None if k_new is None else signature(k_new),
+            None if v_new is None else signature(v_new), id(cache.geometry),
+            None if sinks is None else signature(sinks),
+            # True is 1 to a dictionary, and a window of True is refused: so types are part of it.
+            type(softmax_scale), softmax_scale, type(window), window, type(workspace_tokens), workspace_tokens, path,
+        )  # fmt: skip
+        call: _Call | None = batch.recall(key)
+    except (AttributeError, RuntimeError, TypeError):  # no tensor, or nothing that a dictionary takes
+        return _checked(*arguments)
+    if call is None:
+        call = _checked(*arguments)
+        batch.decided(key, lambda: call)
+    return call
+
+
+def _checked(
+    q: Tensor, k_new: Tensor | None, v_new: Tensor | None, cache: PagedKVCache, batch: PrefixBatch,
+    softmax_scale: float | None, sinks: Tensor | None, window: int | None, workspace_tokens: int | None, path: str,
+) -> _Call:  # fmt: skip
+    """Check the arguments, and find the layer's way through the batch."""
     _check(q, k_new, v_new, cache, batch)
     g = cache.geometry
     scale = _softmax_scale(softmax_scale, g.head_dim)
@@ -77,24 +136,25 @@ def prefix_attention(
         workspace_tokens = check_int(workspace_tokens, "workspace_tokens", minimum=1)
     check_choice(path, "path", PATHS)
     route = route_of(batch, cache, Layer(q.shape[1], q.dtype, window, workspace_tokens, path))
-    if route.direct:
-        require_triton(g.device)
+    return _Call(g, scale, window, route, batch.num_sequences == 0 or min(batch.max_q, batch.max_k) == 0)
 
-    if k_new is not None and v_new is not None:
-        cache.write(k_new, v_new, batch.slots)
+
+@torch.no_grad()
+def _dense_path(
+    q: Tensor, cache: PagedKVCache, batch: PrefixBatch, call: _Call, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Attend by dense kernels to what is gathered, at least in part; or to nothing."""
     if q.stride(2) != 1:
         q = q.contiguous()
-    if batch.num_sequences == 0 or min(batch.max_q, batch.max_k) == 0:
-        out, lse = _nothing(q, g.v_head_dim, sinks)
-        refuse_rows(out, lse, batch.cu_seqlens_q, batch.max_q)
-    elif route.common is not None:
-        out, lse = _common_part_first(q, cache, batch, route.common, scale, sinks)
-    elif route.pieces is not None:
-        out, lse = _gathered(q, cache, route.pieces, scale, sinks)
-        refuse_rows(out, lse, batch.cu_seqlens_q, batch.max_q)
+    if call.sees_nothing:
+        out, lse = _nothing(q, call.geometry.v_head_dim, sinks)
+    elif call.route.common is not None:
+        return _common_part_first(q, cache, batch, call.route.common, call.scale, sinks)
     else:
-        out, lse = _direct(q, cache, batch, scale, sinks, window)
-    return (out, lse) if return_lse else out
+        assert call.route.pieces is not None
+        out, lse = _gathered(q, cache, call.route.pieces, call.scale, sinks)
+    refuse_rows(out, lse, batch.cu_seqlens_q, batch.max_q)
+    return out, lse
 
 
 def _check(q: Tensor, k_new: Tensor | None, v_new: Tensor | None, cache: PagedKVCache, batch: PrefixBatch) -> None:
@@ -103,8 +163,6 @@ def _check(q: Tensor, k_new: Tensor | None, v_new: Tensor | None, cache: PagedKV
         raise TypeError(f"cache is {described(cache)}; accepted: a PagedKVCache")
     if not isinstance(batch, PrefixBatch):
         raise TypeError(f"batch is {described(batch)}; accepted: a PrefixBatch, from PrefixBatch.build(...)")
-    if batch.built_in_capture:
-        check_may_make(batch.device, True, "attention")
     g = cache.geometry
     check_made_for(g, "batch", batch.page_size, batch.num_blocks, batch.device)
     rows = batch.total_q
@@ -183,19 +241,24 @@ def _common_part_first(
     q: Tensor, cache: PagedKVCache, batch: PrefixBatch, common: Common, scale: float, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Gather what is cached in every sequence, attend with no mask, and go on from there straight from the pages."""
-    from .direct import direct_attention
-
     piece = common.piece
     k, v = cache.gather(piece.plan, out_dtype=q.dtype)
     out, lse = _dense(q, k, v, piece, piece.attends[0], scale)
     del k, v
     state = out.contiguous(), lse.contiguous()  # the flash kernel's log-sum-exp is stored by heads
-    return direct_attention(q, cache, batch, softmax_scale=scale, sinks=sinks, begin=common.begin, state=state)
+    return _direct_attention()(q, cache, batch, softmax_scale=scale, sinks=sinks, begin=common.begin, state=state)
 
 
 def _direct(
     q: Tensor, cache: PagedKVCache, batch: PrefixBatch, scale: float, sinks: Tensor | None, window: int | None
 ) -> tuple[Tensor, Tensor]:
+    if q.stride(2) != 1:
+        q = q.contiguous()
+    return _direct_attention()(q, cache, batch, softmax_scale=scale, sinks=sinks, window=window)
+
+
+@functools.cache
+def _direct_attention() -> Any:
     from .direct import direct_attention  # needs triton, which this module does not
 
-    return direct_attention(q, cache, batch, softmax_scale=scale, sinks=sinks, window=window)
+    return direct_attention

@@ -36,7 +36,7 @@ def compile_all(target: str) -> dict[str, int]:
     sizes[f"{target} window"] = kernel.metadata.shared
     for dtype in (torch.bfloat16, torch.float32):
         kernel = refuse_rows_kernel.warmup(
-            empty(40, 64, 64, dtype=dtype), empty(40, 64, dtype=torch.float32), offsets, 1, 4096, 64, 1, 64, 1,
+            empty(40, 64, 64, dtype=dtype), empty(40, 64, dtype=torch.float32), offsets, 1, (4096, 64, 1), (64, 1),
             HEADS=64, DIM=64, DIMS=64, R=64, grid=(1,),
         )  # fmt: skip
         sizes[f"{target} refuse {dtype}"] = kernel.metadata.shared
