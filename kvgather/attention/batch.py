@@ -17,7 +17,8 @@ from ..cache import PagedKVCache
 from ..formats.checks import check_choice, check_int, check_tensor, described
 from ..gather.dispatch import check_made_for
 from ..plan import PlanError
-from .batch_tensors import Sizes, batch_tensors
+from .batch_contents import Sizes
+from .batch_tensors import batch_tensors
 from .capture import capturing, check_may_make
 from .checked import CheckedBatch
 from .choose import PATHS, explained

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..device import interpreting
 from ..kernels.launch import PreparedLaunch, prepared_once
 from ..kernels.signatures import MOST
-from .batch_tensors import BatchTensors, Sizes
+from .batch_contents import BatchTensors, Sizes
 
 _AT_A_TIME = 1024  # columns of the table, and new tokens, of one step of a program
 

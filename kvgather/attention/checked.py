@@ -35,7 +35,8 @@ class CheckedBatch:
     windows: dict[int, Piece]
     built_in_capture: bool = field(repr=False)
     _given: tuple[Tensor, Tensor, Tensor] = field(repr=False)  # table and offsets as they came, for check()
-    _made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)  # what layers needed so far
+    _made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)  # on the device, for layers so far
+    _decided: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)  # by the host alone
 
     @property
     def num_sequences(self) -> int:
@@ -146,11 +147,11 @@ class CheckedBatch:
 
     def recall(self, key: object) -> Any:
         """What was decided for a key, or None."""
-        return self._made.get(key)
+        return self._decided.get(key)
 
     def decided(self, key: object, decide: Callable[[], Any]) -> Any:
         """What `decide` gives, kept likewise: for what only the host is needed, and what it has of the device is the
         batch's already."""
-        if key not in self._made:
-            self._made[key] = decide()
-        return self._made[key]
+        if key not in self._decided:
+            self._decided[key] = decide()
+        return self._decided[key]

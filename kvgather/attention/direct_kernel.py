@@ -32,10 +32,10 @@ def _fill_rows(
         at = (split_row + row // GROUP) * (KV_HEADS * GROUP) + kv_head * GROUP + row % GROUP
         tl.store(
             out_ptr + at[:, None] * V_DIM + dim[None, :],
-            tl.full([M, V_PAD], out_value, tl.float32).to(out_ptr.dtype.element_ty),
+            (tl.zeros([M, V_PAD], tl.float32) + out_value).to(out_ptr.dtype.element_ty),
             mask=mine[:, None] & (dim < V_DIM)[None, :],
         )
-        tl.store(lse_ptr + at, tl.full([M], lse_value, tl.float32), mask=mine)
+        tl.store(lse_ptr + at, tl.zeros([M], tl.float32) + lse_value, mask=mine)
         row += step
 
 
@@ -68,22 +68,18 @@ def direct_kernel(
     dims_v = dim_v < V_DIM
 
     first_q = tl.load(cu_q_ptr + sequence)  # at num_sequences: the end of the last sequence
-    first_row = first_q.to(tl.int64) * GROUP + tile * M
-    split_row = split * total_q.to(tl.int64)
-    if sequence == num_sequences:  # rows that belong to no sequence
+    spare = sequence == num_sequences  # rows that belong to no sequence: 0
+    end_q = tl.load(cu_q_ptr + sequence + 1, mask=sequence < num_sequences, other=0)
+    if spare | (end_q - first_q > max_q):  # or more than its tiles have room for: NaN
         _fill_rows(
-            out_ptr, lse_ptr, first_row, total_q.to(tl.int64) * GROUP, tiles * M, split_row, kv_head,
-            0.0, float("-inf"), KV_HEADS, GROUP, V_DIM, V_PAD, M,
+            out_ptr, lse_ptr,
+            first_q.to(tl.int64) * GROUP + tile * M, tl.where(spare, total_q, end_q).to(tl.int64) * GROUP, tiles * M,
+            split * total_q.to(tl.int64), kv_head,
+            tl.where(spare, 0.0, float("nan")), tl.where(spare, float("-inf"), float("nan")),
+            KV_HEADS, GROUP, V_DIM, V_PAD, M,
         )  # fmt: skip
         return
-    end_q = tl.load(cu_q_ptr + sequence + 1)
     rows = (end_q - first_q) * GROUP
-    if end_q - first_q > max_q:  # more than the tiles of a sequence hold: all of them are NaN
-        _fill_rows(
-            out_ptr, lse_ptr, first_row, end_q.to(tl.int64) * GROUP, tiles * M, split_row, kv_head,
-            float("nan"), float("nan"), KV_HEADS, GROUP, V_DIM, V_PAD, M,
-        )  # fmt: skip
-        return
     if tile * M >= rows:
         return
     len_k = tl.load(cu_k_ptr + sequence + 1) - tl.load(cu_k_ptr + sequence)

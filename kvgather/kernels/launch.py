@@ -161,8 +161,7 @@ class PreparedLaunch:
         """
         if programs == 0:
             return
-        if self._compiled is not None and torch.cuda.current_device() == self._device:
-            self._compiled[(programs, 1, 1)](*addresses, *numbers, *self._tail)
+        if self.again(programs, addresses, numbers):
             return
         with launching(cast(Tensor, tensors[0]), self._interpreted):
             if self._compiled is not None:
@@ -175,3 +174,18 @@ class PreparedLaunch:
             compiled = self._kernel[(programs,)](*loaded, *numbers, *self._strides, **self._constants)
             if _CALLS_COMPILED and not self._interpreted:
                 self._compiled, self._device = compiled, torch.cuda.current_device()
+
+    def again(self, programs: int, addresses: tuple[int | float, ...], numbers: tuple[int, ...]) -> bool:
+        """Launch if that takes addresses alone: the kernel is compiled, and for the GPU that is the current one.
+
+        Args:
+            programs: the grid, above 0.
+            addresses, numbers: as in a call.
+
+        Returns:
+            Whether it was launched. A caller whose tensors are parts of one allocation makes views of it only if not.
+        """
+        if self._compiled is None or torch.cuda.current_device() != self._device:
+            return False
+        self._compiled[(programs, 1, 1)](*addresses, *numbers, *self._tail)
+        return True
