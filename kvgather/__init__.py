@@ -1,7 +1,7 @@
 """Gather K and V out of a paged FP8 cache: right on every layout and scale kind, never out of bounds."""
 
 from . import device  # isort: skip  (before anything imports triton)
-from .attention import PrefixBatch, merge_states, prefix_attention
+from .attention import CaptureError, PrefixBatch, merge_states, prefix_attention
 from .blocks import BlockPool
 from .cache import PagedKVCache
 from .gather import cp_mha_gather_cache, gather
@@ -9,6 +9,7 @@ from .plan import GatherPlan, PlanError
 
 __all__ = [
     "BlockPool",
+    "CaptureError",
     "GatherPlan",
     "PagedKVCache",
     "PlanError",

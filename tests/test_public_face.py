@@ -12,8 +12,8 @@ import kvgather as kg
 
 def test_the_public_names() -> None:
     assert set(kg.__all__) >= {
-        "BlockPool", "GatherPlan", "PagedKVCache", "PlanError", "PrefixBatch", "cp_mha_gather_cache", "device",
-        "gather", "merge_states", "prefix_attention",
+        "BlockPool", "CaptureError", "GatherPlan", "PagedKVCache", "PlanError", "PrefixBatch", "cp_mha_gather_cache",
+        "device", "gather", "merge_states", "prefix_attention",
     }  # fmt: skip
     assert sorted(kg.__all__) == sorted(set(kg.__all__))
     for name in kg.__all__:
@@ -54,6 +54,10 @@ def test_signatures_are_the_designs() -> None:
         "q": required, "k_new": required, "v_new": required, "cache": required, "batch": required,
         "softmax_scale": None, "sinks": None, "window": None, "workspace_tokens": None, "path": "auto",
         "return_lse": False,
+    }  # fmt: skip
+    assert parameters(kg.PrefixBatch.prepare) == {
+        "self": required, "cache": required, "num_q_heads": required, "window": None, "dtype": torch.bfloat16,
+        "workspace_tokens": None, "path": "auto",
     }  # fmt: skip
     assert list(parameters(kg.merge_states)) == ["out_a", "lse_a", "out_b", "lse_b"]
     assert list(parameters(kg.PagedKVCache.from_tensors)) == [

@@ -7,27 +7,29 @@ rows of NaN, and never an address outside the pool or the table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..cache import PagedKVCache
-from ..formats.checks import check_int, check_tensor, described
-from ..plan import GatherPlan, PlanError
-from .choose import Facts, check_facts, explained
-from .lengths import STEP, check_fit, check_lengths, check_offsets, check_row, clamped, longest_of, total_of
-from .pieces import Attend, Piece
+from ..formats.checks import check_choice, check_int, check_tensor, described
+from ..gather.dispatch import check_made_for
+from ..plan import PlanError
+from .batch_contents import Sizes
+from .batch_tensors import batch_tensors
+from .capture import capturing, check_may_make
+from .checked import CheckedBatch
+from .choose import PATHS, explained
+from .lengths import check_fit, check_lengths, check_offsets, check_row, longest_of, total_of
+from .route import Layer, facts_of, route_of
 
 _INDEX_DTYPES = (torch.int32, torch.int64)
 _MOST = 2**31 - 1
 
 
-@dataclass(frozen=True)
-class PrefixBatch:
+class PrefixBatch(CheckedBatch):
     """One batch of the prefix path: its new tokens, and the cached ones before them.
 
     Attributes:
@@ -38,48 +40,10 @@ class PrefixBatch:
         seqlens_q, seqlens_k: the lengths as the host knows them, or None.
         page_size, num_blocks: of the pool the batch was checked for.
         slots: `[total_q]` int64: where each new token is written; −1 for rows that belong to no sequence.
-        everything: all tokens as one piece; its `plan` gathers cached + new.
+        everything: all tokens as one piece; its `plan` gathers cached + new. Planned when a layer first needs it.
         windows: window → the piece that gathers no more than a layer of that window sees.
+        built_in_capture: whether a CUDA graph was being captured: then the batch is of use in that capture alone.
     """
-
-    block_table: Tensor
-    cu_seqlens_q: Tensor
-    cu_seqlens_k: Tensor
-    total_q: int
-    total_k: int
-    max_q: int
-    max_k: int
-    seqlens_q: tuple[int, ...] | None
-    seqlens_k: tuple[int, ...] | None
-    page_size: int
-    num_blocks: int
-    slots: Tensor
-    everything: Piece
-    windows: dict[int, Piece]
-    _given: tuple[Tensor, Tensor, Tensor] = field(repr=False)  # table and offsets as they came, for check()
-    _made: dict[Any, Any] = field(default_factory=dict, repr=False)  # what layers asked for since
-
-    @property
-    def num_sequences(self) -> int:
-        return self.block_table.shape[0]
-
-    @property
-    def device(self) -> torch.device:
-        return self.block_table.device
-
-    @property
-    def plan(self) -> GatherPlan:
-        return self.everything.plan
-
-    @property
-    def lens_q(self) -> Tensor:
-        """New tokens of each sequence, `[batch]` int32 on the device."""
-        return self.cu_seqlens_q.diff()
-
-    @property
-    def lens_k(self) -> Tensor:
-        """Cached + new tokens of each sequence, `[batch]` int32 on the device."""
-        return self.cu_seqlens_k.diff()
 
     @classmethod
     def build(
@@ -110,9 +74,11 @@ class PrefixBatch:
             total_q, total_k: the last offsets, or more: capacities. When they or the lengths are given, nothing waits
                 for the device, and the call can be captured in a CUDA graph; when None, they are read.
             max_q, max_k: upper bounds of new tokens, and of tokens, of one sequence. None: the longest of the lengths
-                if those are given, else what the totals and the table allow.
+                if those are given, else what the totals and the table allow. Both are enforced on the device: a
+                sequence past one of them comes out NaN, and nothing is written for it.
             seqlens_q, seqlens_k: the lengths, where the host knows them: `batch` ints each. They choose better
-                kernels and tighter workspaces. A CUDA graph that replays with other lengths must not be given them.
+                kernels and tighter workspaces. A CUDA graph that replays with other lengths must not be given them:
+                where the device has others, rows may be wrong ones, and `check()` reports it.
             windows: the sliding windows of the layers to come; others work too, and are planned when first asked for.
 
         Returns:
@@ -141,30 +107,17 @@ class PrefixBatch:
         check_fit(known_q, known_k, columns * page_size)
         # A row of at least one column: where there is no table, keys are NaN too.
         room = min(max(columns, 1) * page_size, _MOST)
-        max_q = longest_of(max_q, "max_q", known_q, total_q)
         max_k = max(longest_of(max_k, "max_k", known_k, min(total_k, room)), min(total_k, 1))
+        max_q = min(longest_of(max_q, "max_q", known_q, total_q), max_k)  # new tokens are among the tokens
 
-        given = (block_table.clone(), cu_seqlens_q.to(torch.int64, copy=True), cu_seqlens_k.to(torch.int64, copy=True))
-        cu_q = clamped(given[1], total_q)
-        lens_k = clamped(given[2], total_k).diff()
-        table = given[0].long() if columns else given[1].new_full((batch, 1), -1)
-        most = min(room, max_k)
-        too_long = lens_k > most
-        lens_k = lens_k.clamp(max=most)
-        cu_k = F.pad(lens_k.cumsum(0), (1, 0))
-        reached = torch.arange(table.shape[1], device=table.device) * page_size < lens_k[:, None]
-        good = reached & (table >= 0) & (table < num_blocks) & ~too_long[:, None]
-        table = torch.where(good, table, -1).int().contiguous()
-
-        plan = GatherPlan.build(table, cu_k, page_size=page_size, num_blocks=num_blocks, total_tokens=total_k)
-        cu_q_32, cu_k_32 = cu_q.int(), cu_k.int()
-        attend = Attend(
-            slice(0, total_q), cu_q_32, cu_k_32, max_q, max_k, causal=max_q > 1, seqlens_q=known_q, seqlens_k=known_k
-        )
+        tensors = batch_tensors(
+            block_table, cu_seqlens_q, cu_seqlens_k,
+            Sizes(page_size, num_blocks, total_q, total_k, max_q, most=min(room, max_k)),
+        )  # fmt: skip
         made = cls(
-            block_table=table,
-            cu_seqlens_q=cu_q_32,
-            cu_seqlens_k=cu_k_32,
+            block_table=tensors.table,
+            cu_seqlens_q=tensors.cu_q,
+            cu_seqlens_k=tensors.cu_k,
             total_q=total_q,
             total_k=total_k,
             max_q=max_q,
@@ -173,49 +126,46 @@ class PrefixBatch:
             seqlens_k=known_k,
             page_size=page_size,
             num_blocks=num_blocks,
-            slots=_slots(table, cu_q, lens_k, page_size, total_q),
-            everything=Piece(plan, (attend,)),
+            slots=tensors.slots,
             windows={},
-            _given=given,
+            built_in_capture=capturing(block_table.device),
+            _given=tensors.given,
         )
         for window in asked:
             made.for_window(window)
         return made
 
-    def for_window(self, window: int | None) -> Piece:
-        """What a layer gathers, in one piece: everything, or of each sequence the last tokens that a window reaches."""
-        if window is None:
-            return self.everything
-        if window not in self.windows:
-            seen, known = self.seen(window)
-            capacity = min(self.total_k, self.total_q + self.num_sequences * (window - 1))
-            cu_k = clamped(F.pad(seen.cumsum(0), (1, 0)), capacity)
-            attend = Attend(
-                slice(0, self.total_q), self.cu_seqlens_q, cu_k.int(), self.max_q,
-                min(self.max_k, self.max_q + window - 1),
-                causal=self.max_q > 1, window=window if self.max_q > 1 else None,  # one row sees all that is gathered
-                seqlens_q=self.seqlens_q, seqlens_k=known,
-            )  # fmt: skip
-            self.windows[window] = Piece(self.plan_of(cu_k, capacity, self.lens_k - seen), (attend,))
-        return self.windows[window]
+    def prepare(
+        self,
+        cache: PagedKVCache,
+        num_q_heads: int,
+        window: int | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        workspace_tokens: int | None = None,
+        path: str = "auto",
+    ) -> None:
+        """Make what a layer needs of the batch, so that a CUDA graph's capture may be the first to run that layer.
 
-    def seen(self, window: int | None) -> tuple[Tensor, tuple[int, ...] | None]:
-        """How many tokens at the end of each sequence its new tokens see: on the device, and if it is known the host's
-        copy. Where nothing is new nothing is seen."""
-        lens_q, lens_k = self.lens_q, self.lens_k
-        further = self.max_k if window is None else window - 1
-        seen = torch.where(lens_q > 0, torch.minimum(lens_k.long(), lens_q.long() + further), 0)
-        known = None
-        if self.seqlens_q is not None and self.seqlens_k is not None:
-            known = tuple(min(k, q + further) if q else 0 for q, k in zip(self.seqlens_q, self.seqlens_k, strict=True))
-        return seen, known
+        Call it once for each kind of layer: layers that are alike in all arguments share what it makes. A layer that
+        ran outside of a capture is prepared. Kernels are compiled when a layer first runs: run one eagerly as well.
 
-    def plan_of(self, cu_k: Tensor, total: int, starts: Tensor, sequences: slice = slice(None)) -> GatherPlan:
-        """A plan over some sequences' positions `starts` and on."""
-        return GatherPlan.build(
-            self.block_table[sequences], cu_k, page_size=self.page_size, num_blocks=self.num_blocks,
-            total_tokens=total, seq_starts=starts,
-        )  # fmt: skip
+        Args:
+            cache: the layer's; another one of its shape and dtype does.
+            num_q_heads: query heads, a multiple of the cache's KV heads.
+            window, workspace_tokens, path: as `prefix_attention` will be given them.
+            dtype: of q.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong, or the batch was made for another cache.
+            CaptureError: a CUDA graph is being captured.
+        """
+        check_may_make(self.device, self.built_in_capture, "what a layer needs")
+        facts_of(self, cache, num_q_heads, dtype, window)  # checks these
+        check_made_for(cache.geometry, "batch", self.page_size, self.num_blocks, self.device)
+        if workspace_tokens is not None:
+            workspace_tokens = check_int(workspace_tokens, "workspace_tokens", minimum=1)
+        check_choice(path, "path", PATHS)
+        route_of(self, cache, Layer(int(num_q_heads), dtype, window, workspace_tokens, path))
 
     def explain(
         self, cache: PagedKVCache, num_q_heads: int, window: int | None = None, dtype: torch.dtype = torch.bfloat16
@@ -231,33 +181,7 @@ class PrefixBatch:
         Raises:
             TypeError, ValueError: an argument is wrong.
         """
-        return explained(self.facts(cache, num_q_heads, dtype, window))
-
-    def facts(self, cache: PagedKVCache, num_q_heads: int, dtype: torch.dtype, window: int | None) -> Facts:
-        """What the choice of a path looks at, for one layer; arguments and errors as in `explain`."""
-        if self.seqlens_q is not None and self.seqlens_k is not None:
-            lengths = tuple(zip(self.seqlens_q, self.seqlens_k, strict=True))
-        else:
-            several = max(self.num_sequences, 1)
-            average = min(self.max_q, -(-self.total_q // several)), min(self.max_k, -(-self.total_k // several))
-            lengths = (average,) * self.num_sequences
-        common = self.common_cached if window is None else 0
-        return check_facts(cache, lengths, common, num_q_heads, dtype, window)
-
-    @property
-    def common_cached(self) -> int:
-        """How many tokens at the beginning of every sequence are cached, rounded down to what unmasked kernels take; 0
-        where the host does not know the lengths."""
-        if self.seqlens_q is None or self.seqlens_k is None:
-            return 0
-        cached = (tokens - new for new, tokens in zip(self.seqlens_q, self.seqlens_k, strict=True) if new)
-        return min(cached, default=0) // STEP * STEP
-
-    def once(self, key: object, make: Callable[[], Any]) -> Any:
-        """What `make` gives, made when a layer first asks for it and kept for the others."""
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
+        return explained(facts_of(self, cache, num_q_heads, dtype, window))
 
     def check(self) -> None:
         """Raise if the batch was built from a bad block table or bad offsets; waits for the device.
@@ -283,18 +207,3 @@ def _listed(windows: object) -> list[Any]:
     if isinstance(windows, (str, bytes, Tensor)) or not isinstance(windows, Iterable):
         raise TypeError(f"windows is {described(windows)}; accepted: ints, such as (128,)")
     return list(windows)
-
-
-def _slots(table: Tensor, cu_q: Tensor, lens_k: Tensor, page_size: int, total_q: int) -> Tensor:
-    """The slot of each new token, `[total_q]` int64."""
-    batch, columns = table.shape
-    row = torch.arange(total_q, device=table.device)
-    if batch == 0:
-        return torch.full_like(row, -1)
-    sequence = torch.searchsorted(cu_q[1:].contiguous(), row, right=True)
-    in_use = sequence < batch
-    sequence = sequence.clamp(max=batch - 1)
-    position = (lens_k - cu_q[1:])[sequence] + row
-    in_use &= position >= 0  # else there are more new tokens than tokens
-    block = table[sequence, (position // page_size).clamp(0, columns - 1)].long()
-    return torch.where(in_use & (block >= 0), block * page_size + position % page_size, -1)

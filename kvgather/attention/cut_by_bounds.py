@@ -13,17 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..plan import GatherPlan
-from .batch import PrefixBatch
+from .checked import CheckedBatch
 from .pieces import Attend, Piece, Pieces
 
 
-def by_bounds(batch: PrefixBatch, window: int | None, workspace: int) -> Pieces:
+def by_bounds(batch: CheckedBatch, window: int | None, workspace: int) -> Pieces:
     """Cut what a layer gathers into pieces of at most `workspace` tokens."""
     pieces = _whole(batch, workspace) if window is None else _in_window(batch, window, workspace)
     return Pieces.of(tuple(pieces), merged=True)
 
 
-def _whole(batch: PrefixBatch, workspace: int) -> Iterator[Piece]:
+def _whole(batch: CheckedBatch, workspace: int) -> Iterator[Piece]:
     step = _tokens_each(batch, workspace, 1)
     lens_q, lens_k = batch.lens_q.long(), torch.where(batch.lens_q > 0, batch.lens_k, 0).long()
     for after in range(0, batch.max_k, step):  # keys behind the piece, of a sequence that is long enough
@@ -43,7 +43,7 @@ def _whole(batch: PrefixBatch, workspace: int) -> Iterator[Piece]:
         yield Piece(plan, tuple(attends))
 
 
-def _in_window(batch: PrefixBatch, window: int, workspace: int) -> Iterator[Piece]:
+def _in_window(batch: CheckedBatch, window: int, workspace: int) -> Iterator[Piece]:
     step = _tokens_each(batch, workspace, window) - (window - 1)  # new tokens of each sequence at a time
     lens_q, lens_k = batch.lens_q.long(), batch.lens_k.long()
     for before in range(0, batch.max_q, step):
@@ -59,7 +59,7 @@ def _in_window(batch: PrefixBatch, window: int, workspace: int) -> Iterator[Piec
         yield Piece(plan, (_attend(batch, split_q, split_k, step + window - 1, causal=step > 1, window=window),))
 
 
-def _tokens_each(batch: PrefixBatch, workspace: int, least: int) -> int:
+def _tokens_each(batch: CheckedBatch, workspace: int, least: int) -> int:
     each = workspace // batch.num_sequences
     if each < least:
         raise ValueError(
@@ -69,13 +69,13 @@ def _tokens_each(batch: PrefixBatch, workspace: int, least: int) -> int:
     return each
 
 
-def _plan(batch: PrefixBatch, length: Tensor, start: Tensor, most: int) -> GatherPlan:
+def _plan(batch: CheckedBatch, length: Tensor, start: Tensor, most: int) -> GatherPlan:
     total = min(batch.total_k, batch.num_sequences * most)
     return batch.plan_of(F.pad(length.cumsum(0), (1, 0)), total, start)
 
 
 def _attend(
-    batch: PrefixBatch, lens_q: Tensor, lens_k: Tensor, max_k: int, causal: bool, window: int | None = None
+    batch: CheckedBatch, lens_q: Tensor, lens_k: Tensor, max_k: int, causal: bool, window: int | None = None
 ) -> Attend:
     """All rows of q; the lengths are `[batch]`, or `[batch, parts]` where sequences are cut."""
     cu_q, cu_k = (F.pad(lens.flatten().cumsum(0), (1, 0)).int() for lens in (lens_q, lens_k))

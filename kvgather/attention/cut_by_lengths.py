@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .batch import PrefixBatch
+from .checked import CheckedBatch
 from .lengths import STEP, clamped
 from .pieces import Attend, Piece, Pieces
 
 
-def by_lengths(batch: PrefixBatch, window: int | None, workspace: int, seen: Tensor, known: tuple[int, ...]) -> Pieces:
+def by_lengths(batch: CheckedBatch, window: int | None, workspace: int, seen: Tensor, known: tuple[int, ...]) -> Pieces:
     """Cut what a layer gathers into pieces of at most `workspace` tokens.
 
     Args:
@@ -55,7 +55,7 @@ def by_lengths(batch: PrefixBatch, window: int | None, workspace: int, seen: Ten
     return Pieces.of(tuple(pieces), merged)
 
 
-def _in_ranges(batch: PrefixBatch, workspace: int) -> Iterator[Piece]:
+def _in_ranges(batch: CheckedBatch, workspace: int) -> Iterator[Piece]:
     """Equal ranges of all sequences, as far as those with new tokens have them cached: more sequences at a time keep
     more of a GPU busy, and equal lengths without a mask have the fastest kernels."""
     assert batch.seqlens_q is not None and batch.seqlens_k is not None
@@ -67,7 +67,7 @@ def _in_ranges(batch: PrefixBatch, workspace: int) -> Iterator[Piece]:
 
 
 def _side_by_side(
-    batch: PrefixBatch, window: int | None, which: slice, rows: list[int], seen: Tensor, known: tuple[int, ...]
+    batch: CheckedBatch, window: int | None, which: slice, rows: list[int], seen: Tensor, known: tuple[int, ...]
 ) -> Piece:
     """Some neighbouring sequences, whole."""
     assert batch.seqlens_q is not None
@@ -89,7 +89,7 @@ def _side_by_side(
 class _OneSequence:
     """A sequence that does not fit into the workspace."""
 
-    batch: PrefixBatch
+    batch: CheckedBatch
     sequence: int
     first_row: int
     new: int
@@ -140,7 +140,7 @@ class _OneSequence:
         )  # fmt: skip
 
 
-def common_piece(batch: PrefixBatch, start: int, length: int) -> Piece:
+def common_piece(batch: CheckedBatch, start: int, length: int) -> Piece:
     """`length` tokens of each sequence with new ones, all of them cached: each row sees all of its sequence's."""
     assert batch.seqlens_q is not None
     lens = torch.where(batch.lens_q > 0, length, 0)

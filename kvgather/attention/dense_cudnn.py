@@ -88,16 +88,19 @@ def _padded_rows(rows: int) -> int:
     return 1 << (rows - 1).bit_length() if rows <= 128 else -(-rows // 128) * 128
 
 
+# The device may know other lengths than the host. Indices are clamped: rows are the wrong ones then, and no index is
+# outside its tensor, where PyTorch's kernels would end the process's GPU context.
+
+
 def _row_of_each_place(call: Dense, each: int) -> Tensor:
     """Which row of q is at each place of a batch padded to `each` rows; places that are padding repeat some row."""
     place = call.cu_q[:-1, None] + torch.arange(each, dtype=torch.int32, device=call.q.device)
-    return place.clamp(max=call.rows - 1).flatten()
+    return place.clamp(0, call.rows - 1).flatten()
 
 
 def _place_of_each_row(call: Dense, each: int) -> Tensor:
     """Where each row of q that belongs to a sequence is in that batch."""
     assert call.lens_q is not None
-    first = torch.arange(len(call.lens_q), device=call.q.device) * each - call.cu_q[:-1]
-    used = sum(call.lens_q)
-    shift = first.repeat_interleave(call.cu_q.diff().long(), output_size=used)
-    return torch.arange(used, device=call.q.device) + shift
+    row = torch.arange(sum(call.lens_q), dtype=torch.int32, device=call.q.device)
+    sequence = torch.searchsorted(call.cu_q[1:].contiguous(), row, right=True).clamp(max=len(call.lens_q) - 1)
+    return sequence * each + (row - call.cu_q[sequence]).clamp(0, each - 1)

@@ -58,14 +58,14 @@ def _within_bounds(call: Dense, out: Tensor, lse: Tensor) -> None:
         k_begin, k_end = call.cu_k[sequence], call.cu_k[sequence + 1]
         total = k_end - k_begin
         there = key < total
-        at = torch.where(there, k_begin + key, 0).clamp(max=call.k.shape[0] - 1)
+        at = torch.where(there, k_begin + key, 0).clamp(0, call.k.shape[0] - 1)
         k, v = (torch.where(there[:, None, None], rows[at], 0) for rows in (call.k, call.v))
         for begin, end in _chunks(0, call.max_q, call.heads[0] * call.max_k):
             mine = q_begin + row[begin:end]
             position = mine - q_end + total
             seen = (_seen(call, position, key) if call.causal else True) & there
-            part = _attend(call.q[mine.clamp(max=call.rows - 1)], k, v, seen.expand(end - begin, -1), call.scale)
-            to = torch.where(mine < q_end, mine, call.rows)
+            part = _attend(call.q[mine.clamp(0, call.rows - 1)], k, v, seen.expand(end - begin, -1), call.scale)
+            to = torch.where(mine < q_end, mine, call.rows).clamp(0, call.rows)
             out_more[to], lse_more[to] = part[0].to(out.dtype), part[1]
     out.copy_(out_more[:-1])
     lse.copy_(lse_more[:-1])

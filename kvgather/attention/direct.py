@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -14,11 +14,11 @@ from torch import Tensor
 from ..cache import PagedKVCache
 from ..device import fp8_support, interpreting
 from ..formats.fp8 import FORMATS
-from ..kernels.launch import LoadStrides, launching
+from ..formats.layout import Geometry
+from ..kernels.launch import LoadStrides, PreparedLaunch, prepared_once
+from ..kernels.signatures import signature
+from .checked import CheckedBatch
 from .direct_kernel import combine_kernel, direct_kernel
-
-if TYPE_CHECKING:
-    from .batch import PrefixBatch
 
 LOG2E = 1.4426950408889634
 
@@ -69,7 +69,7 @@ def choose_tile(rows: int, keys: int, programs: int, k_pad: int, v_pad: int, pro
 def direct_attention(
     q: Tensor,
     cache: PagedKVCache,
-    batch: PrefixBatch,
+    batch: CheckedBatch,
     *,
     softmax_scale: float,
     sinks: Tensor | None = None,
@@ -94,75 +94,180 @@ def direct_attention(
 
     Returns:
         out `[n, q_heads, v_head_dim]` in q's dtype and its natural log-sum-exp `[n, q_heads]` in FP32. Rows that
-        belong to no sequence are 0, and −inf or the sink; rows that see a key in a bad block are NaN, and no others.
+        belong to no sequence are 0, and −inf or the sink; rows that see a key in a bad block are NaN, and so are those
+        of a sequence with more new tokens than `batch.max_q`.
     """
-    g = cache.geometry
-    n, q_heads, _ = q.shape
-    out = torch.empty((n, q_heads, g.v_head_dim), dtype=q.dtype, device=q.device)
-    lse = torch.empty((n, q_heads), dtype=torch.float32, device=q.device)
-    if n == 0:
-        return out, lse
-    interpreted = interpreting()
-    group = q_heads // g.num_kv_heads
-    k_pad, v_pad = max(16, triton.next_power_of_2(g.head_dim)), max(16, triton.next_power_of_2(g.v_head_dim))
-    sequences = len(batch.cu_seqlens_q) - 1
-    rows = min(batch.max_q, n) * group
+    if sinks is not None and not sinks.is_contiguous():
+        sinks = sinks.contiguous()
     if window is not None and window >= batch.max_k:
         window = None
-    if sinks is not None:
-        sinks = sinks.contiguous()
+    shape = (*q.shape[:2], cache.geometry.v_head_dim)
+    out = torch.empty(shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(shape[:2], dtype=torch.float32, device=q.device)
+    if len(q) == 0:
+        return out, lse
+    interpreted = interpreting()
     if tile is None:
+        tile = tile_of(q, cache, batch, window, interpreted)
+    call = DirectCall(q, cache, batch, sinks, window, begin, state, tile, interpreted)
+    tensors = call.tensors()
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    launch = prepared_once("direct attention", call.signature(tensors, addresses), lambda: DirectLaunch(call))
+    launch(call, softmax_scale * LOG2E, tensors, addresses, out, lse)
+    return out, lse
+
+
+def tile_of(q: Tensor, cache: PagedKVCache, batch: CheckedBatch, window: int | None, interpreted: bool) -> Tile:
+    """The tile for a layer of a batch, chosen once for all that are alike."""
+    g, (n, q_heads, _) = cache.geometry, q.shape
+    key = "tile", n, q_heads, g.num_kv_heads, g.head_dim, g.v_head_dim, window, interpreted
+
+    def choose() -> Tile:
         processors = 1 if interpreted else torch.cuda.get_device_properties(q.device).multi_processor_count
         keys = batch.max_k if window is None else min(batch.max_k, window + batch.max_q)
-        tile = choose_tile(rows, keys, sequences * g.num_kv_heads, k_pad, v_pad, processors)
-    tiles = max(1, -(-rows // tile.m))  # one is there for rows that belong to no sequence
-    fmt = FORMATS.get(g.dtype)
-    pools = [pool.view(torch.uint8) if fmt else pool for pool in (cache.key_cache, cache.value_cache)]
-    k, v = LoadStrides.of(cache.key_cache, g.layout, "key"), LoadStrides.of(cache.value_cache, g.layout, "value")
-    k_scale, v_scale = cache.scales
-    split = tile.splits > 1
-    part, part_lse = out, lse
-    if split:
-        part = torch.empty((tile.splits, n, q_heads, g.v_head_dim), dtype=torch.float32, device=q.device)
-        part_lse = torch.empty((tile.splits, n, q_heads), dtype=torch.float32, device=q.device)
-    state_out, state_lse = state if state is not None else (out, lse)
-    nothing = batch.cu_seqlens_q  # stands in for what is never read
-    hardware = not interpreted and (fmt is None or fp8_support(q.device)[g.dtype] == "hardware")
-    qk, pv = _operand_dtypes(q.dtype, g.dtype, v_scale.kind, interpreted)
-    limit = {"maxnreg": tile.registers} if tile.registers and torch.version.cuda and not interpreted else {}
-    with launching(q, interpreted):
-        direct_kernel[((sequences + 1) * tiles * tile.splits * g.num_kv_heads,)](
-            q, batch.block_table, batch.cu_seqlens_q, batch.cu_seqlens_k,
-            nothing if begin is None else begin, nothing if sinks is None else sinks,
-            state_out, state_lse, part, part_lse,
-            pools[0], nothing if k_scale.tensor is None else k_scale.tensor,
-            pools[1], nothing if v_scale.tensor is None else v_scale.tensor,
-            sequences, batch.block_table.shape[1], tiles, tile.splits, n, softmax_scale * LOG2E,
-            q.stride(0), q.stride(1),
-            *k.strides, *v.strides,
-            k_scale.stride_block, k_scale.stride_head, k_scale.stride_slot,
-            v_scale.stride_block, v_scale.stride_head, v_scale.stride_slot,
-            PAGE=g.page_size, KV_HEADS=g.num_kv_heads, GROUP=group,
-            K_DIM=g.head_dim, V_DIM=g.v_head_dim, K_PAD=k_pad, V_PAD=v_pad,
-            M=tile.m, N=tile.n, SAME_PAGE=math.gcd(g.page_size, tile.n), SPLIT=split, WINDOW=window or 0,
-            BEGINS=begin is not None, STATE=state is not None, SINKS=sinks is not None,
-            V_SLOTS_PER_GROUP=v.slots_per_group, K_DIMS_PER_GROUP=k.dims_per_group,
-            K_ALIGN=k.align, V_ALIGN=v.align, K_WIDE=k.extent >= 2**31, V_WIDE=v.extent >= 2**31,
-            K_KIND=k_scale.kind, V_KIND=v_scale.kind,
-            FORMAT="" if fmt is None else fmt.name, BIAS=0 if fmt is None else fmt.bias,
-            HARDWARE=hardware,
-            QK=qk, PV=pv, INTERPRETED=interpreted, STAGES=tile.num_stages,
-            num_warps=tile.num_warps, **limit,
+        rows = min(batch.max_q, n) * (q_heads // g.num_kv_heads)
+        return choose_tile(rows, keys, batch.num_sequences * g.num_kv_heads, *padded_dims(g), processors)
+
+    tile: Tile = batch.decided(key, choose)
+    return tile
+
+
+def padded_dims(geometry: Geometry) -> tuple[int, int]:
+    """Columns of K's and of V's tile: powers of two, and 16 at least, which tensor cores need."""
+    k_dim, v_dim = geometry.head_dim, geometry.v_head_dim
+    return max(16, triton.next_power_of_2(k_dim)), max(16, triton.next_power_of_2(v_dim))
+
+
+class DirectCall(NamedTuple):
+    """The arguments of `direct_attention`, the tile chosen."""
+
+    q: Tensor
+    cache: PagedKVCache
+    batch: CheckedBatch
+    sinks: Tensor | None
+    window: int | None
+    begin: Tensor | None
+    state: tuple[Tensor, Tensor] | None
+    tile: Tile
+    interpreted: bool
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What the kernel reads, in its order."""
+        batch, cache = self.batch, self.cache
+        return (
+            self.q, batch.block_table, batch.cu_seqlens_q, batch.cu_seqlens_k, self.begin, self.sinks,
+            *(self.state or (None, None)), cache.key_cache, cache.k_scale, cache.value_cache, cache.v_scale,
         )  # fmt: skip
-        if split:
-            splits = triton.next_power_of_2(tile.splits)
-            together = max(1, min(16, 4096 // (splits * v_pad)))
-            combine_kernel[(triton.cdiv(n * q_heads, together),)](
-                part, part_lse, nothing if sinks is None else sinks, out, lse, n * q_heads, tile.splits,
-                Q_HEADS=q_heads, V_DIM=g.v_head_dim, V_PAD=v_pad, SPLITS=splits, R=together,
-                SINKS=sinks is not None, BY_HAND=interpreted,
-            )  # fmt: skip
-    return out, lse
+
+    def signature(self, tensors: tuple[Tensor | None, ...], addresses: list[int]) -> tuple[object, ...]:
+        """Everything that a launch is prepared from; calls with equal ones differ in addresses and numbers alone."""
+        q, cache, state = self.q, self.cache, self.state
+        return (
+            self.tile, self.window, self.interpreted, cache.layout, cache.k_kind, cache.v_kind, q.dtype, q.device,
+            q.shape[1], q.stride(), tuple(address & 15 for address in addresses[:8]), self.begin is None,
+            None if state is None else state[0].dtype, None if self.sinks is None else self.sinks.dtype,
+            *(None if tensor is None else signature(tensor) for tensor in tensors[8:]),
+        )  # fmt: skip
+
+
+class DirectLaunch:
+    """What is launched for a layer, and all that does not change from one call to the next.
+
+    Attributes:
+        constants: of the direct kernel.
+    """
+
+    def __init__(self, call: DirectCall) -> None:
+        """Prepare the launches for `call` and all that have its signature."""
+        cache, tile, g, interpreted = call.cache, call.tile, call.cache.geometry, call.interpreted
+        self.group = call.q.shape[1] // g.num_kv_heads
+        self.kv_heads = g.num_kv_heads
+        self.tile = tile
+        fmt = FORMATS.get(g.dtype)
+        k, v = LoadStrides.of(cache.key_cache, g.layout, "key"), LoadStrides.of(cache.value_cache, g.layout, "value")
+        k_pad, v_pad = padded_dims(g)
+        qk, pv = _operand_dtypes(call.q.dtype, g.dtype, cache.v_kind, interpreted)
+        limit = {"maxnreg": tile.registers} if tile.registers and torch.version.cuda and not interpreted else {}
+        self.constants: dict[str, Any] = {
+            "PAGE": g.page_size, "KV_HEADS": g.num_kv_heads, "GROUP": self.group,
+            "K_DIM": g.head_dim, "V_DIM": g.v_head_dim, "K_PAD": k_pad, "V_PAD": v_pad,
+            "M": tile.m, "N": tile.n, "SAME_PAGE": math.gcd(g.page_size, tile.n), "SPLIT": tile.splits > 1,
+            "WINDOW": call.window or 0,
+            "BEGINS": call.begin is not None, "STATE": call.state is not None, "SINKS": call.sinks is not None,
+            "V_SLOTS_PER_GROUP": v.slots_per_group, "K_DIMS_PER_GROUP": k.dims_per_group,
+            "K_ALIGN": k.align, "V_ALIGN": v.align, "K_WIDE": k.extent >= 2**31, "V_WIDE": v.extent >= 2**31,
+            "K_KIND": cache.k_kind, "V_KIND": cache.v_kind,
+            "FORMAT": "" if fmt is None else fmt.name, "BIAS": 0 if fmt is None else fmt.bias,
+            "HARDWARE": not interpreted and (fmt is None or fp8_support(call.q.device)[g.dtype] == "hardware"),
+            "QK": qk, "PV": pv, "INTERPRETED": interpreted, "STAGES": tile.num_stages,
+            "num_warps": tile.num_warps, **limit,
+        }  # fmt: skip
+        scales = [(scale.stride_block, scale.stride_head, scale.stride_slot) for scale in cache.scales]
+        codes = torch.uint8 if fmt else None
+        self._attend = PreparedLaunch(
+            direct_kernel, (*(None,) * 10, codes, None, codes, None, None),
+            (call.q.stride()[:2], k.strides, v.strides, *scales), self.constants, interpreted,
+        )  # fmt: skip
+        splits = triton.next_power_of_2(tile.splits)
+        self._together = max(1, min(16, 4096 // (splits * v_pad)))
+        merged = {
+            "Q_HEADS": call.q.shape[1], "V_DIM": g.v_head_dim, "V_PAD": v_pad, "SPLITS": splits, "R": self._together,
+            "SINKS": call.sinks is not None, "BY_HAND": interpreted,
+        }  # fmt: skip
+        self._combine = PreparedLaunch(combine_kernel, (None,) * 5, (), merged, interpreted)
+
+    def __call__(
+        self, call: DirectCall, scale_log2: float, tensors: tuple[Tensor | None, ...], addresses: list[int],
+        out: Tensor, lse: Tensor,
+    ) -> None:  # fmt: skip
+        """Launch: see `direct_attention`; `out` and `lse` are what it returns."""
+        batch, splits = call.batch, self.tile.splits
+        n, q_heads, v_dim = out.shape
+        sequences, columns = batch.block_table.shape
+        max_q = min(batch.max_q, n)
+        tiles = max(1, -(-max_q * self.group // self.tile.m))  # one is there for rows that belong to no sequence
+        programs, numbers = (
+            (sequences + 1) * tiles * splits * self.kv_heads,
+            (sequences, columns, tiles, splits, n, max_q),
+        )
+        nothing = addresses[2]  # stands in for what is never read
+        read = [at or nothing for at in addresses]
+        final = out.data_ptr(), lse.data_ptr()
+        if splits == 1:
+            part, outs = None, final
+        else:
+            # The parts' rows, then their log-sum-exps, at a multiple of 16 bytes: kernels are compiled for that.
+            begin = -(-splits * n * q_heads * v_dim // 4) * 4
+            part = torch.empty(begin + splits * n * q_heads, dtype=torch.float32, device=out.device)
+            outs = part.data_ptr(), part.data_ptr() + 4 * begin
+        state = read[6:8] if call.state is not None else outs
+        order = (*read[:6], *state, *outs, *read[8:], scale_log2)
+        sink = read[5]
+        combine = (-(-n * q_heads // self._together), (*outs, sink, *final), (n, splits))
+        if not self._attend.again(programs, order, numbers):
+            views = (out, lse) if part is None else _parts(part, begin, splits, out.shape)
+            self._attend(programs, _pointers(tensors, views, scale_log2), order, numbers)
+        if part is not None and not self._combine.again(*combine):
+            views = _parts(part, begin, splits, out.shape)
+            stand_in = batch.cu_seqlens_q if call.sinks is None else call.sinks
+            self._combine(combine[0], (*views, stand_in, out, lse), *combine[1:])
+
+
+def _parts(part: Tensor, begin: int, splits: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The rows and log-sum-exps of each split, of their one allocation."""
+    rows = splits * shape[0] * shape[1]
+    return part[: rows * shape[2]].view(splits, *shape), part[begin:].view(splits, *shape[:2])
+
+
+def _pointers(
+    tensors: tuple[Tensor | None, ...], outs: tuple[Tensor, Tensor], scale_log2: float
+) -> tuple[Tensor | float, ...]:
+    """The kernel's pointer arguments as tensors; what it never reads has a stand-in."""
+    nothing = tensors[2]
+    assert nothing is not None
+    read = [nothing if tensor is None else tensor for tensor in tensors]
+    state = outs if tensors[6] is None else read[6:8]
+    return (*read[:6], *state, *outs, *read[8:], scale_log2)
 
 
 def _operand_dtypes(q: torch.dtype, pool: torch.dtype, v_kind: str, interpreted: bool) -> tuple[object, object]:

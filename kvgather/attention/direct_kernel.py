@@ -18,16 +18,36 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit(do_not_specialize=["total_q"])  # at 1 it would be a constant, and has to become 64-bit
+@triton.jit
+def _fill_rows(
+    out_ptr, lse_ptr, first, end, step, split_row, kv_head, out_value, lse_value,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, V_DIM: tl.constexpr, V_PAD: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """Set the rows first, …, first + M − 1 of a KV head, then those `step` on, as far as `end`; a row is one (token,
+    query head of the group), all int64. `split_row` is the token at which the split's own rows begin."""
+    dim = tl.arange(0, V_PAD)
+    row = first + tl.arange(0, M)
+    while tl.min(row, 0) < end:
+        mine = row < end
+        at = (split_row + row // GROUP) * (KV_HEADS * GROUP) + kv_head * GROUP + row % GROUP
+        tl.store(
+            out_ptr + at[:, None] * V_DIM + dim[None, :],
+            (tl.zeros([M, V_PAD], tl.float32) + out_value).to(out_ptr.dtype.element_ty),
+            mask=mine[:, None] & (dim < V_DIM)[None, :],
+        )
+        tl.store(lse_ptr + at, tl.zeros([M], tl.float32) + lse_value, mask=mine)
+        row += step
+
+
+# No number is a constant of a launch: one compiled kernel serves every batch.
+@triton.jit(do_not_specialize=["num_sequences", "columns", "tiles", "splits", "total_q", "max_q"])
 def direct_kernel(
     q_ptr, table_ptr, cu_q_ptr, cu_k_ptr, begin_ptr, sink_ptr, state_out_ptr, state_lse_ptr, out_ptr, lse_ptr,
-    k_ptr, k_scale_ptr, v_ptr, v_scale_ptr,
-    num_sequences, columns, tiles, splits, total_q, scale_log2,
-    stride_q_row, stride_q_head,
-    stride_k_block, stride_k_head, stride_k_slot_group, stride_k_slot, stride_k_dim_group, stride_k_dim,
-    stride_v_block, stride_v_head, stride_v_slot_group, stride_v_slot, stride_v_dim_group, stride_v_dim,
-    stride_k_scale_block, stride_k_scale_head, stride_k_scale_slot,
-    stride_v_scale_block, stride_v_scale_head, stride_v_scale_slot,
+    k_ptr, k_scale_ptr, v_ptr, v_scale_ptr, scale_log2,
+    num_sequences, columns, tiles, splits, total_q, max_q,
+    q_strides,  # row, head
+    k_strides, v_strides,  # block, head, slot group, slot, dim group, dim
+    k_scale_strides, v_scale_strides,  # block, head, slot
     PAGE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     K_DIM: tl.constexpr, V_DIM: tl.constexpr, K_PAD: tl.constexpr, V_PAD: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, SAME_PAGE: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr,
@@ -48,20 +68,18 @@ def direct_kernel(
     dims_v = dim_v < V_DIM
 
     first_q = tl.load(cu_q_ptr + sequence)  # at num_sequences: the end of the last sequence
-    if sequence == num_sequences:  # rows that belong to no sequence
-        row = first_q.to(tl.int64) * GROUP + tile * M + tl.arange(0, M)
-        while tl.min(row, 0) < total_q.to(tl.int64) * GROUP:
-            spare = row < total_q.to(tl.int64) * GROUP
-            at = (split * total_q.to(tl.int64) + row // GROUP) * Q_HEADS + kv_head * GROUP + row % GROUP
-            tl.store(
-                out_ptr + at[:, None] * V_DIM + dim_v[None, :],
-                tl.zeros([M, V_PAD], tl.float32).to(out_ptr.dtype.element_ty),
-                mask=spare[:, None] & dims_v[None, :],
-            )
-            tl.store(lse_ptr + at, tl.full([M], float("-inf"), tl.float32), mask=spare)
-            row += tiles * M
+    spare = sequence == num_sequences  # rows that belong to no sequence: 0
+    end_q = tl.load(cu_q_ptr + sequence + 1, mask=sequence < num_sequences, other=0)
+    if spare | (end_q - first_q > max_q):  # or more than its tiles have room for: NaN
+        _fill_rows(
+            out_ptr, lse_ptr,
+            first_q.to(tl.int64) * GROUP + tile * M, tl.where(spare, total_q, end_q).to(tl.int64) * GROUP, tiles * M,
+            split * total_q.to(tl.int64), kv_head,
+            tl.where(spare, 0.0, float("nan")), tl.where(spare, float("-inf"), float("nan")),
+            KV_HEADS, GROUP, V_DIM, V_PAD, M,
+        )  # fmt: skip
         return
-    rows = (tl.load(cu_q_ptr + sequence + 1) - first_q) * GROUP
+    rows = (end_q - first_q) * GROUP
     if tile * M >= rows:
         return
     len_k = tl.load(cu_k_ptr + sequence + 1) - tl.load(cu_k_ptr + sequence)
@@ -92,7 +110,7 @@ def direct_kernel(
 
     dim = tl.arange(0, K_PAD)
     dims = dim < K_DIM
-    q_at = (first_q + token).to(tl.int64) * stride_q_row + q_head.to(tl.int64) * stride_q_head
+    q_at = (first_q + token).to(tl.int64) * q_strides[0] + q_head.to(tl.int64) * q_strides[1]
     q = tl.load(q_ptr + q_at[:, None] + dim[None, :], mask=in_use[:, None] & dims[None, :], other=0.0)
     if INTERPRETED:
         q = widen(q, "", 0, False)
@@ -100,7 +118,7 @@ def direct_kernel(
     if K_KIND == "per-tensor":
         row_scale *= tl.load(k_scale_ptr)
     elif K_KIND == "per-head":
-        row_scale *= tl.load(k_scale_ptr + kv_head * stride_k_scale_head)
+        row_scale *= tl.load(k_scale_ptr + kv_head.to(tl.int64) * k_scale_strides[1])
     if QK == tl.bfloat16:
         q = q.to(QK)
     else:
@@ -117,7 +135,7 @@ def direct_kernel(
     if V_KIND == "per-tensor":
         v_scale = tl.load(v_scale_ptr)
     elif V_KIND == "per-head":
-        v_scale = tl.load(v_scale_ptr + kv_head * stride_v_scale_head)
+        v_scale = tl.load(v_scale_ptr + kv_head.to(tl.int64) * v_scale_strides[1])
 
     out_at = (first_q + token).to(tl.int64) * Q_HEADS + q_head
     top = tl.full([M], float("-inf"), tl.float32)
@@ -137,10 +155,10 @@ def direct_kernel(
             top = lse * LOG2E
             total = tl.where(lse != float("-inf"), 1.0, 0.0)
 
-    k_ptr += kv_head.to(tl.int64) * stride_k_head * K_ALIGN
-    v_ptr += kv_head.to(tl.int64) * stride_v_head * V_ALIGN
-    k_scale_ptr += kv_head.to(tl.int64) * stride_k_scale_head
-    v_scale_ptr += kv_head.to(tl.int64) * stride_v_scale_head
+    k_ptr += kv_head.to(tl.int64) * k_strides[1] * K_ALIGN
+    v_ptr += kv_head.to(tl.int64) * v_strides[1] * V_ALIGN
+    k_scale_ptr += kv_head.to(tl.int64) * k_scale_strides[1]
+    v_scale_ptr += kv_head.to(tl.int64) * v_scale_strides[1]
     table_ptr += sequence.to(tl.int64) * columns
     worst = tl.zeros([N], tl.int32)  # below zero once a block was bad
 
@@ -165,15 +183,12 @@ def direct_kernel(
             ids = tl.max_constancy(tl.maximum(ids, 0), [SAME_PAGE])
             slot = key % PAGE
             k = load_rows(
-                k_ptr, ids, key, dim, present, dims,
-                stride_k_block, stride_k_slot_group, stride_k_dim_group, stride_k_dim,
+                k_ptr, ids, key, dim, present, dims, k_strides,
                 PAGE, K_DIMS_PER_GROUP, K_ALIGN, K_WIDE, MASKED, K_PAD > K_DIM, FORMAT != "",
             )  # fmt: skip
             scores = tl.dot(q, tl.trans(as_operand(k, FORMAT, BIAS, HARDWARE, QK)), input_precision="ieee")
             if K_KIND == "per-page-head" or K_KIND == "per-token-head":
-                k_scale = load_key_scale(
-                    k_scale_ptr, ids, slot, present, stride_k_scale_block, stride_k_scale_slot, K_KIND, MASKED
-                )
+                k_scale = load_key_scale(k_scale_ptr, ids, slot, present, k_scale_strides, K_KIND, MASKED)
                 scores *= k_scale[None, :]
             if MASKED:
                 seen = present[None, :] & (key[None, :] <= position[:, None])
@@ -190,20 +205,16 @@ def direct_kernel(
             total = total * kept + tl.sum(p, 1)
             acc = acc * kept[:, None]
             if V_KIND == "per-page-head" or V_KIND == "per-token-head":
-                key_scale = load_key_scale(
-                    v_scale_ptr, ids, slot, present, stride_v_scale_block, stride_v_scale_slot, V_KIND, MASKED
-                )
+                key_scale = load_key_scale(v_scale_ptr, ids, slot, present, v_scale_strides, V_KIND, MASKED)
                 p *= key_scale[None, :]
             if V_SLOTS_PER_GROUP > 1:
                 v = load_shuffled_rows(
-                    v_ptr, table_ptr, step * N, end, dim_v, present, dims_v,
-                    stride_v_block, stride_v_slot_group, stride_v_slot, stride_v_dim_group,
+                    v_ptr, table_ptr, step * N, end, dim_v, present, dims_v, v_strides,
                     PAGE, N, V_SLOTS_PER_GROUP, V_ALIGN, V_WIDE, MASKED, V_PAD > V_DIM, FORMAT != "",
                 )  # fmt: skip
             else:
                 v = load_rows(
-                    v_ptr, ids, key, dim_v, present, dims_v,
-                    stride_v_block, stride_v_slot_group, stride_v_dim_group, stride_v_dim,
+                    v_ptr, ids, key, dim_v, present, dims_v, v_strides,
                     PAGE, 1, V_ALIGN, V_WIDE, MASKED, V_PAD > V_DIM, FORMAT != "",
                 )  # fmt: skip
             if MASKED:  # a bad block may hold NaN, and 0 times that would be NaN in rows that do not see it
@@ -242,16 +253,17 @@ def direct_kernel(
     tl.store(lse_ptr + out_at, lse, mask=in_use)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total_q", "splits"])
 def combine_kernel(
-    part_ptr, part_lse_ptr, sink_ptr, out_ptr, lse_ptr, rows, splits,
+    part_ptr, part_lse_ptr, sink_ptr, out_ptr, lse_ptr, total_q, splits,
     Q_HEADS: tl.constexpr, V_DIM: tl.constexpr, V_PAD: tl.constexpr, SPLITS: tl.constexpr, R: tl.constexpr,
     SINKS: tl.constexpr, BY_HAND: tl.constexpr,
 ):  # fmt: skip
-    """Merge the parts that splits found, `[splits, rows, V_DIM]`; the sink enters here, once.
+    """Merge the parts that splits found, `[splits, total_q, Q_HEADS, V_DIM]`; the sink enters here, once.
 
     All of a row's parts are loaded together: one wait for memory, not one for each part.
     """
+    rows = total_q.to(tl.int64) * Q_HEADS
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     split = tl.arange(0, SPLITS)
     dim = tl.arange(0, V_PAD)

@@ -27,12 +27,12 @@ def as_operand(held, FORMAT: tl.constexpr, BIAS: tl.constexpr, HARDWARE: tl.cons
 
 @triton.jit
 def load_rows(
-    pool_ptr, ids, key, dim, present, dims_present,
-    stride_block, stride_slot, stride_dim_group, stride_dim,
+    pool_ptr, ids, key, dim, present, dims_present, strides,
     PAGE: tl.constexpr, DIMS_PER_GROUP: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
     MASKED: tl.constexpr, DIMS_MASKED: tl.constexpr, INTEGER: tl.constexpr,
 ):  # fmt: skip
     """Rows of one head of a pool, `[N, D]`; zeros where they are not present."""
+    stride_block, _, stride_slot, _, stride_dim_group, stride_dim = strides
     slot = key % PAGE
     if WIDE:
         slot = slot.to(tl.int64)
@@ -54,8 +54,7 @@ def load_rows(
 
 @triton.jit
 def load_shuffled_rows(
-    pool_ptr, table_ptr, first_key, end, dim, present, dims_present,
-    stride_block, stride_slot_group, stride_slot, stride_dim,
+    pool_ptr, table_ptr, first_key, end, dim, present, dims_present, strides,
     PAGE: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
     MASKED: tl.constexpr, DIMS_MASKED: tl.constexpr, INTEGER: tl.constexpr,
 ):  # fmt: skip
@@ -63,6 +62,7 @@ def load_shuffled_rows(
 
     A group of slots, 16 bytes of one dim, is read whole: as `[D, groups, GROUP]`, so that lanes go from dim to dim.
     """
+    stride_block, _, stride_slot_group, stride_slot, stride_dim, _ = strides
     key = first_key + tl.arange(0, N // GROUP) * GROUP  # [groups]: the first of each
     if MASKED:
         ids = tl.load(table_ptr + key // PAGE, mask=key < end, other=0)
@@ -88,11 +88,11 @@ def load_shuffled_rows(
 
 
 @triton.jit
-def load_key_scale(scale_ptr, ids, slot, present, stride_block, stride_slot, KIND: tl.constexpr, MASKED: tl.constexpr):
+def load_key_scale(scale_ptr, ids, slot, present, strides, KIND: tl.constexpr, MASKED: tl.constexpr):
     """The scale of each key of one head, `[N]`, of the kinds that differ from key to key."""
-    offset = ids.to(tl.int64) * stride_block
+    offset = ids.to(tl.int64) * strides[0]
     if KIND == "per-token-head":
-        offset += slot.to(tl.int64) * stride_slot
+        offset += slot.to(tl.int64) * strides[2]
     if MASKED:
         return tl.load(scale_ptr + offset, mask=present, other=1.0)
     return tl.load(scale_ptr + offset)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from operator import gt
 
 from torch import Tensor
 
 from ..formats.checks import check_int, described
 from ..plan import PlanError
 
+_MOST = 2**31 - 1
 STEP = 1024
 """Key lengths of equal ranges are multiples of it: cuDNN makes a plan for each new length, which takes milliseconds."""
 
@@ -21,7 +23,10 @@ def check_lengths(lengths: object, name: str, batch: int) -> tuple[int, ...] | N
         raise TypeError(f"{name} is {described(lengths)}; accepted: None, or a list of ints")
     if len(lengths) != batch:
         raise ValueError(f"{name} has {len(lengths)} lengths; accepted for {batch} sequences: {batch}")
-    return tuple(check_int(length, f"{name}[{i}]") for i, length in enumerate(lengths))
+    known = tuple(lengths)
+    if set(map(type, known)) <= {int} and 0 <= min(known, default=0) and max(known, default=0) <= _MOST:
+        return known
+    return tuple(check_int(length, f"{name}[{i}]") for i, length in enumerate(known))
 
 
 def total_of(given: int | None, which: str, known: tuple[int, ...] | None, offsets: Tensor, room: int) -> int:
@@ -54,16 +59,21 @@ def longest_of(given: int | None, name: str, known: tuple[int, ...] | None, boun
 
 
 def check_fit(known_q: tuple[int, ...] | None, known_k: tuple[int, ...] | None, room: int) -> None:
-    for sequence, length in enumerate(known_k or ()):
-        if length > room:
-            raise ValueError(
-                f"seqlens_k[{sequence}] is {length}; accepted: at most {room}, which a row of block_table can hold"
-            )
-        if known_q is not None and known_q[sequence] > length:
-            raise ValueError(
-                f"seqlens_q[{sequence}] is {known_q[sequence]}, and seqlens_k[{sequence}] {length}; accepted: "
-                "seqlens_k counts cached + new tokens"
-            )
+    """Raise unless each sequence's tokens fit into its row of the table, and its new tokens are among them."""
+    if known_k is None:
+        return
+    if max(known_k, default=0) > room:
+        sequence = next(i for i, length in enumerate(known_k) if length > room)
+        raise ValueError(
+            f"seqlens_k[{sequence}] is {known_k[sequence]}; accepted: at most {room}, which a row of block_table can "
+            "hold"
+        )
+    if known_q is not None and any(map(gt, known_q, known_k)):
+        sequence = next(i for i, pair in enumerate(zip(known_q, known_k, strict=True)) if gt(*pair))
+        raise ValueError(
+            f"seqlens_q[{sequence}] is {known_q[sequence]}, and seqlens_k[{sequence}] {known_k[sequence]}; accepted: "
+            "seqlens_k counts cached + new tokens"
+        )
 
 
 def clamped(offsets: Tensor, total: int) -> Tensor:

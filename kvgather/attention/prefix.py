@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..cache import PagedKVCache
-from ..device import require_triton, triton_available
+from ..device import require_triton
 from ..formats.checks import check_choice, check_int, check_tensor, described
 from ..formats.fp8 import FLOATS
+from ..formats.layout import Geometry
 from ..gather.dispatch import check_made_for
+from ..kernels.signatures import signature
 from .batch import PrefixBatch
-from .choose import PATHS, choose
-from .cut_by_lengths import common_piece
+from .capture import check_may_make
+from .choose import PATHS
 from .dense import dense_attention
 from .merge import apply_sinks
 from .pieces import Attend, Piece, Pieces
+from .refused import refuse_rows
+from .route import Common, Layer, Route, route_of
 from .states import RunningState
-from .workspace import in_pieces
 
 
-@torch.no_grad()
 def prefix_attention(
     q: Tensor,
     k_new: Tensor | None,
@@ -56,11 +60,69 @@ def prefix_attention(
     Returns:
         out `[total_q, q_heads, v_head_dim]` in q's dtype, or (out, lse) with the natural log-sum-exp, the sink's
         included, `[total_q, q_heads]` FP32. Rows that belong to no sequence are 0 (and −inf, or the sink); rows that
-        need a bad block id are NaN.
+        need a bad block id are NaN, and so are all rows of a sequence that is longer than the batch's bounds.
 
     Raises:
         TypeError, ValueError: an argument is wrong, or the combination not supported; nothing was written or launched.
+        CaptureError: a ValueError: a CUDA graph is being captured, and the batch lacks what the layer needs: see
+            `PrefixBatch.prepare`. Or the batch was built in a capture, and this call is not part of one.
     """
+    arguments = q, k_new, v_new, cache, batch, softmax_scale, sinks, window, workspace_tokens, path
+    call = _recalled(*arguments)
+    if batch.built_in_capture:
+        check_may_make(batch.device, True, "attention")
+    if call.route.direct:
+        require_triton(call.geometry.device)
+
+    if k_new is not None and v_new is not None:
+        cache.write(k_new, v_new, batch.slots)
+    if call.route.direct and not call.sees_nothing:
+        out, lse = _direct(q, cache, batch, call.scale, sinks, call.window)
+    else:
+        out, lse = _dense_path(q, cache, batch, call, sinks)
+    return (out, lse) if return_lse else out
+
+
+class _Call(NamedTuple):
+    """What checked arguments come to; equal for all calls whose tensors differ in their addresses alone."""
+
+    geometry: Geometry  # kept, so that its id stays its own
+    scale: float
+    window: int | None
+    route: Route
+    sees_nothing: bool
+
+
+def _recalled(
+    q: Tensor, k_new: Tensor | None, v_new: Tensor | None, cache: PagedKVCache, batch: PrefixBatch,
+    softmax_scale: float | None, sinks: Tensor | None, window: int | None, workspace_tokens: int | None, path: str,
+) -> _Call:  # fmt: skip
+    """`_checked`, once for arguments that are alike in everything it looks at."""
+    arguments = q, k_new, v_new, cache, batch, softmax_scale, sinks, window, workspace_tokens, path
+    if type(cache) is not PagedKVCache or type(batch) is not PrefixBatch:
+        return _checked(*arguments)
+    try:
+        key = (
+            "call", signature(q), None if k_new is None else signature(k_new),
+            None if v_new is None else signature(v_new), id(cache.geometry),
+            None if sinks is None else signature(sinks),
+            # True is 1 to a dictionary, and a window of True is refused: so types are part of it.
+            type(softmax_scale), softmax_scale, type(window), window, type(workspace_tokens), workspace_tokens, path,
+        )  # fmt: skip
+        call: _Call | None = batch.recall(key)
+    except (AttributeError, RuntimeError, TypeError):  # no tensor, or nothing that a dictionary takes
+        return _checked(*arguments)
+    if call is None:
+        call = _checked(*arguments)
+        batch.decided(key, lambda: call)
+    return call
+
+
+def _checked(
+    q: Tensor, k_new: Tensor | None, v_new: Tensor | None, cache: PagedKVCache, batch: PrefixBatch,
+    softmax_scale: float | None, sinks: Tensor | None, window: int | None, workspace_tokens: int | None, path: str,
+) -> _Call:  # fmt: skip
+    """Check the arguments, and find the layer's way through the batch."""
     _check(q, k_new, v_new, cache, batch)
     g = cache.geometry
     scale = _softmax_scale(softmax_scale, g.head_dim)
@@ -72,29 +134,27 @@ def prefix_attention(
         window = check_int(window, "window", minimum=1)
     if workspace_tokens is not None:
         workspace_tokens = check_int(workspace_tokens, "workspace_tokens", minimum=1)
-    if check_choice(path, "path", PATHS) == "auto":
-        g, layer = cache.geometry, (q.shape[1], q.dtype, window)
-        alike = "path", layer, g.num_kv_heads, g.head_dim, g.v_head_dim, g.dtype
-        path = batch.once(alike, lambda: choose(batch.facts(cache, *layer)).path)
-    if path == "direct":
-        require_triton(g.device)
-        pieces = None
-    else:
-        pieces = batch.once((window, workspace_tokens), lambda: in_pieces(batch, window, workspace_tokens))
+    check_choice(path, "path", PATHS)
+    route = route_of(batch, cache, Layer(q.shape[1], q.dtype, window, workspace_tokens, path))
+    return _Call(g, scale, window, route, batch.num_sequences == 0 or min(batch.max_q, batch.max_k) == 0)
 
-    if k_new is not None and v_new is not None:
-        cache.write(k_new, v_new, batch.slots)
+
+@torch.no_grad()
+def _dense_path(
+    q: Tensor, cache: PagedKVCache, batch: PrefixBatch, call: _Call, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Attend by dense kernels to what is gathered, at least in part; or to nothing."""
     if q.stride(2) != 1:
         q = q.contiguous()
-    if batch.num_sequences == 0 or min(batch.max_q, batch.max_k) == 0:
-        out, lse = _nothing(q, g.v_head_dim, sinks)
-    elif pieces is None:
-        out, lse = _direct(q, cache, batch, scale, sinks, window)
-    elif (common := _common_length(q, batch, window, workspace_tokens)) > 0:
-        out, lse = _common_part_first(q, cache, batch, common, scale, sinks)
+    if call.sees_nothing:
+        out, lse = _nothing(q, call.geometry.v_head_dim, sinks)
+    elif call.route.common is not None:
+        return _common_part_first(q, cache, batch, call.route.common, call.scale, sinks)
     else:
-        out, lse = _gathered(q, cache, pieces, scale, sinks)
-    return (out, lse) if return_lse else out
+        assert call.route.pieces is not None
+        out, lse = _gathered(q, cache, call.route.pieces, call.scale, sinks)
+    refuse_rows(out, lse, batch.cu_seqlens_q, batch.max_q)
+    return out, lse
 
 
 def _check(q: Tensor, k_new: Tensor | None, v_new: Tensor | None, cache: PagedKVCache, batch: PrefixBatch) -> None:
@@ -177,37 +237,28 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, piece: Piece, attend: Attend, scale:
     )  # fmt: skip
 
 
-def _common_length(q: Tensor, batch: PrefixBatch, window: int | None, workspace_tokens: int | None) -> int:
-    """How many tokens at the beginning of every sequence are cached, as far as an unmasked kernel can take them.
-
-    0 where that pays nothing: on a CPU, in a window, in FP32, with lengths that the host does not know.
-    """
-    if q.device.type != "cuda" or q.dtype == torch.float32 or window is not None or workspace_tokens is not None:
-        return 0
-    return batch.common_cached if triton_available() else 0
-
-
 def _common_part_first(
-    q: Tensor, cache: PagedKVCache, batch: PrefixBatch, length: int, scale: float, sinks: Tensor | None
+    q: Tensor, cache: PagedKVCache, batch: PrefixBatch, common: Common, scale: float, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Gather what is cached in every sequence, attend with no mask, and go on from there straight from the pages."""
-    from .direct import direct_attention
-
-    piece, begin = batch.once(("common", length), lambda: (common_piece(batch, 0, length), _full(batch, length)))
+    piece = common.piece
     k, v = cache.gather(piece.plan, out_dtype=q.dtype)
     out, lse = _dense(q, k, v, piece, piece.attends[0], scale)
     del k, v
-    state = out.contiguous(), lse.contiguous()  # the flash kernel's log-sum-exp lies by heads
-    return direct_attention(q, cache, batch, softmax_scale=scale, sinks=sinks, begin=begin, state=state)
-
-
-def _full(batch: PrefixBatch, length: int) -> Tensor:
-    return torch.full((batch.num_sequences,), length, dtype=torch.int32, device=batch.device)
+    state = out.contiguous(), lse.contiguous()  # the flash kernel's log-sum-exp is stored by heads
+    return _direct_attention()(q, cache, batch, softmax_scale=scale, sinks=sinks, begin=common.begin, state=state)
 
 
 def _direct(
     q: Tensor, cache: PagedKVCache, batch: PrefixBatch, scale: float, sinks: Tensor | None, window: int | None
 ) -> tuple[Tensor, Tensor]:
+    if q.stride(2) != 1:
+        q = q.contiguous()
+    return _direct_attention()(q, cache, batch, softmax_scale=scale, sinks=sinks, window=window)
+
+
+@functools.cache
+def _direct_attention() -> Any:
     from .direct import direct_attention  # needs triton, which this module does not
 
-    return direct_attention(q, cache, batch, softmax_scale=scale, sinks=sinks, window=window)
+    return direct_attention

@@ -161,16 +161,7 @@ class PreparedLaunch:
         """
         if programs == 0:
             return
-        hooks = triton.knobs.runtime
-        if (
-            self._compiled is not None
-            and torch.cuda.current_device() == self._device
-            and not hooks.launch_enter_hook.calls
-            and not hooks.launch_exit_hook.calls
-        ):
-            run, stream_of, function, metadata = self._compiled
-            stream = stream_of(self._device)
-            run(programs, 1, 1, stream, function, metadata, None, None, None, *addresses, *numbers, *self._tail)
+        if self.again(programs, addresses, numbers):
             return
         with launching(cast(Tensor, tensors[0]), self._interpreted):
             pairs = zip(tensors, self._views, strict=True)
@@ -180,3 +171,26 @@ class PreparedLaunch:
                 stream_of = triton.runtime.driver.active.get_current_stream
                 self._compiled = compiled.run, stream_of, compiled.function, compiled.packed_metadata
                 self._device = torch.cuda.current_device()
+
+    def again(self, programs: int, addresses: tuple[int | float, ...], numbers: tuple[int, ...]) -> bool:
+        """Launch if that takes addresses alone: the kernel is compiled, and for the GPU that is the current one.
+
+        Args:
+            programs: the grid, above 0.
+            addresses, numbers: as in a call.
+
+        Returns:
+            Whether it was launched. A caller whose tensors are parts of one allocation makes views of it only if not.
+        """
+        hooks = triton.knobs.runtime
+        if (
+            self._compiled is None
+            or torch.cuda.current_device() != self._device
+            or hooks.launch_enter_hook.calls
+            or hooks.launch_exit_hook.calls
+        ):
+            return False
+        run, stream_of, function, metadata = self._compiled
+        stream = stream_of(self._device)
+        run(programs, 1, 1, stream, function, metadata, None, None, None, *addresses, *numbers, *self._tail)
+        return True

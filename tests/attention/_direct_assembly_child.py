@@ -62,6 +62,7 @@ class Captured:
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
+        self.arg_names = kernel.arg_names
         self.compiled: Any = None
         self.constants: dict[str, Any] = {}
 
@@ -78,6 +79,7 @@ def compile_one(job: Job) -> dict[str, Any]:
     from triton.runtime.driver import driver
 
     import kvgather.attention.direct as direct
+    import kvgather.kernels.launch as launch
     from kvgather.attention.direct_kernel import combine_kernel, direct_kernel
     from kvgather.device import fp8_in_hardware
     from kvgather.formats.layout import Geometry, key_shape, value_shape
@@ -88,13 +90,15 @@ def compile_one(job: Job) -> dict[str, Any]:
     in_hardware = fp8_in_hardware(*job.target.split(":"))
     captured = Captured(direct_kernel)
     changes: dict[str, Any] = {
-        "launching": lambda *_: contextlib.nullcontext(),
         "fp8_support": lambda _: {job.dtype: "hardware" if job.dtype in in_hardware else "software"},
         "direct_kernel": captured,
         "combine_kernel": Captured(combine_kernel),
     }
     for name, value in changes.items():
         setattr(direct, name, value)
+    launch.launching = lambda *_: contextlib.nullcontext()  # type: ignore[assignment]
+    launch._CALLS_COMPILED = False
+    launch._PREPARED.clear()
     torch.version.cuda = "13.0" if gpu.backend == "cuda" else None
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -108,15 +112,16 @@ def compile_one(job: Job) -> dict[str, Any]:
     size = (job.num_blocks, job.page_size, job.heads[1])
     key = empty(*key_shape(job.layout, *size, job.dims[0], job.dtype.itemsize), dtype=job.dtype)
     value = empty(*value_shape(job.layout, *size, job.dims[1], job.dtype.itemsize), dtype=job.dtype)
+    scales = scale(job.kinds[0]), scale(job.kinds[1])
     cache = SimpleNamespace(
-        geometry=Geometry.of(key, value, job.layout), key_cache=key, value_cache=value,
-        scales=(scale(job.kinds[0]), scale(job.kinds[1])),
+        geometry=Geometry.of(key, value, job.layout), key_cache=key, value_cache=value, layout=job.layout,
+        scales=scales, k_scale=scales[0].tensor, v_scale=scales[1].tensor, k_kind=job.kinds[0], v_kind=job.kinds[1],
     )  # fmt: skip
     offsets = empty(job.sequences + 1, dtype=torch.int32)
     columns = 600 if job.sequences > 1 else 1
     batch = SimpleNamespace(
         block_table=empty(job.sequences, columns, dtype=torch.int32), cu_seqlens_q=offsets, cu_seqlens_k=offsets,
-        max_q=job.new, max_k=columns * job.page_size,
+        max_q=job.new, max_k=columns * job.page_size, num_sequences=job.sequences,
     )  # fmt: skip
     rows, (q_heads, kv_heads) = job.sequences * job.new, job.heads
     tile = None if job.tile is None else direct.Tile(*job.tile)

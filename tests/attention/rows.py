@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -112,6 +112,17 @@ def flash(
         part, part_lse = wanted_at(one, *lens, masked, window, scale)
         out[rows], lse[:, rows] = part.to(q.dtype), part_lse.float().t()
     return out, lse.masked_fill(lse.isinf() | lse.isnan(), math.inf)
+
+
+def short_flash(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, *more: Any, **given: Any
+) -> tuple[Tensor, Tensor]:
+    """The same for sequences that may have more rows, or more keys, than the bounds: such rows are garbage past
+    `max_q`. The real kernel goes by the offsets, and by `max_q` alone for how many programs it launches."""
+    out, lse = flash(q, k, v, cu_q, cu_k, len(q) + 2, len(k), *more, **given)
+    for first, end in pairwise(cu_q.tolist()):
+        out[first + max_q : end], lse[:, first + max_q : end] = 7.0, 7.0
+    return out, lse
 
 
 def cudnn(

@@ -113,6 +113,7 @@ def test_decode_needs_no_mask() -> None:
         ({"total_q": 5, "total_k": 11}, (5, 11)),
         ({"max_q": 2, "max_k": 9}, (2, 9)),
         ({"max_q": 99, "max_k": 99}, (3, 12)),
+        ({"max_k": 2}, (2, 2)),  # new tokens are among the tokens
         ({"seqlens_q": [2, 1], "seqlens_k": (9, 5)}, (2, 9)),
         ({"seqlens_q": [2, 1], "seqlens_k": (9, 5), "max_q": 7, "max_k": 12}, (2, 9)),
     ],
@@ -174,7 +175,7 @@ BAD_CONTENTS: dict[str, tuple[Any, list[int], list[int], dict[str, Any], list[in
         r"sequence 0 has 9 tokens; accepted: at most max_k, 8",
     ),
     "more new tokens than max_q": (
-        TABLE, [0, 2, 3], [0, 9, 14], {"max_q": 1}, [11, 20, 36], [[7, 2, 5], [0, 9, NAN]],
+        TABLE, [0, 2, 3], [0, 9, 14], {"max_q": 1}, [-1, -1, 36], [[NAN] * 3, [0, 9, NAN]],
         r"sequence 0 has 2 tokens; accepted: at most max_q, 1",
     ),
     "more new tokens than tokens": (

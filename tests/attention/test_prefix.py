@@ -14,6 +14,7 @@ from torch import Tensor
 
 import kvgather as kg
 from kvgather.attention.prefix import _common_part_first
+from kvgather.attention.route import common_of
 from kvgather.blocks import cu_seqlens
 from kvgather.formats.fp8 import POOL_DTYPES
 from kvgather.formats.layout import LAYOUTS
@@ -367,7 +368,7 @@ def test_what_is_cached_in_all_first_and_the_rest_from_the_pages(which: str, whe
     batch, sinks = made.batch(), sinks_of(which, 2, where)
     made.attend(batch)
     for length in (4, 9):
-        got = _common_part_first(made.q, made.cache, batch, length, 0.25, sinks)
+        got = _common_part_first(made.q, made.cache, batch, common_of(batch, length), 0.25, sinks)
         assert_close(got, made.wanted(sinks=sinks, softmax_scale=0.25), made.rows)
         assert got[0][made.rows :].eq(0).all()
 

@@ -226,9 +226,9 @@ def test_pieces_are_made_once_for_all_layers() -> None:
     made = setup([5, 2], [40, 11])
     batch = made.batch()
     made.attend(batch, workspace_tokens=16)
-    first = batch.once((None, 16), lambda: pytest.fail("it should be there"))
+    first = batch.once((None, 16), lambda: pytest.fail("it should be there"), "pieces")
     made.attend(batch, workspace_tokens=16)
-    assert batch.once((None, 16), lambda: None) is first
+    assert batch.once((None, 16), lambda: None, "pieces") is first
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=[pytest.mark.triton, interpreted])])

@@ -1,0 +1,205 @@
+"""The kernels that make a batch's tensors: one launch for the batch, and one for each window."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..device import interpreting
+from ..kernels.launch import PreparedLaunch, prepared_once
+from ..kernels.signatures import MOST
+from .batch_contents import BatchTensors, Sizes
+
+_AT_A_TIME = 1024  # columns of the table, and new tokens, of one step of a program
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit
+def _offsets(cu_ptr, index, there, stride, total):
+    """Offsets clamped to [0, total], int32; 0 where there are none."""
+    offset = tl.load(cu_ptr + index.to(tl.int64) * stride, mask=there, other=0).to(tl.int64)
+    return tl.minimum(tl.maximum(offset, 0), total).to(tl.int32)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "batch", "columns", "num_blocks", "total_q", "total_k", "max_q", "most", "parts",
+        "stride_table_row", "stride_table_column", "stride_q", "stride_k",
+    ]
+)  # fmt: skip
+def batch_kernel(
+    table_ptr, cu_q_ptr, cu_k_ptr, checked_ptr, used_q_ptr, used_k_ptr, slot_ptr, given_ptr, given_q_ptr, given_k_ptr,
+    batch, columns, num_blocks, total_q, total_k, max_q, most, parts,
+    stride_table_row, stride_table_column, stride_q, stride_k,
+    PAGE: tl.constexpr, CHUNK: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Programs of sequence b: `parts`, which share its row of the table and its new tokens; those of sequence `batch`
+    have the rows that belong to none. Each works out the offsets before it by itself: nothing waits for another."""
+    sequence = tl.program_id(0) // parts
+    part = tl.program_id(0) % parts
+    begin_q = sequence * 0  # new tokens before this sequence, and its own included
+    end_q = sequence * 0
+    begin_k = sequence * 0  # tokens before it, of each sequence as many as it may have
+    len_k = sequence * 0
+    before = sequence * 0  # the largest offset so far, of sequences' begins, and of their ends
+    after = tl.minimum(tl.maximum(tl.load(cu_k_ptr).to(tl.int64), 0), total_k).to(tl.int32)
+    first = sequence * 0
+    while first < sequence + 2:
+        index = first + tl.arange(0, CHUNK)
+        new = _offsets(cu_q_ptr, index, index <= tl.minimum(sequence + 1, batch), stride_q, total_q)
+        begin_q = tl.maximum(begin_q, tl.max(tl.where(index <= sequence, new, 0), 0))
+        end_q = tl.maximum(end_q, tl.max(new, 0))
+        own = (index <= sequence) & (index < batch)
+        begins = _offsets(cu_k_ptr, index, own, stride_k, total_k)
+        ends = _offsets(cu_k_ptr, index + 1, own, stride_k, total_k)
+        begins = tl.maximum(tl.associative_scan(begins, 0, _larger), before)
+        ends = tl.maximum(tl.associative_scan(ends, 0, _larger), after)
+        before = tl.max(begins, 0)
+        after = tl.max(ends, 0)
+        length = tl.where(own, ends - tl.where(index == 0, 0, begins), 0)
+        begin_k += tl.sum(tl.where(index < sequence, tl.minimum(length, most), 0), 0)
+        len_k += tl.sum(tl.where(index == sequence, length, 0), 0)
+        first += CHUNK
+    begin_q = tl.where(sequence == 0, 0, begin_q)
+    if part == 0:
+        tl.store(used_q_ptr + sequence, begin_q)
+        tl.store(used_k_ptr + sequence, begin_k)
+        tl.store(given_q_ptr + sequence, tl.load(cu_q_ptr + sequence.to(tl.int64) * stride_q).to(tl.int64))
+        tl.store(given_k_ptr + sequence, tl.load(cu_k_ptr + sequence.to(tl.int64) * stride_k).to(tl.int64))
+    lane = tl.arange(0, N)
+    row = begin_q.to(tl.int64) + part * N
+    if sequence == batch:  # rows that belong to no sequence
+        while row < total_q:
+            tl.store(slot_ptr + row + lane, tl.full([N], -1, tl.int64), mask=row + lane < total_q)
+            row += parts * N
+        return
+
+    refused = (len_k > most) | (end_q - begin_q > max_q)
+    len_k = tl.minimum(len_k, most)
+    table_ptr += sequence.to(tl.int64) * stride_table_row
+    wide = tl.maximum(columns, 1)  # with no table there is one column, of no block
+    first = part * N
+    while first < wide:
+        column = first + lane
+        block = tl.load(table_ptr + column.to(tl.int64) * stride_table_column, mask=column < columns, other=-1)
+        tl.store(given_ptr + sequence.to(tl.int64) * columns + column, block, mask=column < columns)
+        good = (block >= 0) & (block < num_blocks) & (column.to(tl.int64) * PAGE < len_k) & (refused == 0)
+        checked = tl.where(good, block, -1).to(tl.int32)
+        tl.store(checked_ptr + sequence.to(tl.int64) * wide + column, checked, mask=column < wide)
+        first += parts * N
+
+    while row < end_q:
+        mine = row + lane < end_q
+        position = len_k - end_q + row + lane  # below 0 there are more new tokens than tokens
+        there = mine & (position >= 0) & (refused == 0) & (columns > 0)
+        column = tl.minimum(tl.maximum(position, 0) // PAGE, columns - 1)
+        block = tl.load(table_ptr + column * stride_table_column, mask=there, other=-1).to(tl.int64)
+        there = there & (block >= 0) & (block < num_blocks)
+        tl.store(slot_ptr + row + lane, tl.where(there, block * PAGE + tl.maximum(position, 0) % PAGE, -1), mask=mine)
+        row += parts * N
+
+
+@triton.jit(do_not_specialize=["batch", "max_q", "window", "capacity"])
+def window_kernel(
+    cu_q_ptr, cu_k_ptr, cu_seen_ptr, start_ptr, batch, max_q, window, capacity, CHUNK: tl.constexpr
+):  # fmt: skip
+    """One program: the tokens that each sequence's window reaches, their offsets and where they begin."""
+    tl.store(cu_seen_ptr, 0)
+    gathered = batch * 0
+    first = batch * 0
+    while first < batch:
+        sequence = first + tl.arange(0, CHUNK)
+        there = sequence < batch
+        len_q = tl.load(cu_q_ptr + sequence + 1, mask=there, other=0)
+        len_q -= tl.load(cu_q_ptr + sequence, mask=there, other=0)
+        len_k = tl.load(cu_k_ptr + sequence + 1, mask=there, other=0)
+        len_k -= tl.load(cu_k_ptr + sequence, mask=there, other=0)
+        reach = tl.minimum(len_q, max_q).to(tl.int64) + window - 1
+        seen = tl.where(len_q > 0, tl.minimum(reach, len_k), 0).to(tl.int32)
+        tl.store(cu_seen_ptr + sequence + 1, tl.minimum(gathered + tl.cumsum(seen, 0), capacity), mask=there)
+        tl.store(start_ptr + sequence, len_k - seen, mask=there)
+        gathered += tl.sum(seen, 0)
+        first += CHUNK
+
+
+def launch_batch(table: Tensor, cu_q: Tensor, cu_k: Tensor, sizes: Sizes) -> BatchTensors:
+    """Launch `batch_kernel` on checked arguments; see `kvgather.attention.batch_tensors.batch_tensors`."""
+    batch, columns = table.shape
+    given: tuple[Tensor, ...] = (table, cu_q, cu_k)
+    if max(stride for tensor in given for stride in tensor.stride()) > MOST:  # of an axis of one element, at most
+        given = tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device).copy_(t) for t in given)
+    interpreted, device = interpreting(), table.device
+    wide = max(columns, 1)
+    narrow = _Parts((batch * wide, batch + 1, batch + 1), torch.int32, device)
+    long = _Parts((sizes.total_q, batch + 1, batch + 1), torch.int64, device)
+    copy = torch.empty((batch, columns), dtype=table.dtype, device=device)
+    parts = min(max(1, -(-max(columns, sizes.max_q) // _AT_A_TIME)), 16)
+    addresses = (*(tensor.data_ptr() for tensor in given), *narrow.addresses, long.addresses[0], copy.data_ptr(),
+                 *long.addresses[1:])  # fmt: skip
+    numbers = (
+        batch, columns, sizes.num_blocks, sizes.total_q, sizes.total_k, sizes.max_q, sizes.most, parts,
+        *given[0].stride(), *given[1].stride(), *given[2].stride(),
+    )  # fmt: skip
+    launch = prepared_once(
+        "batch", (device, interpreted, sizes.page_size, *_pointed(given)),
+        lambda: PreparedLaunch(
+            batch_kernel, (None,) * 10, (),
+            {"PAGE": sizes.page_size, "CHUNK": 16 if interpreted else 256, "N": _AT_A_TIME}, interpreted,
+        ),
+    )  # fmt: skip
+    checked, used_q, used_k = narrow.tensors
+    slots, given_q, given_k = long.tensors
+    checked = checked.view(batch, wide)
+    launch(
+        (batch + 1) * parts, (*given, checked, used_q, used_k, slots, copy, given_q, given_k), addresses, numbers
+    )  # fmt: skip
+    return BatchTensors(checked, used_q, used_k, slots, (copy, given_q, given_k))
+
+
+def launch_window(cu_q: Tensor, cu_k: Tensor, max_q: int, window: int, capacity: int) -> tuple[Tensor, Tensor]:
+    """Launch `window_kernel`; see `kvgather.attention.batch_tensors.window_offsets`."""
+    batch, interpreted = len(cu_q) - 1, interpreting()
+    made = _Parts((batch + 1, batch), torch.int32, cu_q.device)
+    launch = prepared_once(
+        "window", (cu_q.device, interpreted, *_pointed((cu_q, cu_k))),
+        lambda: PreparedLaunch(window_kernel, (None,) * 4, (), {"CHUNK": 16 if interpreted else 1024}, interpreted),
+    )  # fmt: skip
+    cu_seen, starts = made.tensors
+    launch(
+        1, (cu_q, cu_k, cu_seen, starts), (cu_q.data_ptr(), cu_k.data_ptr(), *made.addresses),
+        (batch, max_q, window, capacity),
+    )  # fmt: skip
+    return cu_seen, starts
+
+
+def _pointed(tensors: tuple[Tensor, ...]) -> tuple[object, ...]:
+    """What a kernel is compiled for of its pointers: dtypes, and which addresses are multiples of 16."""
+    return tuple((tensor.dtype, tensor.data_ptr() & 15) for tensor in tensors)
+
+
+class _Parts:
+    """Tensors of one allocation, each at a multiple of 16 bytes: to allocate them one by one takes longer.
+
+    Attributes:
+        tensors: one for each of `sizes`.
+        addresses: where they begin.
+    """
+
+    def __init__(self, sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        each = 16 // dtype.itemsize
+        cuts: list[int] = []
+        for size in sizes:
+            cuts += [size, -size % each]
+        memory = torch.empty(sum(cuts), dtype=dtype, device=device)
+        self.tensors = memory.split_with_sizes(cuts)[::2]
+        first = memory.data_ptr()
+        starts = accumulate((-(-size // each) * 16 for size in sizes[:-1]), initial=first)
+        self.addresses = tuple(starts)
