@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,10 @@ from .checked import CheckedBatch
 from .direct_kernel import combine_kernel, direct_kernel
 
 LOG2E = 1.4426950408889634
+WGMMA_ROWS = 64
+"""Rows from which on Triton multiplies with an H100's `wgmma` instructions; below, operands go through registers."""
+WIDEST_SWIZZLE = 64
+"""Elements of 2 bytes in the 128 bytes of the widest swizzle; an operand with rows as wide or wider has this one."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,42 @@ def choose_tile(rows: int, keys: int, programs: int, k_pad: int, v_pad: int, pro
     tiles = programs * -(-rows // m)
     splits = min(max(1, resident * processors // max(tiles, 1)), 64, max(1, keys // (4 * n)))
     return Tile(m, n, num_warps, num_stages, splits, registers)
+
+
+def alike_operands(tile: Tile, k_pad: int, v_pad: int) -> tuple[Tile, int, int]:
+    """Widen a tile for GPUs whose tensor cores read shared memory, until all operands are stored in one way.
+
+    From compute capability 9.0 on, tensor cores find an operand in shared memory through a 64-bit descriptor. Triton
+    computes it as the address of the buffer plus a constant; the constant's upper half says how the rows are stored,
+    and depends on their width up to 128 bytes. K and V, converted from FP8, take turns in one buffer. So with rows of
+    different widths two families of constants are added to one address, and ptxas 12.8.93 (in Triton 3.5 to 3.7)
+    compiles that wrongly: for the family with the larger upper half it adds the constants to a register that it never
+    wrote. The PTX is right, and the `wgmma` instructions for V read at stale addresses: values were silently wrong, or
+    the context was lost, with K and V padded to 64 and 32 or to 32 and 16 (H100, H200; compute-sanitizer: "Invalid
+    __shared__ read"). With one family the fault does not occur, whatever the version.
+
+    The instances known upstream: triton-lang/triton issues 11366 and 10486 (kernels with a 32-column operand), and
+    the workaround for Triton's own use of such sums in pull request 7196. The same PTX is compiled correctly by
+    ptxas 12.9.86, 13.0.88, 13.1.115, 13.3.33, 13.4.59 and 13.5.37, but the shape decides here, not the version: a
+    kernel may be compiled by another ptxas than the one that is found at run time.
+
+    Args:
+        tile: chosen or given.
+        k_pad, v_pad: head dims, rounded up to powers of two.
+
+    Returns:
+        The tile and both padded head dims, of at least 64 keys, columns and columns if `wgmma` reads them: rows of
+        128 bytes. Columns past a head dim are masked: they cost arithmetic and shared memory, no reads of the pool.
+    """
+    if tile.m < WGMMA_ROWS:
+        return tile, k_pad, v_pad
+    return replace(tile, n=max(tile.n, WIDEST_SWIZZLE)), max(k_pad, WIDEST_SWIZZLE), max(v_pad, WIDEST_SWIZZLE)
+
+
+@functools.cache
+def multiplies_from_shared_memory(device: torch.device) -> bool:
+    """Whether the tensor cores of a GPU read shared memory: NVIDIA's from compute capability 9.0 on."""
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def direct_attention(
@@ -180,17 +221,20 @@ class DirectLaunch:
     def __init__(self, call: DirectCall) -> None:
         """Prepare the launches for `call` and all that have its signature."""
         cache, tile, g, interpreted = call.cache, call.tile, call.cache.geometry, call.interpreted
+        k_pad, v_pad = padded_dims(g)
+        k_columns, v_columns = k_pad, v_pad
+        if not interpreted and multiplies_from_shared_memory(call.q.device):
+            tile, k_columns, v_columns = alike_operands(tile, k_pad, v_pad)
         self.group = call.q.shape[1] // g.num_kv_heads
         self.kv_heads = g.num_kv_heads
         self.tile = tile
         fmt = FORMATS.get(g.dtype)
         k, v = LoadStrides.of(cache.key_cache, g.layout, "key"), LoadStrides.of(cache.value_cache, g.layout, "value")
-        k_pad, v_pad = padded_dims(g)
         qk, pv = _operand_dtypes(call.q.dtype, g.dtype, cache.v_kind, interpreted)
         limit = {"maxnreg": tile.registers} if tile.registers and torch.version.cuda and not interpreted else {}
         self.constants: dict[str, Any] = {
             "PAGE": g.page_size, "KV_HEADS": g.num_kv_heads, "GROUP": self.group,
-            "K_DIM": g.head_dim, "V_DIM": g.v_head_dim, "K_PAD": k_pad, "V_PAD": v_pad,
+            "K_DIM": g.head_dim, "V_DIM": g.v_head_dim, "K_PAD": k_columns, "V_PAD": v_columns,
             "M": tile.m, "N": tile.n, "SAME_PAGE": math.gcd(g.page_size, tile.n), "SPLIT": tile.splits > 1,
             "WINDOW": call.window or 0,
             "BEGINS": call.begin is not None, "STATE": call.state is not None, "SINKS": call.sinks is not None,

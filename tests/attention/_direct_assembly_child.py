@@ -5,6 +5,7 @@ It calls the launcher itself, with tensors that have shapes and no memory, and t
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import pickle
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 META = torch.device("meta")
+GUARD: list[Any] = []
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Job:
         tile: rows, keys, warps, stages, splits; None: what the launcher chooses for the batch.
         new: new tokens of each of `sequences` sequences.
         num_blocks: the pool's size, which decides how AMD GPUs address it.
+        guarded: false leaves out `alike_operands`, to see what it is for.
     """
 
     target: str
@@ -48,6 +51,7 @@ class Job:
     new: int = 16
     sequences: int = 16
     num_blocks: int = 512
+    guarded: bool = True
 
     def __str__(self) -> str:
         parts = [self.target.replace(":", ""), self.layout, *dict.fromkeys(self.kinds), str(self.dtype).split(".")[1]]
@@ -86,6 +90,7 @@ def compile_one(job: Job) -> dict[str, Any]:
     from kvgather.formats.scale import Scale, kind_shape
     from kvgather.lab._assembly_child import NoDriver, gpu_target, words_of
 
+    GUARD.append(direct.alike_operands)  # the first is the launcher's own
     gpu = gpu_target(job.target)
     in_hardware = fp8_in_hardware(*job.target.split(":"))
     captured = Captured(direct_kernel)
@@ -93,11 +98,13 @@ def compile_one(job: Job) -> dict[str, Any]:
         "fp8_support": lambda _: {job.dtype: "hardware" if job.dtype in in_hardware else "software"},
         "direct_kernel": captured,
         "combine_kernel": Captured(combine_kernel),
+        "multiplies_from_shared_memory": lambda _: gpu.backend == "cuda" and gpu.arch >= 90,
+        "alike_operands": GUARD[0] if job.guarded else lambda *same: same,
     }
     for name, value in changes.items():
         setattr(direct, name, value)
     launch.launching = lambda *_: contextlib.nullcontext()  # type: ignore[assignment]
-    launch._CALLS_COMPILED = False
+    launch._RUNS_COMPILED = False
     launch._PREPARED.clear()
     torch.version.cuda = "13.0" if gpu.backend == "cuda" else None
 
@@ -141,6 +148,7 @@ def compile_one(job: Job) -> dict[str, Any]:
     kernel, constants = captured.compiled, captured.constants
     return {
         "text": kernel.asm["ptx" if gpu.backend == "cuda" else "amdgcn"],
+        "cubin": base64.b64encode(kernel.asm.get("cubin", b"")).decode(),
         "shared": kernel.metadata.shared,
         "constants": {
             name: value if isinstance(value, (int, str)) else str(value) for name, value in constants.items()

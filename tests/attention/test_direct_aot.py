@@ -8,6 +8,8 @@ import pickle
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,19 +35,24 @@ SHARED = {"cuda:80": 166_912, "cuda:90": 232_448, "cuda:100": 232_448, "hip:gfx9
 """Bytes that one program may have."""
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[Job, dict[str, Any]]:
+def compile_in_a_child(jobs: Sequence[Job], folder: Path, timeout: float = 600) -> dict[Job, dict[str, Any]]:
+    """What the launcher compiles for each of `jobs`; `folder` keeps Triton's cache."""
     environment = dict(os.environ) | {
-        "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
+        "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }  # fmt: skip
     child = subprocess.run(
         [sys.executable, "-P", "-m", "tests.attention._direct_assembly_child"],
-        input=pickle.dumps(list(JOBS)), env=environment, capture_output=True, timeout=600,
+        input=pickle.dumps(list(jobs)), env=environment, capture_output=True, timeout=timeout,
     )  # fmt: skip
     answers = [json.loads(line) for line in child.stdout.splitlines() if line.startswith(b"{")]
-    assert len(answers) == len(JOBS), child.stderr.decode(errors="replace")[-2000:]
-    return dict(zip(JOBS, answers, strict=True))
+    assert len(answers) == len(jobs), child.stderr.decode(errors="replace")[-2000:]
+    return dict(zip(jobs, answers, strict=True))
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[Job, dict[str, Any]]:
+    return compile_in_a_child(JOBS, tmp_path_factory.mktemp("triton"))
 
 
 @pytest.mark.parametrize("job", JOBS, ids=str)

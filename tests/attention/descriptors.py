@@ -1,0 +1,434 @@
+"""Checks, in a compiled kernel, the addresses that Hopper's tensor cores read: machine code against PTX, without a GPU.
+
+A `wgmma` instruction finds an operand in shared memory through a 64-bit descriptor: bits 0-13 hold the address in units
+of 16 bytes, the others how the operand is stored. PTX says each as "address of the buffer, plus constant". In machine
+code (`HGMMA`) descriptors are in uniform registers. `faults` follows these registers through the control flow and
+reports every descriptor that is not one of the PTX's, and every uniform register that is read but never written.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+BASE = 0x400
+"""Where a program's shared memory begins, in bytes; the machine code says so itself."""
+BITS32 = 2**32 - 1
+BITS14 = 2**14 - 1
+
+
+@dataclass(frozen=True)
+class Word:
+    """A 32-bit value: `offset`, plus what `root` names (nothing: the value is known).
+
+    Attributes:
+        small: the root is below 2**14: the address of a buffer that is only known at run time, as a descriptor has it.
+        defined: false once the value comes, on some path, from a register that was never written.
+    """
+
+    offset: int = 0
+    root: str = ""
+    small: bool = False
+    defined: bool = True
+
+    @property
+    def number(self) -> int | None:
+        return self.offset if self.defined and not self.root else None
+
+    def plus(self, addend: int) -> tuple[Word, int | None]:
+        """The sum and its carry; an unknown carry is None."""
+        total = self.offset + addend
+        if self.root and not (self.small and total % 2**32 + BITS14 <= BITS32 and self.offset + BITS14 <= BITS32):
+            return Word((self.offset + addend) & BITS32, self.root, False, self.defined), None
+        return Word(total & BITS32, self.root, self.small, self.defined), total >> 32
+
+    def masked(self, bits: int, root: str) -> Word:
+        if self.number is not None or not self.defined:
+            return Word(self.offset & (2**bits - 1), self.root, False, self.defined)
+        return Word(0, root, bits <= 14)
+
+
+UNDEFINED = Word(root="never written", defined=False)
+State = dict[str, Word]
+
+
+@dataclass(frozen=True)
+class Multiply:
+    """One instruction of the tensor cores: its shape such as "64x32x16", and its descriptors, A's (if any) and B's.
+
+    A descriptor is (run-time address, low 32 bits without it, high 32 bits); None where a value is not known.
+    """
+
+    shape: str
+    transposed: bool
+    descriptors: tuple[tuple[bool, int, int] | None, ...]
+
+    def __str__(self) -> str:
+        words = ", ".join(
+            "unknown" if one is None else f"{'address + ' if one[0] else ''}{one[1] | one[2] << 32:#018x}"
+            for one in self.descriptors
+        )
+        return f"{self.shape}{' transposed' if self.transposed else ''}: {words}"
+
+
+@dataclass
+class Instruction:
+    address: str
+    guard: str
+    opcode: str
+    operands: list[str]
+
+
+@dataclass
+class Block:
+    label: str
+    code: list[Instruction] = field(default_factory=list)
+    next: list[str] = field(default_factory=list)
+
+
+def faults(ptx: str, sass: str) -> list[str]:
+    """What the machine code of one kernel addresses otherwise than its PTX; empty: nothing.
+
+    Args:
+        ptx: the kernel's PTX.
+        sass: the same kernel as `nvdisasm -c` writes it.
+    """
+    found, unwritten = run(blocks(sass))
+    expected = Counter(promised(ptx))
+    words = [f"{at}: {one} is not in the PTX" for at, one in found.items() if one not in expected]
+    if not words and len(found) == expected.total() and Counter(found.values()) != expected:
+        words.append("one descriptor is used more often than in the PTX, and another less often")
+    return [*words, *unwritten]
+
+
+def tool(name: str) -> Path:
+    """A tool of NVIDIA's, "ptxas" or "nvdisasm", as Triton has it; the test is skipped where there is none."""
+    from triton import knobs
+
+    try:
+        return Path(getattr(knobs.nvidia, name).path)
+    except RuntimeError as error:
+        pytest.skip(f"no {name}: {error}")
+
+
+def version_of(ptxas: Path) -> tuple[int, ...]:
+    words = subprocess.run([ptxas, "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release \d+\.\d+, V([\d.]+)", words)
+    assert release, words
+    return tuple(int(part) for part in release[1].split("."))
+
+
+def disassembled(cubin: Path, nvdisasm: str | Path) -> str:
+    """The machine code of a compiled kernel."""
+    return subprocess.run([nvdisasm, "-c", cubin], capture_output=True, text=True, check=True).stdout
+
+
+def promised(ptx: str) -> Iterator[Multiply]:
+    """The `wgmma` instructions of a PTX text, in its order."""
+    registers: dict[str, list[tuple[str, list[str]]]] = {}
+    for name, register, rest in re.findall(r"^\s*([a-z][\w.]+)\s+(%\w+),\s*([^;{]+);", ptx, re.M):
+        registers.setdefault(register, []).append((name, [part.strip() for part in rest.split(",")]))
+    for shape, rest in re.findall(r"wgmma\.mma_async\.sync\.aligned\.m(\w+)\.\S+ (.*?);", ptx, re.S):
+        parts = re.sub(r"\{[^}]*\}", "{}", rest).replace(" ", "").split(",")
+        ends = parts.index("p") if "p" in parts else 3
+        flags = parts[ends + 3 :]
+        names = [part for part in parts[1:ends] if part.startswith("%rd")]
+        transposed = bool(flags) and flags[-1] == "1"
+        yield Multiply(re.sub(r"[nk]", "x", shape), transposed, tuple(_promise(name, registers) for name in names))
+
+
+def _promise(name: str, registers: dict[str, list[tuple[str, list[str]]]]) -> tuple[bool, int, int] | None:
+    value = _evaluated(name, registers)
+    return None if value is None else (value[0], value[1] & BITS32, value[1] >> 32 & BITS32)
+
+
+def _evaluated(name: str, registers: dict[str, list[tuple[str, list[str]]]], depth: int = 0) -> tuple[bool, int] | None:
+    """(Does it contain an address known at run time only, the rest); None: not a sum of that form."""
+    if re.fullmatch(r"-?\d+", name):
+        return False, int(name)
+    if name == "global_smem":
+        return False, BASE
+    made = registers.get(name, [])
+    if len(made) != 1 or depth > 20:
+        return None
+    opcode, sources = made[0]
+    values = [_evaluated(source, registers, depth + 1) for source in sources]
+    kind = opcode.split(".")[0]
+    if kind == "bfe" and values[1:] == [(False, 4), (False, 14)]:
+        return (True, 0) if values[0] is None or values[0][0] else (False, values[0][1] >> 4 & BITS14)
+    if kind == "and" and len(values) == 2 and values[1] == (False, BITS14) and values[0] is None:
+        return True, 0
+    if any(value is None for value in values):
+        return None
+    known = [value for value in values if value is not None]
+    numbers = [number for _, number in known]
+    address = any(dynamic for dynamic, _ in known)
+    if kind in ("mov", "cvt", "cvta"):
+        return known[0]
+    if kind in ("add", "or") and not all(dynamic for dynamic, _ in known):
+        return address, (numbers[0] + numbers[1] if kind == "add" else numbers[0] | numbers[1]) & 2**64 - 1
+    if kind in ("and", "shr") and not address:
+        return False, numbers[0] & numbers[1] if kind == "and" else numbers[0] >> numbers[1]
+    return None
+
+
+def blocks(sass: str) -> dict[str, Block]:
+    """The control flow of a disassembled kernel; the first block is its entry."""
+    made = {"entry": Block("entry")}
+    current = made["entry"]
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            current = _following(made, current, label[1])
+        if not (one := re.search(r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);", line)):
+            continue
+        operands = (
+            [operand.strip().removesuffix(".reuse") for operand in re.split(r",(?![^\[]*\])", one[4])]
+            if one[4].strip()
+            else []
+        )
+        step = Instruction(one[1], one[2] or "", one[3], operands)
+        current.code.append(step)
+        target = re.search(r"`\((\.L_\w+)\)", one[4])
+        kind = step.opcode.split(".")[0]
+        if kind in ("BRA", "EXIT", "RET", "CALL"):
+            current.next += [target[1]] if target else []
+            always = not step.guard and len(operands) <= 1 and kind != "CALL"
+            current = _following(made, current, f"after {one[1]}", always)
+    return made
+
+
+def _following(made: dict[str, Block], current: Block, label: str, jumps: bool = False) -> Block:
+    if not jumps:
+        current.next.append(label)
+    made[label] = Block(label)
+    return made[label]
+
+
+def run(flow: dict[str, Block]) -> tuple[dict[str, Multiply], list[str]]:
+    """Follow the uniform registers until nothing changes.
+
+    Returns:
+        The tensor cores' instructions by address, and a line for each register read that was never written.
+    """
+    before: dict[str, State] = {next(iter(flow)): {}}
+    found: dict[str, Multiply] = {}
+    unwritten: dict[str, str] = {}
+    todo = [next(iter(flow))]
+    while todo:
+        block = flow[todo.pop()]
+        state = dict(before[block.label])
+        for step in block.code:
+            _step(step, state, found, unwritten)
+        for label in block.next:
+            if label not in flow:
+                continue
+            joined = _joined(before[label], state, label) if label in before else dict(state)
+            if joined != before.get(label):
+                before[label] = joined
+                todo.append(label)
+    return dict(sorted(found.items(), key=lambda one: int(one[0], 16))), list(unwritten.values())
+
+
+def _joined(a: State, b: State, label: str) -> State:
+    """The state after two paths meet; of thread registers only those that both know are kept."""
+    names = {name for name in {*a, *b} if name.startswith("U") or (name in a and name in b)}
+    return {name: _either(a.get(name, UNDEFINED), b.get(name, UNDEFINED), f"{name} at {label}") for name in names}
+
+
+def _either(a: Word, b: Word, root: str) -> Word:
+    if a == b:
+        return a
+    if UNDEFINED in (a, b) or not (a.defined and b.defined):
+        return Word(root="written on some paths only", defined=False)
+    return Word(0, root, all(word.small and word.offset == 0 for word in (a, b)))
+
+
+def _step(step: Instruction, state: State, found: dict[str, Multiply], unwritten: dict[str, str]) -> None:
+    if step.guard in ("!UPT", "!PT"):
+        return
+    if step.opcode.startswith("HGMMA"):
+        found[step.address] = _multiply(step, state)
+    written = step.operands[0] if step.operands and re.fullmatch(r"U?R\d+", step.operands[0]) else ""
+    sources = step.operands[1:] if written else step.operands
+    for name in re.findall(r"\bUR\d+", " ".join(sources)):
+        if not step.opcode.startswith("HGMMA") and state.get(name, UNDEFINED) == UNDEFINED:
+            unwritten[step.address] = f"{step.address}: {step.opcode} reads {name}, which was never written"
+    if not written:
+        return
+    old = dict(state)
+    _write(step, state)
+    if step.guard:
+        for name in [name for name in state if state[name] != old.get(name)]:
+            state[name] = _either(_value(name, old), state[name], f"{name} after {step.address}")
+
+
+def _multiply(step: Instruction, state: State) -> Multiply:
+    at = next(i for i, operand in enumerate(step.operands) if operand.startswith("gdesc["))
+    first = int(re.findall(r"UR(\d+)", step.operands[at])[0])
+    both = at == 1  # A is in shared memory too
+    pairs = [(state.get(f"UR{i}", UNDEFINED), state.get(f"UR{i + 1}", UNDEFINED)) for i in (first, first + 2)]
+    shape = step.opcode.split(".")[1]
+    return Multiply(
+        shape, "tnspB" in step.operands[at], tuple(_descriptor(*pair) for pair in pairs[0 if both else 1 :])
+    )
+
+
+def _descriptor(low: Word, high: Word) -> tuple[bool, int, int] | None:
+    if high.number is None or not low.defined or (low.root and not low.small):
+        return None
+    return bool(low.root), low.offset, high.number
+
+
+def _write(step: Instruction, state: State) -> None:
+    """The effect of one instruction that writes a register; what is not understood becomes unknown.
+
+    Thread registers count because uniform ones are saved in them. Their instructions are the uniform ones without U.
+    """
+    target, *operands = step.operands
+    kind, *flags = step.opcode.split(".")
+    kind = kind if kind in ("S2UR", "R2UR", "UMOV") else kind.removeprefix("U")
+    carries = [operand for operand in operands if re.fullmatch(r"!?U?P(\d|T)", operand)]
+    plain = [operand for operand in operands if operand not in carries]
+    number, name = int(target.lstrip("UR")), target.rstrip("0123456789")
+    unknown = Word(0, f"{target} of {step.address}")
+    values, inputs = [_value(operand, state) for operand in plain], [_value(operand, state) for operand in carries[-2:]]
+    both = _sum64(plain, state, unknown) if kind == "IADD3" and "64" in flags else None
+    for i in range(_width(kind, flags)):
+        if name == "R":
+            state.pop(f"R{number + i}", None)
+        else:
+            state[f"UR{number + i}"] = Word(0, f"UR{number + i} of {step.address}")
+    if both:
+        state[f"{name}{number}"], state[f"{name}{number + 1}"] = both
+        return
+    carry: int | None = None
+    result = _result(kind, flags, values, plain, unknown)
+    if kind == "IMAD" and plain[1:2] in (["RZ"], ["0x1"]) and flags in (["X"], ["IADD"]):
+        values = [values[0], values[2]] if plain[1] == "0x1" else values[2:]
+        kind = "IADD3"
+    if kind in ("IADD3", "VIADD"):
+        result, carry = _sum([*values, *(inputs if "X" in flags else [])], unknown)
+    for operand in carries:
+        if operands.index(operand) < 2 and re.fullmatch(r"U?P\d", operand):
+            state[operand] = Word(0, f"{operand} of {step.address}") if carry is None else Word(carry)
+    if name == "UR" or result != unknown:
+        state[target] = result
+
+
+def _width(kind: str, flags: list[str]) -> int:
+    """How many registers an instruction writes; where that is uncertain, rather too many."""
+    if kind == "HGMMA":
+        return int(flags[0].split("x")[1]) // 2
+    if kind == "LDSM":
+        return int(flags[-1]) if flags[-1].isdigit() else 1
+    if "128" in flags or kind == "HMMA":
+        return 4
+    return 2 if {"64", "WIDE"} & set(flags) else 1
+
+
+def _result(kind: str, flags: list[str], values: list[Word], operands: list[str], unknown: Word) -> Word:
+    if kind in ("S2UR", "S2R"):
+        return Word(0) if operands[0] == "SR_CgaCtaId" else unknown  # no clusters here
+    known_kinds = ("R2UR", "UMOV", "MOV", "SGXT", "LOP3", "LEA", "SHF")
+    moves = kind == "IMAD" and flags in (["U32"], ["MOV", "U32"]) and operands[:2] == ["RZ", "RZ"]
+    if not values or (kind not in known_kinds and not moves):
+        return unknown
+    if any(not value.defined for value in values):
+        return Word(root="made of a register that was never written", defined=False)
+    numbers = [value.number for value in values]
+    if kind in ("UMOV", "MOV", "R2UR") or moves:
+        return values[-1 if moves else 0]
+    if kind == "SGXT" and "U32" in flags and numbers[1] is not None:
+        return values[0].masked(numbers[1], unknown.root)
+    if kind == "LOP3":
+        return _logic(values, operands, unknown)
+    known = [number for number in numbers if number is not None]
+    if len(known) < len(numbers):
+        return unknown
+    if kind == "LEA" and not flags:
+        return Word((known[0] << known[2]) + known[1] & BITS32)
+    if kind == "SHF" and flags[:2] == ["R", "U32"] and known[0] == 0:
+        return Word(known[2] >> known[1])
+    if kind == "SHF" and flags[:2] == ["L", "U32"] and known[2] == 0:
+        return Word(known[0] << known[1] & BITS32)
+    return unknown
+
+
+def _logic(values: list[Word], operands: list[str], unknown: Word) -> Word:
+    """`LOP3.LUT`: any function of three bits, by its truth table."""
+    table = values[3].number
+    if table is None:
+        return unknown
+    *sources, _ = values[:4]
+    numbers = [source.number for source in sources]
+    if None not in numbers:
+        a, b, c = (number or 0 for number in numbers)
+        total = 0
+        for bits in range(8):
+            if table >> bits & 1:
+                total |= (a if bits & 4 else ~a) & (b if bits & 2 else ~b) & (c if bits & 1 else ~c)
+        return Word(total & BITS32)
+    if table == 0xC0 and 1 in [value.number is None for value in sources[:2]]:
+        mask = next((number for number in numbers[:2] if number is not None), None)
+        if mask is not None and mask <= BITS14:
+            return Word(0, unknown.root, True)
+    if table == 0xFC:
+        one = next(source for source in sources if source.number is None)
+        rest = next((number for number in numbers[:2] if number is not None), None)
+        if one.small and rest is not None and not (rest | one.offset) & BITS14:
+            return Word(one.offset | rest, one.root, True)
+    return unknown
+
+
+def _value(operand: str, state: State) -> Word:
+    sign, name = (operand[0], operand[1:]) if operand[0] in "-!" else ("", operand)
+    if name in ("URZ", "RZ"):
+        return Word(0)
+    if name in ("UPT", "PT"):
+        return Word(0 if sign == "!" else 1)
+    if re.fullmatch(r"-?(0x[0-9a-f]+|\d+)", operand):
+        return Word(int(operand, 0) & BITS32)
+    word = state.get(name, UNDEFINED) if re.fullmatch(r"UR\d+|UP\d", name) else state.get(name, Word(0, name))
+    if not sign:
+        return word
+    known = word.number
+    if known is None:
+        return Word(0, f"{sign}{word.root}", False, word.defined)
+    return Word(1 - known if sign == "!" else 2**32 - known)  # 2**32 itself carries, as ~0 + 1 does
+
+
+def _sum(values: Iterable[Word], unknown: Word) -> tuple[Word, int | None]:
+    terms = list(values)
+    if any(not term.defined for term in terms):
+        return Word(root="made of a register that was never written", defined=False), None
+    roots = [term for term in terms if term.root]
+    if len(roots) > 1:
+        return unknown, None
+    return (roots[0] if roots else Word(0)).plus(sum(term.offset for term in terms if not term.root))
+
+
+def _sum64(operands: list[str], state: State, unknown: Word) -> tuple[Word, Word]:
+    total, roots, fine = 0, [], True
+    for operand in operands:
+        sign, name = ("-", operand[1:]) if operand.startswith("-UR") else ("", operand)
+        low, high = _value(name, state), Word(0)
+        if name.startswith("UR") and name != "URZ":
+            high = state.get(f"UR{int(name[2:]) + 1}", UNDEFINED)
+        elif low.offset >> 31:
+            high = Word(BITS32)
+        if not (low.defined and high.defined):
+            return (Word(root="made of a register that was never written", defined=False),) * 2
+        fine &= high.number is not None and (not low.root or (low.small and not sign))
+        roots += [low] if low.root else []
+        total += (low.offset + (high.offset << 32)) * (-1 if sign else 1)
+    total %= 2**64
+    if not fine or len(roots) > 1 or (roots and (total & BITS32) + BITS14 > BITS32):
+        return unknown, Word(0, f"high half, {unknown.root}")
+    root = roots[0] if roots else Word(0)
+    return Word(total & BITS32, root.root, root.small), Word(total >> 32)
