@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-TOOLS = Path(__file__).resolve().parent
+from gpu_record import with_path
+
 MARKS = re.compile(r"pytest\.mark\.gpu|from tests\.where import")
 """A file without these words has no GPU test; it may need packages that a GPU machine lacks."""
 
@@ -135,8 +136,7 @@ def command(root: Path, files: Sequence[str], *more: str) -> list[str]:
 
 def environment(folder: Path, cache: Path, ids: Sequence[str] | None) -> dict[str, str]:
     """A child's: one thread, a kernel cache that all share, and none of the plugins that happen to be installed."""
-    made = dict(os.environ)
-    made["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TOOLS), os.environ.get("PYTHONPATH")]))
+    made = with_path(Path(__file__).resolve().parent)
     made |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     made.setdefault("TRITON_CACHE_DIR", str(cache / "triton"))
     made.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))

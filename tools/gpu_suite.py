@@ -11,31 +11,20 @@ The record says how many tests passed, failed and were skipped, why, and on whic
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from gpu_processes import End, Shard, candidates, collect, cut, run_shards
+from gpu_record import ROOT, cores, machine, write
 
-ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "benchmarks" / "results" / "gpu_suite.json"
 WORDS = {"failed": "failed", "passed": "passed", "skipped": "skipped", "errors": "error"}
 """An outcome's name in the record, and pytest's word for it, in the order of its last line."""
 RESERVED_GIGABYTES = 6
-MACHINE = """
-import json, torch
-from kvgather.bench.runner import machine
-gpu = torch.cuda.is_available()
-gigabytes = torch.cuda.get_device_properties(0).total_memory / 1e9 if gpu else 0.0
-print(json.dumps([gigabytes, machine("cuda" if gpu else "cpu")]))
-"""
 
 
 class Suite:
@@ -97,32 +86,12 @@ def told(numbers: dict[str, int]) -> str:
     return ", ".join(parts) or "no tests ran"
 
 
-def machine() -> tuple[float, dict[str, str]]:
-    """The GPU's memory in 10^9 bytes, 0 without one; and device, driver, torch, triton, commit and date."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, "-c", MACHINE], env=dict(os.environ) | {"PYTHONPATH": path}, capture_output=True, text=True
-    )
-    if done.returncode:
-        raise SystemExit(f"torch or kvgather cannot be used: {done.stderr[-600:]}")
-    gigabytes, found = json.loads(done.stdout.splitlines()[-1])
-    return gigabytes, found
-
-
-def write(record: dict[str, Any], out: Path) -> None:
-    """Write JSON next to `out` and rename it, so that no half of a record is ever there."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_name(out.name + ".part")
-    beside.write_text(json.dumps(record, indent=2) + "\n")
-    beside.replace(out)
-
-
 def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="gpu_suite.py", description="Run every test marked gpu, to the end.")
     parser.add_argument("paths", nargs="*", default=["tests"], help="files or folders, from the root; default: tests")
     parser.add_argument("--out", type=Path, help="the record; default: benchmarks/results/gpu_suite.json")
     parser.add_argument("--log", type=Path, help="a file for what the processes print, and each test's seconds")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes at a time")
+    parser.add_argument("--workers", type=int, default=cores(), help="processes at a time")
     parser.add_argument("--limit", type=float, default=240.0, help="seconds for one test, after which it is killed")
     parser.add_argument("--within", type=float, default=3600.0, help="seconds for all; what is left is an error")
     parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)  # the tests of this module
