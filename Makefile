@@ -3,7 +3,8 @@
 #   make lab    set everything up in .venv and open JupyterLab on the first chapter
 #   make test   set everything up and run every check
 #
-# And to measure, on a GPU if there is one: make bench
+# With a GPU, make test-gpu runs every test that needs one, and make memcheck runs every kernel under compute-sanitizer.
+# To measure, on a GPU if there is one: make bench
 #
 # Variables, for each:
 #
@@ -24,7 +25,7 @@ NOTEBOOKS = $(sort $(wildcard notebooks/*.ipynb))
 NBVAL = --nbval --nbval-sanitize-with tests/notebooks/sanitize.cfg --nbval-cell-timeout 120 $(NOTEBOOKS)
 export PYTHON TORCH
 
-.PHONY: help lab test bench setup browser lint types format notebooks clean
+.PHONY: help lab test test-gpu memcheck bench setup browser lint types format notebooks clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -36,6 +37,14 @@ lab: setup
 # output is pytest's own: CI reads it.
 test: setup lint types browser
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadscope tests $(if $(NOTEBOOKS),$(NBVAL)) $(ARGS)
+
+# Each file in a process of its own, 10 minutes on one H100 with 16 cores at most; writes benchmarks/results/gpu_suite.json.
+test-gpu: setup
+	@$(PY) tools/gpu_suite.py $(ARGS)
+
+# compute-sanitizer over one launch of every kernel variant; writes benchmarks/results/memcheck.json.
+memcheck: setup
+	@$(PY) tools/memcheck.py $(ARGS)
 
 # ARGS="--case SHUFFLE-8x64 --csv" measures some cases and keeps their rows in benchmarks/results/.
 bench: setup

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -40,9 +41,7 @@ def memory(elements: int, dtype: torch.dtype, where: str) -> Tensor:
     """Uninitialised memory: real on a GPU, reserved on a CPU."""
     size = elements * dtype.itemsize
     if where == "cuda":
-        free = torch.cuda.mem_get_info()[0]
-        if free < 2 * size + 2**30:
-            pytest.skip(f"needs 2 × {size / 2**30:.1f} GiB of GPU memory, and {free / 2**30:.1f} GiB are free")
+        wait_for_gpu_memory(2 * size + 2**30)
         return torch.empty(elements, dtype=dtype, device=where)
     if sys.platform != "linux":
         pytest.skip("needs Linux, which reserves memory without giving it")
@@ -51,6 +50,17 @@ def memory(elements: int, dtype: torch.dtype, where: str) -> Tensor:
     except OSError as error:
         pytest.skip(f"{size / 2**30:.1f} GiB of addresses cannot be reserved here: {error}")
     return torch.frombuffer(reserved, dtype=torch.uint8).view(dtype)
+
+
+def wait_for_gpu_memory(size: int, seconds: float = 120.0) -> None:
+    """Until so many bytes are free: other processes share the GPU, and what they hold now says nothing about it."""
+    total = torch.cuda.get_device_properties("cuda").total_memory
+    if total < size:
+        pytest.skip(f"needs {size / 2**30:.1f} GiB of GPU memory, and the GPU has {total / 2**30:.1f}")
+    end = time.monotonic() + seconds
+    while (free := torch.cuda.mem_get_info()[0]) < size and time.monotonic() < end:
+        time.sleep(1)
+    assert free >= size, f"{free / 2**30:.1f} GiB of the GPU were free for {seconds:g} s, of {size / 2**30:.1f} needed"
 
 
 def codes_at(offsets: Tensor) -> Tensor:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from kvgather.lab import fence
+from kvgather.lab import _gpu_pages, fence
 from kvgather.lab.fence import FenceError, fenced
 
 needs_mprotect = pytest.mark.skipif(sys.platform == "win32", reason="needs mprotect")
@@ -162,17 +163,31 @@ def test_a_missing_driver_binding_is_said_so(monkeypatch):
         fenced(torch.ones(1), "cuda")
 
 
+@pytest.fixture
+def driver_calls(monkeypatch):
+    """How often each call of the driver succeeded for the fences of this process; free memory is every process's."""
+    calls: Counter[str] = Counter()
+    ask = _gpu_pages._Driver.__call__
+
+    def counted(self, name, *arguments):
+        answer = ask(self, name, *arguments)
+        calls[name] += 1
+        return answer
+
+    monkeypatch.setattr(_gpu_pages._Driver, "__call__", counted)
+    return calls
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("side", fence.SIDES)
-def test_values_are_kept_on_a_gpu_and_memory_comes_back(side):
+def test_values_are_kept_on_a_gpu_and_memory_comes_back(side, driver_calls):
     value = torch.randn(3, 5).to(torch.float8_e4m3fn)
-    torch.cuda.synchronize()
-    free = torch.cuda.mem_get_info()[0]
     copies = [fenced(value, "cuda", side) for _ in range(8)]
     assert all(torch.equal(copy.cpu().float(), value.float()) for copy in copies)
     end = copies[0].data_ptr() + (15 if side == "after" else 0)
     assert end % 4096 == 0
+    made = ("MemAddressReserve", "MemCreate", "MemMap")
+    assert [driver_calls[name] for name in made] == [8, 8, 8] and not driver_calls["MemRelease"]
     del copies
     gc.collect()
-    torch.cuda.synchronize()
-    assert torch.cuda.mem_get_info()[0] >= free
+    assert [driver_calls[name] for name in ("MemUnmap", "MemRelease", "MemAddressFree")] == [8, 8, 8]
