@@ -40,7 +40,9 @@ class Tile:
     registers: int | None = None  # at most so many a thread
 
 
-def choose_tile(rows: int, keys: int, programs: int, k_pad: int, v_pad: int, processors: int) -> Tile:
+def choose_tile(
+    rows: int, keys: int, programs: int, k_pad: int, v_pad: int, processors: int, operand_bytes: int = 2
+) -> Tile:
     """The tile for a batch, by its bounds alone.
 
     Args:
@@ -49,17 +51,13 @@ def choose_tile(rows: int, keys: int, programs: int, k_pad: int, v_pad: int, pro
         programs: sequences × KV heads.
         k_pad, v_pad: head dims, rounded up to powers of two.
         processors: of the GPU.
+        operand_bytes: of an element as it is multiplied: 4 where q or the pool is FP32.
     """
     wide = max(k_pad, v_pad)
     if wide > 128:
-        m, n, num_warps, num_stages, registers, resident = (
-            min(max(16, triton.next_power_of_2(rows)), 64),
-            64,
-            8,
-            2,
-            None,
-            1,
-        )
+        # 64 rows of FP32 would take 272 KiB of shared memory, and an H100 has 227.
+        m = min(max(16, triton.next_power_of_2(rows)), 64 if operand_bytes == 2 else 16)
+        n, num_warps, num_stages, registers, resident = 64, 8, 2, None, 1
     elif rows <= 16:  # tensor cores fed from registers; how many programs fit on a processor decides
         m, n, num_warps, num_stages, registers, resident = 16, 64, 2, 3, 128, 8
     elif rows <= 64 or wide > 64:
@@ -161,13 +159,15 @@ def direct_attention(
 def tile_of(q: Tensor, cache: PagedKVCache, batch: CheckedBatch, window: int | None, interpreted: bool) -> Tile:
     """The tile for a layer of a batch, chosen once for all that are alike."""
     g, (n, q_heads, _) = cache.geometry, q.shape
-    key = "tile", n, q_heads, g.num_kv_heads, g.head_dim, g.v_head_dim, window, interpreted
+    key = "tile", n, q_heads, g.num_kv_heads, g.head_dim, g.v_head_dim, q.dtype, g.dtype, window, interpreted
 
     def choose() -> Tile:
         processors = 1 if interpreted else torch.cuda.get_device_properties(q.device).multi_processor_count
         keys = batch.max_k if window is None else min(batch.max_k, window + batch.max_q)
         rows = min(batch.max_q, n) * (q_heads // g.num_kv_heads)
-        return choose_tile(rows, keys, batch.num_sequences * g.num_kv_heads, *padded_dims(g), processors)
+        operand_bytes = 4 if torch.float32 in (q.dtype, g.dtype) else 2
+        programs = batch.num_sequences * g.num_kv_heads
+        return choose_tile(rows, keys, programs, *padded_dims(g), processors, operand_bytes)
 
     tile: Tile = batch.decided(key, choose)
     return tile
