@@ -44,7 +44,6 @@ class Known:
     Attributes:
         launch: its kernel.
         looks_like: whether other tensors are like its own.
-        alignment: its addresses modulo 16: what Triton compiled for.
         page_size, num_blocks, device: of its pools.
         spans: bytes from the first to the last, of the pools and of the scales; 0 for no scale.
         k_reach, v_reach: elements from the first to the last of an output's row.
@@ -55,7 +54,6 @@ class Known:
 
     launch: GatherLaunch
     looks_like: Callable[..., bool]
-    alignment: tuple[int, ...]
     page_size: int
     num_blocks: int
     device: torch.device
@@ -113,14 +111,14 @@ def remember(
     spans = [extent(t) * t.element_size() if isinstance(t, Tensor) else 0 for t in source]
     heads = geometry.num_kv_heads
     known = Known(
-        launch, guard(tensors, sizes, strides), _alignment(source, out, table), geometry.page_size,
-        geometry.num_blocks, geometry.device, (spans[0], spans[1], spans[2], spans[3]), row_reach(out[0]),
-        row_reach(out[1]), ((heads, geometry.head_dim), (heads, geometry.v_head_dim)), geometry.dtype.itemsize,
+        launch, guard(tensors, sizes, strides), geometry.page_size, geometry.num_blocks, geometry.device,
+        (spans[0], spans[1], spans[2], spans[3]), row_reach(out[0]), row_reach(out[1]), ((heads, geometry.head_dim), (heads, geometry.v_head_dim)), geometry.dtype.itemsize,
         out[0].element_size(), scales if geometry.device.type == "cpu" else None,
     )  # fmt: skip
     if len(_KNOWN) >= 1024:
         _KNOWN.clear()
-    calls = _KNOWN.setdefault(_key(meaning, source, given_out, table), [])
+    rows = (out[0].data_ptr(), out[1].data_ptr()) if given_out else (0, 0)
+    calls = _KNOWN.setdefault(_key(meaning, source, _addresses(source), rows, given_out, table), [])
     calls.insert(0, known)
     del calls[KEPT:]
 
@@ -130,15 +128,39 @@ def forget() -> None:
     _KNOWN.clear()
 
 
-def _key(meaning: Hashable, source: Source, given_out: bool, table: Table | None) -> Hashable:
-    """What tells calls apart without a look at a tensor: which arguments are tensors, and those that are none."""
-    absent = table and (table[2] is None, table[3] is None, table[0].shape[0] <= 32)
-    return meaning, interpreting(), type(source[2]), type(source[3]), given_out, absent
+def _key(
+    meaning: Hashable, source: Source, at: tuple[Any, ...], rows_at: tuple[int, int], given_out: bool,
+    table: Table | None,
+) -> Hashable:  # fmt: skip
+    """What tells calls apart besides what a guard looks at: what is no tensor, and how tensors are aligned.
+
+    Triton compiles for an address that is a multiple of 16 apart from one that is not.
+    """
+    _, _, k_scale, v_scale = source
+    k_at, v_at, k_scale_at, v_scale_at = at
+    k_tensor, v_tensor = isinstance(k_scale, Tensor), isinstance(v_scale, Tensor)
+    batch: Hashable = None
+    if table is not None:
+        block_table, cu_seqlens, starts, token_to_batch = table
+        batch = (
+            block_table.shape[0] <= 32, block_table.data_ptr() & 15, cu_seqlens.data_ptr() & 15,
+            starts is not None and starts.data_ptr() & 15, token_to_batch is None,
+        )  # fmt: skip
+    return (
+        meaning, interpreting(), given_out, k_at & 15, v_at & 15, rows_at[0] & 15, rows_at[1] & 15,
+        k_scale_at & 15 if k_tensor else type(k_scale), v_scale_at & 15 if v_tensor else type(v_scale), batch,
+    )  # fmt: skip
 
 
-def _alignment(source: Source, out: Sequence[Tensor], table: Table | None) -> tuple[int, ...]:
-    tensors = (*source, *out, *(table or ()))
-    return tuple(t.data_ptr() & 15 if isinstance(t, Tensor) else 0 for t in tensors)
+def _addresses(source: Source) -> tuple[Any, ...]:
+    """Where K's and V's pool and K's and V's scale are; the pool's address for no scale, and a number as it is."""
+    key_cache, value_cache, k_scale, v_scale = source
+    k_at, v_at = key_cache.data_ptr(), value_cache.data_ptr()
+    return (
+        k_at, v_at,
+        k_scale.data_ptr() if isinstance(k_scale, Tensor) else k_at if k_scale is None else k_scale,
+        v_scale.data_ptr() if isinstance(v_scale, Tensor) else v_at if v_scale is None else v_scale,
+    )  # fmt: skip
 
 
 def gather_again(
@@ -154,7 +176,9 @@ def gather_again(
         return None
     rows = plan.total_tokens
     try:
-        for known in _KNOWN.get(_key(meaning, source, out is not None, None), ()):
+        at = _addresses(source)
+        rows_at = (0, 0) if out is None else (out[0].data_ptr(), out[1].data_ptr())
+        for known in _KNOWN.get(_key(meaning, source, at, rows_at, out is not None, None), ()):
             if known.looks_like(*_tensors(source), *(out or ())):
                 break
         else:
@@ -169,12 +193,12 @@ def gather_again(
         k_shape, v_shape = known.shapes
         k_out = source[0].new_empty((rows, *k_shape), dtype=out_dtype)
         v_out = source[1].new_empty((rows, *v_shape), dtype=out_dtype)
+        rows_at = k_out.data_ptr(), v_out.data_ptr()
     else:
         k_out, v_out = out
-    tensors, addresses = _pointers(source, k_out, v_out)
-    if not _memory_is_good(known, tensors, addresses, rows) or _aligned_otherwise(known, addresses, ()):
+    if not _memory_is_good(known, source, at, k_out, v_out, rows_at, rows):
         return None
-    known.launch.from_records(plan.records, tensors, addresses)
+    known.launch.from_records(plan.records, *_in_order(source, at, k_out, v_out, rows_at))
     return k_out, v_out
 
 
@@ -189,7 +213,8 @@ def gather_table_again(meaning: Hashable, source: Source, out: tuple[Tensor, Ten
         return False
     block_table, cu_seqlens, starts, token_to_batch = table
     try:
-        for known in _KNOWN.get(_key(meaning, source, True, table), ()):
+        at, rows_at = _addresses(source), (out[0].data_ptr(), out[1].data_ptr())
+        for known in _KNOWN.get(_key(meaning, source, at, rows_at, True, table), ()):
             if known.looks_like(*_tensors(source), *out, *(t for t in table if t is not None)):
                 break
         else:
@@ -209,10 +234,10 @@ def gather_table_again(meaning: Hashable, source: Source, out: tuple[Tensor, Ten
     )
     if not fits:
         return False
-    tensors, addresses = _pointers(source, *out)
-    if not _memory_is_good(known, tensors, addresses, total) or _aligned_otherwise(known, addresses, table):
+    if not _memory_is_good(known, source, at, *out, rows_at, total):
         return False
-    known.launch.from_table(block_table, cu_seqlens, starts, known.num_blocks, total, tensors, addresses)
+    pointers = _in_order(source, at, *out, rows_at)
+    known.launch.from_table(block_table, cu_seqlens, starts, known.num_blocks, total, *pointers)
     return True
 
 
@@ -230,36 +255,25 @@ def _indices_fit(index: Tensor, least: int, most: int) -> bool:
     return least <= length <= most and inside(index, (length - 1) * index.stride(0))
 
 
-def _pointers(source: Source, k_out: Tensor, v_out: Tensor) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def _in_order(
+    source: Source, at: tuple[Any, ...], k_out: Tensor, v_out: Tensor, rows_at: tuple[int, int]
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Tensors and their addresses as the kernel takes them; a pool stands in for a scale that is never read."""
     key_cache, value_cache, k_scale, v_scale = source
-    k_at, v_at = key_cache.data_ptr(), value_cache.data_ptr()
-    if k_scale is None:
-        k_scale = key_cache
-    if v_scale is None:
-        v_scale = value_cache
-    k_scale_at = k_scale.data_ptr() if isinstance(k_scale, Tensor) else k_scale
-    v_scale_at = v_scale.data_ptr() if isinstance(v_scale, Tensor) else v_scale
     return (
-        (key_cache, k_scale, k_out, value_cache, v_scale, v_out),
-        (k_at, k_scale_at, k_out.data_ptr(), v_at, v_scale_at, v_out.data_ptr()),
-    )
-
-
-def _aligned_otherwise(known: Known, addresses: tuple[Any, ...], table: Sequence[Tensor | None]) -> bool:
-    """Whether an address is a multiple of 16 where the known call's was not, or the other way round."""
-    k_at, k_scale_at, k_out_at, v_at, v_scale_at, v_out_at = addresses
-    scales = known.spans[2], known.spans[3]
-    now = (
-        k_at & 15, v_at & 15, k_scale_at & 15 if scales[0] else 0, v_scale_at & 15 if scales[1] else 0,
-        k_out_at & 15, v_out_at & 15, *[0 if t is None else t.data_ptr() & 15 for t in table],
+        (
+            key_cache, key_cache if k_scale is None else k_scale, k_out,
+            value_cache, value_cache if v_scale is None else v_scale, v_out,
+        ),
+        (at[0], at[2], rows_at[0], at[1], at[3], rows_at[1]),
     )  # fmt: skip
-    return now != known.alignment
 
 
-def _memory_is_good(known: Known, tensors: tuple[Any, ...], addresses: tuple[Any, ...], rows: int) -> bool:
+def _memory_is_good(
+    known: Known, source: Source, at: tuple[Any, ...], k_out: Tensor, v_out: Tensor, rows_at: tuple[int, int], rows: int
+) -> bool:
     """Whether everything is inside its memory, outputs have enough rows, and certainly share memory with nothing."""
-    key_cache, k_scale, k_out, value_cache, v_scale, v_out = tensors
+    key_cache, value_cache, k_scale, v_scale = source
     k_span, v_span, k_scale_span, v_scale_span = known.spans
     code_size, itemsize = known.code_size, known.itemsize
     k_rows, v_rows = k_out.shape[0], v_out.shape[0]
@@ -272,11 +286,17 @@ def _memory_is_good(known: Known, tensors: tuple[Any, ...], addresses: tuple[Any
         or value_cache.storage_offset() * code_size + v_span > value_cache.untyped_storage().nbytes()
         or k_out.storage_offset() * itemsize + k_bytes > k_out.untyped_storage().nbytes()
         or v_out.storage_offset() * itemsize + v_bytes > v_out.untyped_storage().nbytes()
-        or (k_scale_span and k_scale.storage_offset() * 4 + k_scale_span > k_scale.untyped_storage().nbytes())
-        or (v_scale_span and v_scale.storage_offset() * 4 + v_scale_span > v_scale.untyped_storage().nbytes())
+        or (
+            isinstance(k_scale, Tensor)
+            and k_scale.storage_offset() * 4 + k_scale_span > k_scale.untyped_storage().nbytes()
+        )
+        or (
+            isinstance(v_scale, Tensor)
+            and v_scale.storage_offset() * 4 + v_scale_span > v_scale.untyped_storage().nbytes()
+        )
     ):
         return False
-    k_pool, k_factor, k_begin, v_pool, v_factor, v_begin = addresses
+    (k_pool, v_pool, k_factor, v_factor), (k_begin, v_begin) = at, rows_at
     k_end, v_end = k_begin + k_bytes, v_begin + v_bytes
     return not (
         (k_begin < v_end and v_begin < k_end)

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 import torch
 
-from kvgather.lab.assembly import ROOT
 from tests.attention.descriptors import disassembled, faults, tool, version_of
+from tests.test_repository import ROOT
 
 pytestmark = pytest.mark.triton
 

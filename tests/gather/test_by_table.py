@@ -12,6 +12,8 @@ from torch import Tensor
 
 import kvgather as kg
 from kvgather.gather import again, compat
+from kvgather.lab.fence import fenced
+from kvgather.lab.trace import trace
 from kvgather.plan import records_by_torch
 from tests.gather.oracle import assert_same, untouched
 from tests.where import CPU, GPU, interpreted, on_each_device
@@ -231,6 +233,30 @@ def test_a_known_call_writes_over_nothing(by_triton: None) -> None:
 
 
 @interpreted
+def test_a_known_call_writes_over_no_scale(by_triton: None) -> None:
+    """A scale that lies in the rows' memory has the signature of any other scale."""
+    memory = torch.ones(2 * 10 * 32 + 8)
+    rows = [memory[i * 320 : (i + 1) * 320].view(10, 2, 16) for i in range(2)]
+    arguments = call("NHD", "cpu", GOOD, 10, key=rows[0], value=rows[1])
+    kg.cp_mha_gather_cache(**arguments)
+    for name, at in (("k_scales", 5), ("v_scales", 325), ("k_scales", 639), ("v_scales", 0)):
+        with pytest.raises(ValueError, match=r"(key|value) shares memory with a cache, a scale or the other output"):
+            kg.cp_mha_gather_cache(**{**arguments, name: memory[at : at + 1].fill_(1)})
+    for name in ("k_scales", "v_scales"):
+        kg.cp_mha_gather_cache(**{**arguments, name: memory[640:641]})
+
+
+@interpreted
+def test_a_known_call_is_known_by_alignment(by_triton: None) -> None:
+    """What a GPU compiled for addresses that are multiples of 16 may not be launched for others."""
+    memory = torch.empty(2, 330, dtype=torch.bfloat16)
+    for count, offset in ((1, 0), (2, 1), (2, 0), (2, 1), (3, 4)):
+        out = [row[offset : offset + 320].view(10, 2, 16) for row in memory]
+        kg.cp_mha_gather_cache(**call("NHD", "cpu", GOOD, 10, key=out[0], value=out[1]))
+        assert sum(map(len, again._KNOWN.values())) == count
+
+
+@interpreted
 def test_rows_between_each_others_rows(by_triton: None) -> None:
     """K and V in one workspace, row by row: intervals of addresses meet, and no element is shared."""
     workspace = untouched((10, 2, 2, 16), torch.bfloat16)
@@ -239,6 +265,43 @@ def test_rows_between_each_others_rows(by_triton: None) -> None:
     for _ in range(2):
         kg.cp_mha_gather_cache(**{**arguments, "key": workspace[:, 0], "value": workspace[:, 1]})
         assert_same((workspace[:, 0], workspace[:, 1]), wanted)
+
+
+WORST: dict[str, Any] = {
+    "table": torch.tensor([[BLOCKS, -1, 5, 2**31 - 1], [0, BLOCKS - 1, -(2**31), 3], [9, 9, 9, 9]]).int(),
+    "offsets": torch.tensor([-5, 30, 12, 2**31 - 1]).int(), "starts": torch.tensor([-7, 50, 2**31 - 1]).int(),
+    "page_size": 16, "total": 60,
+}  # fmt: skip
+
+
+@interpreted
+@pytest.mark.parametrize("layout", ["NHD", "HND", "SHUFFLE"])
+def test_nothing_is_read_or_written_outside(layout: str, by_triton: None) -> None:
+    """Bad ids, offsets that fall and pass the total, starts that begin nowhere: under the trace, which is strict."""
+    for batch in (WORST, {**GOOD, "page_size": 16}, {**WORST, "starts": None, "table": WORST["table"][:, ::2]}):
+        arguments = call(layout, "cpu", batch, batch["total"])
+        wanted = through_a_plan(arguments)
+        for _ in range(2):
+            with trace(strict=True) as report:
+                kg.cp_mha_gather_cache(**arguments)
+            assert not report.violations, report.report()
+            assert [launch.kernel for launch in report.launches] == ["gather_kernel"]
+            assert_same((arguments["key"], arguments["value"]), wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("where", ["after", "before"])
+def test_nothing_is_read_or_written_outside_on_a_gpu(where: str) -> None:
+    """Each tensor at the edge of memory that faults, and a table of bad ids: the context lives on."""
+    pytest.importorskip("cuda.bindings.driver", reason="a fence on an NVIDIA GPU needs cuda-bindings")
+    arguments = call("SHUFFLE", "cuda", WORST, WORST["total"])
+    wanted = through_a_plan(arguments)
+    edge = {
+        name: fenced(value, "cuda", where) if isinstance(value, Tensor) else value for name, value in arguments.items()
+    }
+    kg.cp_mha_gather_cache(**edge)
+    torch.cuda.synchronize()
+    assert_same((edge["key"], edge["value"]), wanted)
 
 
 @pytest.mark.gpu
@@ -250,7 +313,8 @@ def test_the_engines_call_is_one_kernel(scales: str) -> None:
     again.forget()
     for _ in range(2):  # also the first of its kind
         torch.cuda.synchronize()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True)
+        with profiler as profile:
             kg.cp_mha_gather_cache(**arguments)
             torch.cuda.synchronize()
         kernels = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
