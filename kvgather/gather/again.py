@@ -112,8 +112,9 @@ def remember(
     heads = geometry.num_kv_heads
     known = Known(
         launch, guard(tensors, sizes, strides), geometry.page_size, geometry.num_blocks, geometry.device,
-        (spans[0], spans[1], spans[2], spans[3]), row_reach(out[0]), row_reach(out[1]), ((heads, geometry.head_dim), (heads, geometry.v_head_dim)), geometry.dtype.itemsize,
-        out[0].element_size(), scales if geometry.device.type == "cpu" else None,
+        (spans[0], spans[1], spans[2], spans[3]), row_reach(out[0]), row_reach(out[1]),
+        ((heads, geometry.head_dim), (heads, geometry.v_head_dim)), geometry.dtype.itemsize, out[0].element_size(),
+        scales if geometry.device.type == "cpu" else None,
     )  # fmt: skip
     if len(_KNOWN) >= 1024:
         _KNOWN.clear()
