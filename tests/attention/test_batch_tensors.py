@@ -19,8 +19,8 @@ import kvgather as kg
 from kvgather.attention.batch_contents import BatchTensors, Sizes
 from kvgather.attention.batch_tensors import batch_tensors, window_offsets
 from kvgather.device import has_gpu, interpreting
+from kvgather.lab._child import ROOT
 from kvgather.lab.trace import trace
-from tests.test_repository import ROOT
 from tests.where import on_each_device
 
 TRACED_ON = "cuda" if has_gpu() and not interpreting() else "cpu"
