@@ -16,7 +16,7 @@ from kvgather.formats.layout import LAYOUTS
 from kvgather.lab.assembly import Variant, compile_all
 from tests.gather.variants import VARIANTS
 from tests.memcheck import jobs
-from tests.memcheck.direct_jobs import DIRECT, MASKED, PADS, Direct, fits
+from tests.memcheck.direct_jobs import DIRECT, MASKED, PADS, Direct, fits, operand_bytes
 from tests.memcheck.jobs import JOBS, heads_outermost, smaller
 from tests.where import interpreted
 
@@ -25,7 +25,8 @@ pytestmark = pytest.mark.triton
 PACKAGE = Path(jobs.__file__).parents[2] / "kvgather"
 FIRST = tuple({job.name.split()[0]: job for job in reversed(JOBS)}.values())
 PATHS = tuple(job for job in JOBS if job.name.startswith("prefix") and "workspace" in job.name)[:4]
-SAMPLE = tuple(dict.fromkeys((*FIRST, *PATHS, *JOBS[::73])))
+SPLIT = next(job for job in JOBS if job.name.startswith("direct") and "x2 " in job.name)
+SAMPLE = tuple(dict.fromkeys((*FIRST, *PATHS, SPLIT, *JOBS[::73])))
 
 
 def test_names_are_different() -> None:
@@ -55,7 +56,7 @@ def test_every_kernel_of_the_package_is_launched() -> None:
         name for path in sources for name in re.findall(r"^def (\w+_kernel)\(\n", path.read_text(), re.MULTILINE)
     }
     with trace(strict=True) as t:
-        for job in (*FIRST, *PATHS):
+        for job in (*FIRST, SPLIT):
             if not job.gigabytes:
                 job.run("cpu")
     launched = {launch.kernel for launch in t.launches}
@@ -89,11 +90,11 @@ def test_every_tile_that_can_be_chosen_is_watched() -> None:
     for pad in PADS:
         for _ in range(300):
             batch = [int(2 ** drawn.uniform(0, top)) for top in (13, 17, 12)]
-            tile = choose_tile(*batch, pad, pad, drawn.choice((80, 108, 132, 144)))
+            processors = drawn.choice((80, 108, 132, 144))
             for layout, dtype in product(LAYOUTS, POOL_DTYPES):
-                assert (
-                    tile.m, tile.n, tile.num_warps, tile.num_stages, tile.registers, (pad, pad), layout, dtype
-                ) in watched  # fmt: skip
+                tile = choose_tile(*batch, pad, pad, processors, operand_bytes(dtype, torch.bfloat16))
+                cut = (tile.m, tile.n, tile.num_warps, tile.num_stages, tile.registers)
+                assert (*cut, (pad, pad), layout, dtype) in watched
     for pads in product(PADS, PADS):
         dims = pads if pads[0] != pads[1] else (MASKED[pads[0]], MASKED[pads[1]])
         assert any(job.dims == dims for job in DIRECT), pads
@@ -105,6 +106,7 @@ def test_direct_jobs_have_every_kind_of_launch() -> None:
     assert {job.tile[4] for job in DIRECT} == {1, 2}
     assert {job.page_size for job in DIRECT} == {1, 3, 16, 64}
     assert len({job.kinds for job in DIRECT}) == 25
+    assert {job.dims[0] for job in DIRECT if job.q_dtype == torch.float32} == set(PADS)
     assert all(fits(job) for job in DIRECT)
 
 
