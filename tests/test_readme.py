@@ -2,8 +2,12 @@
 
 import contextlib
 import io
+import json
 import re
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from kvgather.bench import call_tables, report
 
@@ -57,6 +61,62 @@ def test_the_prefix_paths_figures_are_the_measured_ones() -> None:
 def test_the_engines_calls_figures_are_the_measured_ones() -> None:
     block = README.split(f"{call_tables.BEGIN}\n")[1].split(call_tables.END)[0]
     assert block == call_tables.readme_block(ROOT / "benchmarks" / "results")  # python -m kvgather.bench.call_tables
+
+
+def record(name: str) -> dict[str, Any]:
+    file = ROOT / "benchmarks" / "results" / name
+    if not file.exists():
+        assert name not in README
+        pytest.skip(f"{name} is not committed")
+    return json.loads(file.read_text())
+
+
+def test_the_gpu_suites_figures_are_the_records() -> None:
+    found = record("gpu_suite.json")
+    told = re.search(
+        r"need a GPU, on one (.+?), (\S+), torch (\S+), triton (\S+): (\d+) passed, (\d+) failed, (\d+) errors, "
+        r"(\d+) skipped, in (\d+) s \(\[gpu_suite\.json\]\(benchmarks/results/gpu_suite\.json\), `make test-gpu`\)",
+        README,
+    )  # fmt: skip
+    assert told, "tools/gpu_record.py writes the sentence"
+    names = ("device", "date", "torch", "triton", "passed", "failed", "errors", "skipped")
+    assert told.groups() == (*(str(found[name]) for name in names), f"{found['seconds']:.0f}")
+    assert found["passed"] > 0 and found["failed"] == found["errors"] == 0
+    assert found["seconds"] <= 600 and sum(found["skips"].values()) == found["skipped"]
+    assert found["driver"] and found["commit"]
+
+
+def test_memchecks_figures_are_the_records() -> None:
+    found = record("memcheck.json")
+    told = re.search(
+        r"one launch of each of (\d+) kernel variants, on one (.+?), (\S+), torch (\S+), triton (\S+): (\d+) errors, "
+        r"in (\d+) s \(\[memcheck\.json\]\(benchmarks/results/memcheck\.json\), `make memcheck`\)", README,
+    )  # fmt: skip
+    assert told, "tools/gpu_record.py writes the sentence"
+    names = ("variants", "device", "date", "torch", "triton", "errors")
+    assert told.groups() == (*(str(found[name]) for name in names), f"{found['seconds']:.0f}")
+    assert found["variants"] > 500 and found["errors"] == found["wrong"] == 0 and found["found"] == {}
+    assert found["tool"].startswith("compute-sanitizer ") and found["driver"] and found["commit"]
+
+
+def test_the_sentences_about_the_records(tmp_path: Path) -> None:
+    import gpu_record
+
+    where = {"device": "NVIDIA H100", "date": "2026-01-02", "torch": "2.11.0", "triton": "3.6.0"}
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n\n{gpu_record.BEGIN}old\n{gpu_record.END}\nafter\n")
+    gpu_record.main(readme, tmp_path)
+    assert readme.read_text() == f"before\n\n{gpu_record.BEGIN}{gpu_record.END}\nafter\n"
+    suite = where | {"passed": 900, "failed": 0, "errors": 0, "skipped": 3, "seconds": 412.4}
+    (tmp_path / "gpu_suite.json").write_text(json.dumps(suite))
+    (tmp_path / "memcheck.json").write_text(json.dumps(where | {"variants": 580, "errors": 0, "seconds": 100.0}))
+    gpu_record.main(readme, tmp_path)
+    text = readme.read_text()
+    on = "on one NVIDIA H100, 2026-01-02, torch 2.11.0, triton 3.6.0: "
+    assert f"{on}900 passed, 0 failed, 0 errors, 3 skipped, in 412 s ([gpu_suite.json]" in text
+    assert f"each of 580 kernel variants, {on}0 errors, in 100 s ([memcheck.json]" in text
+    gpu_record.main(readme, tmp_path)
+    assert readme.read_text() == text
 
 
 def test_every_file_it_links_to_exists() -> None:

@@ -1,4 +1,7 @@
-"""Where a record of the GPU's was made, and how it is written."""
+"""The records of the GPU's checks: where they were made, how they are written, and what the README says of them.
+
+`python3 tools/gpu_record.py` writes the README's sentences about the committed records.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- the GPU's records: begin -->\n", "<!-- the GPU's records: end -->\n"
 _MACHINE = """
 import json, torch
 from kvgather.bench.runner import machine
@@ -45,3 +50,39 @@ def write(record: dict[str, Any], out: Path) -> None:
     beside = out.with_name(out.name + ".part")
     beside.write_text(json.dumps(record, indent=2) + "\n")
     beside.replace(out)
+
+
+def sentences(results: Path = RESULTS) -> str:
+    """What the README says of the records that a folder has; empty if it has none."""
+    told = []
+    suite, memcheck = results / "gpu_suite.json", results / "memcheck.json"
+    if suite.exists():
+        found = json.loads(suite.read_text())
+        told.append(
+            f"The tests that need a GPU, on {_where(found)}: {found['passed']} passed, {found['failed']} failed, "
+            f"{found['errors']} errors, {found['skipped']} skipped, in {found['seconds']:.0f} s "
+            "([gpu_suite.json](benchmarks/results/gpu_suite.json), `make test-gpu`)."
+        )
+    if memcheck.exists():
+        found = json.loads(memcheck.read_text())
+        told.append(
+            f"compute-sanitizer's memcheck over one launch of each of {found['variants']} kernel variants, on "
+            f"{_where(found)}: {found['errors']} errors, in {found['seconds']:.0f} s "
+            "([memcheck.json](benchmarks/results/memcheck.json), `make memcheck`)."
+        )
+    return "\n".join(told) + "\n\n" if told else ""
+
+
+def _where(found: dict[str, Any]) -> str:
+    return f"one {found['device']}, {found['date']}, torch {found['torch']}, triton {found['triton']}"
+
+
+def main(readme: Path = ROOT / "README.md", results: Path = RESULTS) -> None:
+    """Put the sentences between the README's two comments."""
+    text = readme.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    readme.write_text(before + BEGIN + sentences(results) + END + rest.split(END)[1], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

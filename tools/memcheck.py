@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -129,29 +130,31 @@ class Checker:
         with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
             file.write(json.dumps(list(names)))
             file.flush()
-            process = subprocess.Popen(
-                [*self.prefix, sys.executable, "-m", self.child, self.device, file.name], cwd=ROOT, env=environment,
-                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-            )  # fmt: skip
-            last, over = time.monotonic(), threading.Event()
+            command = [*self.prefix, sys.executable, "-m", self.child, self.device, file.name]
+            with subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
+            ) as process:  # fmt: skip
+                return self._answers(process)
 
-            def watch() -> None:
-                while not over.wait(0.2):
-                    if time.monotonic() - last > self.limit:
-                        process.kill()
+    def _answers(self, process: subprocess.Popen[str]) -> tuple[list[str], str]:
+        last, over, killed, lines = time.monotonic(), threading.Event(), threading.Event(), list[str]()
 
-            watcher = threading.Thread(target=watch, daemon=True)
-            watcher.start()
-            lines = []
-            assert process.stdout is not None
-            for line in process.stdout:
-                last = time.monotonic()
-                lines.append(line.rstrip("\n"))
-            quiet = time.monotonic() - last
-            status = process.wait()
-            over.set()
-        killed = f"killed: no answer for {self.limit:g} s" if quiet > self.limit else f"it ended with status {status}"
-        return lines, killed
+        def watch() -> None:
+            while not over.wait(0.2):
+                if time.monotonic() - last > self.limit:
+                    killed.set()
+                    os.killpg(process.pid, signal.SIGKILL)  # what the checker started would keep the pipe open
+                    return
+
+        threading.Thread(target=watch, daemon=True).start()
+        assert process.stdout is not None
+        for line in process.stdout:
+            last = time.monotonic()
+            lines.append(line.rstrip("\n"))
+        over.set()
+        status = process.wait()
+        return lines, f"killed: no answer for {self.limit:g} s" if killed.is_set() else f"it ended with status {status}"
 
 
 def sanitizer() -> tuple[str, str]:

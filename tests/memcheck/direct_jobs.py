@@ -86,13 +86,18 @@ class Direct:
         return out.to(self.q_dtype), lse
 
 
-def tiles(k_pad: int, v_pad: int) -> list[tuple[int, int, int, int, int, int | None]]:
-    """Every tile that the launcher chooses for these dims; splits are 1, or 2 for any more."""
+def tiles(k_pad: int, v_pad: int, operand_bytes: int = 2) -> list[tuple[int, int, int, int, int, int | None]]:
+    """Every tile that the launcher chooses for these dims, its splits left out: 1."""
     from kvgather.attention.direct import choose_tile
 
-    chosen = (choose_tile(r, k, p, k_pad, v_pad, 132) for r, k, p in product(ROWS, KEYS, PROGRAMS))
-    found = {(t.m, t.n, t.num_warps, t.num_stages, min(t.splits, 2), t.registers) for t in chosen}
-    return sorted(found, key=str)
+    batches = product(ROWS, KEYS, PROGRAMS)
+    chosen = (choose_tile(*batch, k_pad, v_pad, 132, operand_bytes) for batch in batches)
+    return sorted({(t.m, t.n, t.num_warps, t.num_stages, 1, t.registers) for t in chosen}, key=str)
+
+
+def operand_bytes(dtype: torch.dtype, q_dtype: torch.dtype) -> int:
+    """Of an element as it is multiplied."""
+    return 4 if torch.float32 in (dtype, q_dtype) else 2
 
 
 def fits(job: Direct) -> bool:
@@ -101,10 +106,9 @@ def fits(job: Direct) -> bool:
 
 
 def _squares() -> Iterator[Direct]:
-    """K and V of one padded dim: every tile without its splits, layout and dtype."""
-    for pad in PADS:
-        without = dict.fromkeys((*tile[:4], 1, tile[5]) for tile in tiles(pad, pad))
-        for tile, layout, dtype in product(without, LAYOUTS, POOL_DTYPES):
+    """K and V of one padded dim: every tile, layout and dtype."""
+    for pad, layout, dtype in product(PADS, LAYOUTS, POOL_DTYPES):
+        for tile in tiles(pad, pad, operand_bytes(dtype, torch.bfloat16)):
             yield Direct(tile, (pad, pad), layout, dtype)
 
 
@@ -113,10 +117,23 @@ def _others() -> Iterator[Direct]:
     nth = 0
     for k_pad, v_pad in product(PADS, PADS):
         dims = (MASKED[k_pad], MASKED[v_pad]) if k_pad == v_pad else (k_pad, v_pad)
-        for tile in dict.fromkeys((*tile[:4], 1, tile[5]) for tile in tiles(k_pad, v_pad)):
+        for tile in tiles(k_pad, v_pad):
             turns = (Direct(tile, dims, LAYOUTS[i % 3], POOL_DTYPES[i // 3 % 5]) for i in range(nth, nth + 15))
             yield next(job for job in turns if fits(job))
             nth += 4
+
+
+def _single() -> Iterator[Direct]:
+    """FP32 rows of q over every pool dtype in turn."""
+    nth = 0
+    for pad in PADS:
+        for tile in tiles(pad, pad, 4):
+            turns = (
+                Direct(tile, (pad, pad), LAYOUTS[i % 3], POOL_DTYPES[i % 6], q_dtype=torch.float32)
+                for i in (nth, nth + 1)
+            )
+            yield next(job for job in turns if fits(job))
+            nth += 5
 
 
 def _varied(jobs: Iterator[Direct]) -> Iterator[Direct]:
@@ -125,15 +142,16 @@ def _varied(jobs: Iterator[Direct]) -> Iterator[Direct]:
         kinds = (KINDS[i % 5], KINDS[(i + i // 5) % 5])
         page_size, state = (16, 64, 16, 1, 3)[i % 5], i % 7 == 0
         window = None if state else (None, None, 40, None, 5)[i // 2 % 5]  # a state has keys before the window
+        q_dtype = job.q_dtype if job.q_dtype == torch.float32 else (torch.bfloat16, torch.float16)[i // 3 % 2]
         varied = replace(
             job, kinds=kinds, tile=(*job.tile[:4], 1 + i % 2, job.tile[5]), window=window, sinks=i % 3 == 0,
-            state=state, q_dtype=(torch.bfloat16, torch.float16)[i // 3 % 2],
+            state=state, q_dtype=q_dtype,
         )  # fmt: skip
         if fits(job):
             yield replace(varied, page_size=page_size) if fits(replace(varied, page_size=page_size)) else varied
 
 
-DIRECT: tuple[Direct, ...] = tuple(dict.fromkeys(_varied(iter((*_squares(), *_others())))))
+DIRECT: tuple[Direct, ...] = tuple(dict.fromkeys(_varied(iter((*_squares(), *_others(), *_single())))))
 SPLITS: tuple[Direct, ...] = tuple(
     Direct((16, 64, 2, 3, splits, 128), (64, pad), sinks=sinks, q_dtype=dtype)
     for (splits, pad), (sinks, dtype) in zip(

@@ -23,6 +23,7 @@ from kvgather.formats.scale import KINDS
 from kvgather.lab.assembly import Variant
 from tests.gather.oracle import assert_same
 from tests.gather.variants import VARIANTS
+from tests.memcheck.batch_jobs import batched, planned, refused
 from tests.memcheck.direct_jobs import DIRECT, SPLITS
 
 TOKENS, BLOCKS = 700, 64
@@ -163,7 +164,8 @@ def written(layout: str, dtype: torch.dtype, kinds: tuple[str, str], rows: torch
         slots[5::8] = -1
     for cache, at in zip(caches, (past, slots), strict=True):
         where = cache.geometry.device
-        cache.write(*(part.to(where)[..., ::2] for part in wide), at.to(where))
+        backend = "triton" if cache is caches[0] else "torch"
+        cache.write(*(part.to(where)[..., ::2] for part in wide), at.to(where), backend)
     assert_same(
         (caches[0].key_cache, caches[0].value_cache), (caches[1].key_cache, caches[1].value_cache)
     )  # the scales show in the codes
@@ -216,6 +218,18 @@ def attended(path: str, layout: str, lengths: bool, more: dict[str, int], device
     assert_close(tuple(part.cpu() for part in got), tuple(part.cpu() for part in made.wanted(**window)), made.rows)
 
 
+def _batches() -> Iterator[Job]:
+    whole = (torch.int32, torch.int64)
+    for batch, page, dtype, starts in product((1, 20, 300), (1, 3, 16), whole, (False, True)):
+        name = f"plan {batch} sequences page{page} {dtype_name(dtype)}{' starts' if starts else ''}"
+        yield Job(name, lambda device, a=(batch, page, dtype, starts): planned(*a, device), 0.3)
+    for batch, page, dtype in product((1, 20, 300), (1, 3, 16), whole):
+        name = f"batch {batch} sequences page{page} {dtype_name(dtype)}"
+        yield Job(name, lambda device, a=(batch, page, dtype): batched(*a, device), 0.5)
+    for dim, dtype in product((8, 80, 128, 256), FLOATS):
+        yield Job(f"refuse {dim} {dtype_name(dtype)}", lambda device, a=(dim, dtype): refused(*a, device), 0.3)
+
+
 def _prefixes() -> Iterator[Job]:
     calls = ({}, {"window": 5}, {"workspace_tokens": 120}, {"workspace_tokens": 120, "window": 30})
     for (path, more, lengths), layout in zip(
@@ -232,4 +246,4 @@ def _directs() -> Iterator[Job]:
         yield Job(f"direct {direct}", direct.run, (8.0 if heavy else 1.5) + sum(direct.dims) / (16 if heavy else 256))
 
 
-JOBS: tuple[Job, ...] = (*_gathers(), *_writes(), *_states(), *_prefixes(), *_directs())
+JOBS: tuple[Job, ...] = (*_gathers(), *_writes(), *_states(), *_batches(), *_prefixes(), *_directs())
