@@ -77,7 +77,11 @@ def dense_attention(
         raise ValueError(f"backend is {backend!r}; accepted here: {', '.join(possible(call))}, because {why}")
     if call.nothing_to_see:
         return call.empty()
-    return {"cudnn": cudnn_attention, "flash": flash_attention, "torch": torch_attention}[backend](call)
+    run = {"cudnn": cudnn_attention, "flash": flash_attention, "torch": torch_attention}[backend]
+    if torch.is_autocast_enabled(q.device.type):  # it would round q, K and V of this path alone to its own dtype
+        with torch.autocast(q.device.type, enabled=False):
+            return run(call)
+    return run(call)
 
 
 def choose_backend(call: Dense) -> str:

@@ -215,7 +215,12 @@ def _limits(case: Case, device: torch.device, seconds: float) -> tuple[dict[str,
 
 
 def run(
-    device: torch.device, *, only: str = "", seconds: float = 0.2, progress: Callable[[str], None] | None = None
+    device: torch.device,
+    *,
+    only: str = "",
+    seconds: float = 0.2,
+    progress: Callable[[str], None] | None = None,
+    keep: Callable[[list[Row]], None] | None = None,
 ) -> list[Row]:
     """Measure every case whose name holds `only`.
 
@@ -224,8 +229,11 @@ def run(
         only: part of a case's name; empty is all.
         seconds: about how long to measure each implementation.
         progress: called with a line before each case.
+        keep: called with each case's rows when they were measured.
 
     Raises:
         ValueError: no case's name holds `only`.
     """
-    return run_cases(cases(device), partial(measure, device=device, seconds=seconds), only=only, progress=progress)
+    return run_cases(
+        cases(device), partial(measure, device=device, seconds=seconds), only=only, progress=progress, keep=keep
+    )

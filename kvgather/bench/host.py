@@ -133,7 +133,12 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def run(
-    device: torch.device, *, only: str = "", seconds: float = 0.2, progress: Callable[[str], None] | None = None
+    device: torch.device,
+    *,
+    only: str = "",
+    seconds: float = 0.2,
+    progress: Callable[[str], None] | None = None,
+    keep: Callable[[list[Row]], None] | None = None,
 ) -> list[Row]:
     """Measure the one case; arguments as in `bench.gather.run`.
 
@@ -142,4 +147,4 @@ def run(
     """
     if device.type != "cuda":
         raise ValueError(f"--device is {device.type}; accepted with host: cuda, for the yardstick is a launch on a GPU")
-    return run_cases([CASE], partial(measure, device=device, seconds=seconds), only=only, progress=progress)
+    return run_cases([CASE], partial(measure, device=device, seconds=seconds), only=only, progress=progress, keep=keep)

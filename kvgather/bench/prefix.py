@@ -243,11 +243,18 @@ def _peak_bytes(call: Attending, device: torch.device) -> int:
 
 
 def run(
-    device: torch.device, *, only: str = "", seconds: float = 0.1, progress: Callable[[str], None] | None = None
+    device: torch.device,
+    *,
+    only: str = "",
+    seconds: float = 0.1,
+    progress: Callable[[str], None] | None = None,
+    keep: Callable[[list[Row]], None] | None = None,
 ) -> list[Row]:
     """Measure every case whose name holds `only`; arguments as in `bench.gather.run`.
 
     Raises:
         ValueError: no case's name holds `only`.
     """
-    return run_cases(cases(device), partial(measure, device=device, seconds=seconds), only=only, progress=progress)
+    return run_cases(
+        cases(device), partial(measure, device=device, seconds=seconds), only=only, progress=progress, keep=keep
+    )

@@ -35,9 +35,13 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def clear(self) -> None:
+        """Take the bar away, for lines that go to the same terminal; the next step draws it again."""
         if self._bar:
             print("\r\x1b[K", end="", file=self._file, flush=True)
+
+    def __exit__(self, *_: object) -> None:
+        self.clear()
 
 
 def _clock(seconds: float) -> str:

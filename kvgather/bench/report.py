@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+
+from .files import replace_text
 
 
 @dataclass(frozen=True)
@@ -55,17 +58,28 @@ _ALWAYS = _COLUMNS[:-1]
 
 
 def write(rows: Iterable[Row], path: Path) -> None:
-    """Write rows to a CSV file, in place of the rows it has of the same benchmark, case and device."""
+    """Write rows to a CSV file, in place of the rows it has of the same benchmark, case and device; makes its folder.
+
+    Raises:
+        ValueError: the file that is there is not one of rows.
+        OSError: it cannot be written; what was there is as it was.
+    """
     rows = list(rows)
     replaced = {(row.benchmark, row.case, row.device) for row in rows}
-    kept = [row for row in read(path) if (row.benchmark, row.case, row.device) not in replaced] if path.exists() else []
+    old = read(path) if path.is_file() else []
+    kept = [row for row in old if (row.benchmark, row.case, row.device) not in replaced]
     path.parent.mkdir(parents=True, exist_ok=True)
-    written = [*kept, *rows]
-    columns = _COLUMNS if any(row.launches for row in written) else _ALWAYS
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n", extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in written)
+    replace_text(path, as_csv([*kept, *rows]))
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    """Rows as the text of a CSV file."""
+    columns = _COLUMNS if any(row.launches for row in rows) else _ALWAYS
+    file = io.StringIO()
+    writer = csv.DictWriter(file, columns, lineterminator="\n", extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    return file.getvalue()
 
 
 def read(path: Path) -> list[Row]:
@@ -76,7 +90,7 @@ def read(path: Path) -> list[Row]:
     """
     types = {"int": int, "float": float, "str": str}
     convert = {field.name: types[str(field.type)] for field in fields(Row)}
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         columns = tuple(reader.fieldnames or ())
         if columns not in (_ALWAYS, _COLUMNS):
@@ -84,11 +98,17 @@ def read(path: Path) -> list[Row]:
         return [Row(**{name: convert[name](line[name]) for name in columns}) for line in reader]
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows as text, one line each, cases apart; the last column is the time against the case's first row."""
-    width = max((len(row.implementation) for row in rows), default=0)
+def table(rows: Sequence[Row], *, width: int = 0, header: bool = True) -> str:
+    """The rows as text, one line each, cases apart; the last column is the time against the case's first row.
+
+    Args:
+        rows: of one case after the other.
+        width: of the first column, at least.
+        header: whether the first line names the columns.
+    """
+    width = max([width, *(len(row.implementation) for row in rows)])
     columns = f"{'median':>10}  {'20 % to 80 %':>22}  {'GB/s':>7}  {'of the cast':>11}  {'time':>8}"
-    lines = [f"{'':{width + 2}}  {columns}"]
+    lines = [f"{'':{width + 2}}  {columns}"] if header else []
     case, first = "", 0.0
     for row in rows:
         if row.case != case:

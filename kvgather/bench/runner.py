@@ -126,6 +126,7 @@ def run_cases(
     *,
     only: str = "",
     progress: Callable[[str], None] | None = None,
+    keep: Callable[[list[Row]], None] | None = None,
 ) -> list[Row]:
     """Measure the cases whose name holds `only`.
 
@@ -134,6 +135,7 @@ def run_cases(
         measure: gives a case's rows.
         only: part of a case's name; empty is all.
         progress: called with a line before each case, such as `[3/72] NHD-8x64-…`.
+        keep: called with each case's rows when they were measured.
 
     Raises:
         ValueError: no case's name holds `only`.
@@ -145,7 +147,10 @@ def run_cases(
     for nth, case in enumerate(chosen, 1):
         if progress is not None:
             progress(f"[{nth}/{len(chosen)}] {case.name}")
-        rows += measure(case)
+        measured = measure(case)
+        if keep is not None:
+            keep(measured)
+        rows += measured
     return rows
 
 
@@ -172,15 +177,28 @@ def machine(device_type: str) -> Machine:
         )
     else:
         name, driver = f"{_cpu_name()}, {torch.get_num_threads()} threads", ""
-    here = Path(__file__).parent
     return {
         "device": name,
         "driver": driver,
         "torch": torch.__version__,
         "triton": importlib.metadata.version("triton") if triton_available() else "",
-        "commit": os.environ.get(COMMIT) or _line("git", "-C", str(here), "rev-parse", "--short", "HEAD"),
+        "commit": os.environ.get(COMMIT) or _commit_of(Path(__file__).resolve()),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def _commit_of(file: Path) -> str:
+    """The commit of a clone of this repository that a file of the package is in; nothing anywhere else.
+
+    An installed copy may be inside another repository's folder: that one does not track it, or has it deeper.
+    """
+    package = file.parents[1]
+    if not _line("git", "-C", str(package), "ls-files", "--error-unmatch", str(file)):
+        return ""
+    top = _line("git", "-C", str(package), "rev-parse", "--show-toplevel")
+    if not top or not Path(top).is_dir() or not package.parent.samefile(top):
+        return ""
+    return _line("git", "-C", str(package), "rev-parse", "--short", "HEAD")
 
 
 def _cpu_name() -> str:
@@ -195,7 +213,8 @@ def _cpu_name() -> str:
 def _line(*command: str) -> str:
     """The first line a command prints, or nothing where there is no such command."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        variables = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True, env=variables)
     except (OSError, subprocess.SubprocessError):
         return ""
     return (done.stdout.splitlines() or [""])[0].strip()

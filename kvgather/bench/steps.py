@@ -12,7 +12,7 @@ from .cases import Built, Case, build
 from .gather import GPU_BASE, _empty, _limits, moved_bytes
 from .implementations import Implementation, Outputs, ours, token_per_program
 from .report import Row
-from .runner import Call, Timing, cache_bytes, machine, time_calls
+from .runner import Call, Timing, cache_bytes, machine, run_cases, time_calls
 
 BASELINE = "0 token per program"
 
@@ -85,19 +85,18 @@ def measure(case: Case, device: torch.device, *, seconds: float = 0.2) -> list[R
 
 
 def run(
-    device: torch.device, *, only: str = "", seconds: float = 0.2, progress: Callable[[str], None] | None = None
+    device: torch.device,
+    *,
+    only: str = "",
+    seconds: float = 0.2,
+    progress: Callable[[str], None] | None = None,
+    keep: Callable[[list[Row]], None] | None = None,
 ) -> list[Row]:
     """Measure every case whose name holds `only`; arguments as in `bench.gather.run`.
 
     Raises:
         ValueError: no case's name holds `only`.
     """
-    chosen = [case for case in cases(device) if only in case.name]
-    if not chosen:
-        raise ValueError(f"--case is {only!r}; accepted: part of one of {', '.join(c.name for c in cases(device))}")
-    rows: list[Row] = []
-    for nth, case in enumerate(chosen, 1):
-        if progress is not None:
-            progress(f"[{nth}/{len(chosen)}] {case.name}")
-        rows += measure(case, device, seconds=seconds)
-    return rows
+    return run_cases(
+        cases(device), partial(measure, device=device, seconds=seconds), only=only, progress=progress, keep=keep
+    )

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..bench.cases import Case
-from ._child import AnswerError, answers, check_seconds, command, environment
+from .child import AnswerError, answers, check_seconds, command, environment
 
 TARGETS = (
     "cuda:80", "cuda:89", "cuda:90", "cuda:100", "cuda:120",

@@ -28,8 +28,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ..bench.files import replace_text
 from ..device import has_gpu
-from ._child import ROOT, STARTER, AnswerError, answers, check_seconds, command, environment
+from .child import ROOT, STARTER, AnswerError, answers, check_seconds, command, environment
 
 KINDS = ("ok", "silent corruption", "segfault", "illegal access", "abort", "timeout", "failed")
 RECORDED = ROOT / "benchmarks" / "results" / "crash_h100.json"
@@ -332,10 +333,19 @@ def describe(outcome: Outcome) -> str:
     return str(outcome) if outcome.as_expected else f"{outcome}  <- expected: {wanted}"
 
 
-def save(outcomes: Iterable[Outcome], path: Path | str) -> None:
-    """Write outcomes as JSON, one object per case, for `recorded`."""
+def as_json(outcomes: Iterable[Outcome]) -> str:
+    """Outcomes as the text of a JSON file, one object per case."""
     objects = [asdict(o) | ({"relative_error": "inf"} if o.relative_error == float("inf") else {}) for o in outcomes]
-    Path(path).write_text(json.dumps({"outcomes": objects}, indent=2) + "\n", encoding="utf-8")
+    return json.dumps({"outcomes": objects}, indent=2) + "\n"
+
+
+def save(outcomes: Iterable[Outcome], path: Path | str) -> None:
+    """Write outcomes to a JSON file, for `recorded`.
+
+    Raises:
+        OSError: it cannot be written; what was there is as it was.
+    """
+    replace_text(Path(path), as_json(outcomes))
 
 
 def recorded(path: Path | str = RECORDED) -> dict[str, Outcome]:

@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..bench.cases import Case
-from ._child import AnswerError, answers, check_seconds, command, environment
 from .assembly import TARGETS, AssemblyError, width, widths
+from .child import AnswerError, answers, check_seconds, command, environment
 from .trace import Access, Trace
 
 _LAYOUT = re.compile(

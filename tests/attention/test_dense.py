@@ -54,6 +54,17 @@ def test_bounds_give_what_lengths_give_with_few_scores_at_a_time(mix: str, monke
             assert_right(got, call, wanted(call, *MIXES[mix], causal, window))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_changes_nothing(dtype: torch.dtype) -> None:
+    for causal in (True, False):
+        call = made([5, 1], [9, 40], dtype=dtype)
+        plain = dense_attention(**call, causal=causal)
+        with torch.autocast("cpu", dtype=torch.bfloat16 if dtype == torch.float32 else torch.float16):
+            cast = dense_attention(**call, causal=causal)
+        for got, expected in zip(cast, plain, strict=True):
+            assert got.dtype == expected.dtype and torch.equal(got, expected)
+
+
 def test_rows_of_q_k_and_v_may_be_views() -> None:
     lens = [5, 1], [9, 4]
     call = made(*lens)

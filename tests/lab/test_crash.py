@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from kvgather.lab import before_fix, crash
-from kvgather.lab._child import GRACE, ROOT
+from kvgather.lab.child import GRACE, ROOT
 from kvgather.lab.crash import CASES, CrashError, Outcome
 
 pytestmark = pytest.mark.triton

@@ -143,6 +143,15 @@ LOCAL = (r"(?i)\bat 0x[0-9a-f]+", r"(?<![\w.])(?:/(?:home|root|tmp|work|Users|us
 
 
 @rule
+def code_runs_in_any_folder(notebook: Notebook) -> list[str]:
+    """A path relative to the notebook is wrong for an engine or a reader that runs it from another one."""
+    found = []
+    for i, cell in notebook.code:
+        found += [f"cell {i} has the path {path}" for path in re.findall(r"""["'](\.\.?/[^"']*)["']""", cell.source)]
+    return found
+
+
+@rule
 def pictures_have_alt_texts(notebook: Notebook) -> list[str]:
     found = []
     for i, output in notebook.outputs():

@@ -151,6 +151,7 @@ BROKEN: list[tuple[str, str, Callable[[Any], None]]] = [
     ("outputs_are_text_or_png", "html", set_outputs(1, new_output("display_data", data={"text/html": ""}))),
     ("outputs_are_the_same_everywhere", "0x7f", set_outputs(PICTURE, text("<object at 0x7f3a>"))),
     ("outputs_are_the_same_everywhere", "/home", set_outputs(PICTURE, text("in /home/me/kvgather/cache.py"))),
+    ("code_runs_in_any_folder", "cell 2 has the path ../results", set_source(TIMED, 'read("../results")')),
     ("pictures_have_alt_texts", "cell 1", lambda nb: nb.cells[1].outputs[0].metadata.clear()),
     ("pictures_have_alt_texts", "cell 3 has an image", set_source(TASK, "![](../picture.png)")),
     ("cells_are_short", "cell 2 has 30 lines", set_source(TIMED, "\n" * 29)),
