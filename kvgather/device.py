@@ -8,7 +8,6 @@ choice holds for this process; child processes do not inherit it.
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -96,16 +95,24 @@ def interpreting() -> bool:
     return bool(knobs.runtime.interpret)
 
 
-@functools.cache
-def _library_interpreted() -> bool:
-    """Whether Triton's own functions were decorated for the interpreter, which was when triton was imported."""
-    if not _HAS_NUMPY:  # the interpreter is built on it
-        return False
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpretedFunction
+_library: bool | None = None
 
-    library: Any = tl.cdiv
-    return isinstance(library, InterpretedFunction)
+
+def _library_interpreted() -> bool:
+    """Whether Triton's own functions were decorated for the interpreter, which was when triton was imported.
+
+    Looked up once, every launch asks; and not by `functools.cache`, which torch.compile warns of.
+    """
+    global _library
+    if _library is None:
+        if not _HAS_NUMPY:  # the interpreter is built on it
+            return False
+        import triton.language as tl
+        from triton.runtime.interpreter import InterpretedFunction
+
+        function: Any = tl.cdiv
+        _library = isinstance(function, InterpretedFunction)
+    return _library
 
 
 def _why_not_interpreted() -> tuple[str, str]:

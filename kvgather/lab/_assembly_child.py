@@ -88,7 +88,8 @@ def compile_one(variant: Variant, target: str) -> dict[str, Any]:
     case, gpu = variant.case, gpu_target(target)
     key, value = pools_of(variant)
     k, v = side_of(case, "key", key), side_of(case, "value", value)
-    offsets = (torch.empty(17, dtype=torch.int32, device=META),) * 2 if variant.by_table else None
+    indices = torch.empty(len(case.lengths) + 1, dtype=torch.int32, device=META)
+    offsets = (indices, indices[1:] if case.starts else None) if variant.by_table else None
     launch = GatherLaunch(k, v, case.layout, interpreted=False, lanes=gpu.warp_size, offsets=offsets)
     hardware = case.dtype not in FORMATS or case.dtype in fp8_in_hardware(*target.split(":"))
     page = torch.empty((case.total_tokens // case.page_size + 1, 4), dtype=torch.int32, device=META)

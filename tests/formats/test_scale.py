@@ -65,8 +65,11 @@ def test_every_accepted_shape(scale: Tensor | float | None, kind: str, strides: 
     assert resolved(scale, kind) == got or isinstance(scale, (float, int))
 
 
-def test_a_float_becomes_one_element_on_the_device() -> None:
+def test_a_float_stays_a_number_until_memory_is_needed() -> None:
     got = resolved(0.25)
+    assert (got.kind, got.tensor, got.number) == ("per-tensor", None, 0.25)
+    assert got.in_memory(CPU).number is None and resolved(ones(1)).in_memory(CPU).tensor is not None
+    got = got.in_memory(CPU)
     assert got.tensor is not None
     assert (got.tensor.tolist(), got.tensor.dtype, got.tensor.device) == ([0.25], torch.float32, CPU)
 

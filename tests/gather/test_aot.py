@@ -12,6 +12,7 @@ import torch
 
 from kvgather.device import fp8_in_hardware
 from kvgather.formats.fp8 import FLOATS, FORMATS, POOL_DTYPES
+from kvgather.kernels.signatures import offset_lanes
 from kvgather.lab.assembly import TARGETS, Assembly, AssemblyError, Variant, compile_all, compile_for, width, widths
 from tests.gather.variants import FLOAT_POOLS, MAIN, REFUSED, VARIANTS
 
@@ -110,9 +111,10 @@ class Compiles:
         fp8 = set(product(("e4m3fn", "e4m3fnuz", "e5m2"), (True, False)))
         nowhere = {("e4m3fnuz", True)} if self.backend == "cuda" else set()  # AMD's own format
         assert decodes == {("", True)} | fp8 - nowhere
-        flags = {"HARDWARE", "K_RAW", "V_RAW", "K_ACROSS", "V_ACROSS", "WIDE"}
+        flags = {"HARDWARE", "K_RAW", "V_RAW", "K_ACROSS", "V_ACROSS", "WIDE", "PLANNED", "STARTS"}
         for name in flags:
             assert seen[name] == {True, False}, name
+        assert seen["LANES"] == {offset_lanes(1), offset_lanes(1000)}
         assert seen["BY_HAND"] == {False}  # the interpreter's alone
         assert seen["K_ALIGN"] | seen["V_ALIGN"] | seen["OUT_ALIGN"] == {1, 2, 4, 8}
         assert seen["V_SLOTS_PER_GROUP"] == seen["K_DIMS_PER_GROUP"] == {1, 4, 8, 16}
@@ -127,7 +129,7 @@ class Compiles:
         for name in sizes:
             assert {value & (value - 1) == 0 for value in seen[name]} == {True, False}, name
         told = {"K_KIND", "V_KIND", "FORMAT", "BY_HAND", "V_SLOTS_PER_GROUP", "K_DIMS_PER_GROUP", "SLOTS", "TILES",
-                "K_UNIT", "V_UNIT", "K_ALIGN", "V_ALIGN", "OUT_ALIGN", "num_warps"}  # fmt: skip
+                "K_UNIT", "V_UNIT", "K_ALIGN", "V_ALIGN", "OUT_ALIGN", "LANES", "num_warps"}  # fmt: skip
         follow = {"BIAS", "NAN_CODE", "K_UNITS", "V_UNITS", "PAGE_TILES"}  # from the format, or the sizes and the tile
         assert set(seen) == flags | sizes | told | follow, (
             "a new constant needs its values in the list, and a line above"

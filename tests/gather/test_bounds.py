@@ -145,7 +145,7 @@ def test_no_access_is_outside_its_tensor(case: Case) -> None:
         built.cache.gather(built.plan, out=out, backend="triton")
     assert not t.violations, t.report()
     arguments = {access.argument for access in t.accesses}
-    read = {"k_ptr", "v_ptr", "record_ptr"}
+    read = {"k_ptr", "v_ptr", "page_ptr"}
     read |= {f"{which}_scale_ptr" for which in "kv" if getattr(case, f"{which}_kind") != "none"}
     assert arguments == read | {"k_out_ptr", "v_out_ptr"}
     for which, rows in zip("kv", out, strict=True):

@@ -53,7 +53,13 @@ OTHERS = (
     Variant(case(ENGINE, dtype=E5M2, layout="SHUFFLE", out_dtype=FP16, num_blocks=2**22), heads_outermost=True),
 )
 
-VARIANTS = (*MAIN, *FLOAT_POOLS, *OTHERS)
+BY_TABLE = (
+    Variant(case(ENGINE, layout="SHUFFLE", kinds="per-token-head"), by_table=True),
+    Variant(case(kinds="per-tensor", dims=(128, 128), lengths=(40,) * 40, starts=(3,) * 40), by_table=True),
+)
+"""The engines' call, which finds its pages itself: few sequences and many, with starts and without."""
+
+VARIANTS = (*MAIN, *FLOAT_POOLS, *OTHERS, *BY_TABLE)
 
 REFUSED = {"hip:gfx1250": ((3, 7), r"LLD failed to link")}
 """Targets that Triton refuses before a version, and in what words: 3.6 makes assembly that its own linker refuses."""
