@@ -12,7 +12,7 @@ import re
 import subprocess
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -54,6 +54,8 @@ class Word:
         return Word(0, root, bits <= 14)
 
 
+NO_REGISTER = ("ISETP", "FSETP", "HSETP", "DSETP", "UISETP", "PLOP3", "UPLOP3", "R2P")
+"""Instructions that write predicates alone."""
 UNDEFINED = Word(root="never written", defined=False)
 State = dict[str, Word]
 
@@ -200,7 +202,22 @@ def blocks(sass: str) -> dict[str, Block]:
             current.next += [target[1]] if target else []
             always = not step.guard and len(operands) <= 1 and kind != "CALL"
             current = _following(made, current, f"after {one[1]}", always)
+    for block in made.values():
+        _mark_swaps(block.code)
     return made
+
+
+def _mark_swaps(code: list[Instruction]) -> None:
+    """Three exclusive ors exchange two registers: make the first of them a `SWAP`, and the others nothing."""
+    for i in range(len(code) - 2):
+        three = code[i : i + 3]
+        if any(not re.fullmatch(r"U?LOP3\.LUT", step.opcode) or "0x3c" not in step.operands for step in three):
+            continue
+        (a, *first), (b, *second), (c, *third) = (step.operands[:3] for step in three)
+        if a == c != b and all({a, b} == set(pair) for pair in (first, second, third)):
+            three[0].opcode, three[0].operands = "SWAP", [a, b]
+            for step in three[1:]:
+                step.opcode, step.operands = "NOP", []
 
 
 def _following(made: dict[str, Block], current: Block, label: str, jumps: bool = False) -> Block:
@@ -236,7 +253,7 @@ def run(flow: dict[str, Block]) -> tuple[dict[str, Multiply], list[str]]:
 
 
 def _joined(a: State, b: State, label: str) -> State:
-    """The state after two paths meet; of thread registers only those that both know are kept."""
+    """The state after two paths meet; of thread registers and the stack only what both know is kept."""
     names = {name for name in {*a, *b} if name.startswith("U") or (name in a and name in b)}
     return {name: _either(a.get(name, UNDEFINED), b.get(name, UNDEFINED), f"{name} at {label}") for name in names}
 
@@ -254,18 +271,44 @@ def _step(step: Instruction, state: State, found: dict[str, Multiply], unwritten
         return
     if step.opcode.startswith("HGMMA"):
         found[step.address] = _multiply(step, state)
-    written = step.operands[0] if step.operands and re.fullmatch(r"U?R\d+", step.operands[0]) else ""
-    sources = step.operands[1:] if written else step.operands
+    if step.opcode == "SWAP":
+        a, b = step.operands
+        state[a], state[b] = _value(b, state), _value(a, state)
+        return
+    if local := re.fullmatch(r"(STL|LDL)(\.\w+)*", step.opcode):
+        _spill(step, state, local[1] == "STL")
+        return
+    operands = list(step.operands)
+    while operands and re.fullmatch(r"U?P(\d|T)", operands[0]):  # predicates that are written, before the register
+        state[operands[0]] = Word(0, f"{operands.pop(0)} of {step.address}")
+    written = operands[0] if operands and re.fullmatch(r"U?R\d+", operands[0]) else ""
+    written = "" if step.opcode.startswith(NO_REGISTER) else written
+    sources = operands[1:] if written else operands
     for name in re.findall(r"\bUR\d+", " ".join(sources)):
         if not step.opcode.startswith("HGMMA") and state.get(name, UNDEFINED) == UNDEFINED:
             unwritten[step.address] = f"{step.address}: {step.opcode} reads {name}, which was never written"
     if not written:
         return
     old = dict(state)
-    _write(step, state)
+    _write(replace(step, operands=operands), state)
     if step.guard:
         for name in [name for name in state if state[name] != old.get(name)]:
             state[name] = _either(_value(name, old), state[name], f"{name} after {step.address}")
+
+
+def _spill(step: Instruction, state: State, stores: bool) -> None:
+    """Follow thread registers into the thread's stack and back, by the distance from the stack pointer."""
+    flags = step.opcode.split(".")
+    register, place = step.operands[::-1] if stores else step.operands
+    at = re.fullmatch(r"\[R1(?:\+(0x[0-9a-f]+))?\]", place)
+    for i in range(_width("", flags)):
+        thread = "RZ" if register == "RZ" else f"R{int(register[1:]) + i}"
+        stack = f"L{int(at[1] or '0', 16) + 4 * i}" if at else f"L{place}+{i}"
+        source, target = (thread, stack) if stores else (stack, thread)
+        if not step.guard and (source in state or source == "RZ"):
+            state[target] = _value(source, state)
+        else:
+            state.pop(target, None)
 
 
 def _multiply(step: Instruction, state: State) -> Multiply:

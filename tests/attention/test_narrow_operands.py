@@ -72,6 +72,16 @@ def test_a_narrower_operand_is_addressed_from_a_register_that_was_never_written(
     assert [line for line in words if "reads UR" in line and "never written" in line], words
 
 
+def test_the_checker_sees_one_other_constant(compiled: dict[int, dict[str, Any]], tmp_path: Path) -> None:
+    """As if the machine code had an address 32 bytes off, or another way of storing the rows."""
+    ptx = compiled[WIDE]["ptx"]
+    one = str(0x4000004000000002)
+    assert f", {one};" in ptx
+    for other in (0x4000004000000000, 0x4000004000000008, 0x8000004000000002 - 2**64):
+        answer = compiled[WIDE] | {"ptx": ptx.replace(f", {one};", f", {other};", 1)}
+        assert found(answer, tmp_path), hex(other)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dim", [WIDE, NARROW])
 def test_the_checker_says_what_an_h100_does(dim: int, tmp_path: Path) -> None:
