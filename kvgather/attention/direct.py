@@ -72,27 +72,33 @@ def choose_tile(
 def alike_operands(tile: Tile, k_pad: int, v_pad: int) -> tuple[Tile, int, int]:
     """Widen a tile for GPUs whose tensor cores read shared memory, until all operands are stored in one way.
 
-    From compute capability 9.0 on, tensor cores find an operand in shared memory through a 64-bit descriptor. Triton
-    computes it as the address of the buffer plus a constant; the constant's upper half says how the rows are stored,
-    and depends on their width up to 128 bytes. K and V, converted from FP8, take turns in one buffer. So with rows of
-    different widths two families of constants are added to one address, and ptxas 12.8.93 (in Triton 3.5 to 3.7)
-    compiles that wrongly: for the family with the larger upper half it adds the constants to a register that it never
-    wrote. The PTX is right, and the `wgmma` instructions for V read at stale addresses: values were silently wrong, or
-    the context was lost, with K and V padded to 64 and 32 or to 32 and 16 (H100, H200; compute-sanitizer: "Invalid
-    __shared__ read"). With one family the fault does not occur, whatever the version.
+    The cause: from compute capability 9.0 on, tensor cores find an operand in shared memory through a 64-bit
+    descriptor. Triton computes it as the address of a buffer plus a constant, whose upper half says how the rows are
+    stored and depends on their width up to 128 bytes. K and V, converted from FP8, take turns in one buffer, so two
+    families of constants are added to one address. ptxas 12.8.93 (the one of Triton 3.5.1, 3.6.0 and 3.7.1) adds the
+    second family, where its upper half is the larger, to a register that it never wrote. The PTX is right; the
+    machine code reads V anywhere in shared memory, or past its end.
 
-    The instances known upstream: triton-lang/triton issues 11366 and 10486 (kernels with a 32-column operand), and
-    the workaround for Triton's own use of such sums in pull request 7196. The same PTX is compiled correctly by
-    ptxas 12.9.86, 13.0.88, 13.1.115, 13.3.33, 13.4.59 and 13.5.37, but the shape decides here, not the version: a
-    kernel may be compiled by another ptxas than the one that is found at run time.
+    What was seen: wrong values, or "Invalid __shared__ read" and a lost context, with K and V padded to 64 and 32 or
+    to 32 and 16 (H100, H200; Triton 3.6.0). In the machine code also with 128 and 32 and with 64 and 16, for FP8 pools
+    of all formats in NHD, HND and SHUFFLE, with one loop and with two; not for 16-bit pools, whose buffers have two
+    addresses. With one upper half for all operands the machine code was right in all of 165 kernels that were drawn.
+    The same PTX is assembled rightly by ptxas 12.9.86, 13.0.88, 13.1.115, 13.3.33, 13.4.59 and 13.5.37. The shape
+    decides here, not the version, which is not known before a kernel is compiled.
+
+    Upstream: triton-lang/triton pull requests 7196 and 7197 work around a fault of ptxas in the arithmetic of
+    descriptors, by an `or` in place of an `add`; with `or` throughout, this fault is gone too. Issues 10486, 10573 and
+    11366 report illegal addresses on H100 and H20 with operands of 32 columns, Triton 3.6 and 3.7, and none with 3.5;
+    fla-org/flash-linear-attention pull request 1262 names ptxas 12.8.93. Whether their cause is this one is not known.
 
     Args:
         tile: chosen or given.
         k_pad, v_pad: head dims, rounded up to powers of two.
 
     Returns:
-        The tile and both padded head dims, of at least 64 keys, columns and columns if `wgmma` reads them: rows of
-        128 bytes. Columns past a head dim are masked: they cost arithmetic and shared memory, no reads of the pool.
+        The tile and both padded head dims. With 64 rows or more, where Triton uses `wgmma`, keys and both dims are at
+        least 64: rows of 128 bytes. What lies past a head dim is masked: it costs arithmetic and shared memory, no
+        reads of the pool.
     """
     if tile.m < WGMMA_ROWS:
         return tile, k_pad, v_pad
@@ -222,15 +228,15 @@ class DirectLaunch:
         """Prepare the launches for `call` and all that have its signature."""
         cache, tile, g, interpreted = call.cache, call.tile, call.cache.geometry, call.interpreted
         k_pad, v_pad = padded_dims(g)
+        qk, pv = _operand_dtypes(call.q.dtype, g.dtype, cache.v_kind, interpreted)
         k_columns, v_columns = k_pad, v_pad
-        if not interpreted and multiplies_from_shared_memory(call.q.device):
+        if qk is not tl.float32 and multiplies_from_shared_memory(call.q.device):
             tile, k_columns, v_columns = alike_operands(tile, k_pad, v_pad)
         self.group = call.q.shape[1] // g.num_kv_heads
         self.kv_heads = g.num_kv_heads
         self.tile = tile
         fmt = FORMATS.get(g.dtype)
         k, v = LoadStrides.of(cache.key_cache, g.layout, "key"), LoadStrides.of(cache.value_cache, g.layout, "value")
-        qk, pv = _operand_dtypes(call.q.dtype, g.dtype, cache.v_kind, interpreted)
         limit = {"maxnreg": tile.registers} if tile.registers and torch.version.cuda and not interpreted else {}
         self.constants: dict[str, Any] = {
             "PAGE": g.page_size, "KV_HEADS": g.num_kv_heads, "GROUP": self.group,

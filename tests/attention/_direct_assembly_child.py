@@ -121,8 +121,9 @@ def compile_one(job: Job) -> dict[str, Any]:
     value = empty(*value_shape(job.layout, *size, job.dims[1], job.dtype.itemsize), dtype=job.dtype)
     scales = scale(job.kinds[0]), scale(job.kinds[1])
     cache = SimpleNamespace(
-        geometry=Geometry.of(key, value, job.layout), key_cache=key, value_cache=value, layout=job.layout,
-        scales=scales, k_scale=scales[0].tensor, v_scale=scales[1].tensor, k_kind=job.kinds[0], v_kind=job.kinds[1],
+        geometry=Geometry(job.layout, *size, *job.dims, job.dtype, META), key_cache=key, value_cache=value,
+        layout=job.layout, scales=scales, k_scale=scales[0].tensor, v_scale=scales[1].tensor, k_kind=job.kinds[0],
+        v_kind=job.kinds[1],
     )  # fmt: skip
     offsets = empty(job.sequences + 1, dtype=torch.int32)
     columns = 600 if job.sequences > 1 else 1
