@@ -280,7 +280,8 @@ def _step(step: Instruction, state: State, found: dict[str, Multiply], unwritten
         return
     operands = list(step.operands)
     while operands and re.fullmatch(r"U?P(\d|T)", operands[0]):  # predicates that are written, before the register
-        state[operands[0]] = Word(0, f"{operands.pop(0)} of {step.address}")
+        name = operands.pop(0)
+        state[name] = Word(0, f"{name} of {step.address}")
     written = operands[0] if operands and re.fullmatch(r"U?R\d+", operands[0]) else ""
     written = "" if step.opcode.startswith(NO_REGISTER) else written
     sources = operands[1:] if written else operands
