@@ -42,7 +42,7 @@ USUAL = 1.0
 SHARD_SECONDS = 60.0
 """A file that takes longer is cut into shards of about this length; a process takes 7 s before its first test."""
 GIGABYTES = {
-    "tests/attention/test_direct_gpu.py": 8,
+    "tests/attention/test_direct_gpu.py": 5,
     "tests/attention/test_direct_large.py": 6,
     "tests/bench/test_prefix.py": 5,
     "tests/gather/test_large.py": 24,
