@@ -20,25 +20,33 @@ MARKS = re.compile(r"pytest\.mark\.gpu|from tests\.where import")
 """A file without these words has no GPU test; it may need packages that a GPU machine lacks."""
 
 SECONDS_A_TEST = {
-    "tests/attention/test_dense_gpu.py": 1.5,
-    "tests/attention/test_direct.py": 14.0,
-    "tests/attention/test_direct_bounds.py": 10.0,
-    "tests/attention/test_direct_gpu.py": 15.0,
-    "tests/attention/test_prefix.py": 15.0,
-    "tests/attention/test_prefix_gpu.py": 15.0,
-    "tests/gather/test_bounds.py": 6.0,
-    "tests/gather/test_kernel.py": 4.0,
-    "tests/gather/test_large.py": 10.0,
-    "tests/gather/test_properties.py": 60.0,
-    "tests/gather/test_sanitizer.py": 40.0,
-    "tests/lab/test_crash.py": 10.0,
-    "tests/test_cache.py": 3.0,
+    "tests/attention/test_dense_gpu.py": 0.6,
+    "tests/attention/test_direct.py": 3.9,
+    "tests/attention/test_direct_bounds.py": 2.6,
+    "tests/attention/test_direct_gpu.py": 17.7,
+    "tests/attention/test_direct_tiles_gpu.py": 11.5,
+    "tests/attention/test_disagreeing.py": 2.9,
+    "tests/attention/test_prefix.py": 4.7,
+    "tests/attention/test_prefix_gpu.py": 8.9,
+    "tests/attention/test_refused.py": 2.3,
+    "tests/bench/test_prefix.py": 3.0,
+    "tests/gather/test_kernel.py": 0.7,
+    "tests/gather/test_ops.py": 3.0,
+    "tests/gather/test_properties.py": 5.7,
+    "tests/gather/test_sanitizer.py": 12.8,
+    "tests/lab/test_crash.py": 8.1,
+    "tests/test_cache.py": 0.3,
 }
-"""About how long a test of a file takes on one of 16 cores, nearly all of it compiling; elsewhere `USUAL`."""
-USUAL = 3.0
-SHARD_SECONDS = 75.0
-"""A file that takes longer is cut into shards of about this length; a process costs some 10 s before its first test."""
-GIGABYTES = {"tests/gather/test_large.py": 24, "tests/attention/test_direct_gpu.py": 8}
+"""About how long a test of a file takes with 16 processes on an H100, mostly compiling; elsewhere `USUAL`."""
+USUAL = 1.0
+SHARD_SECONDS = 60.0
+"""A file that takes longer is cut into shards of about this length; a process takes 7 s before its first test."""
+GIGABYTES = {
+    "tests/attention/test_direct_gpu.py": 5,
+    "tests/attention/test_direct_large.py": 6,
+    "tests/bench/test_prefix.py": 5,
+    "tests/gather/test_large.py": 24,
+}
 """GPU memory that a process takes at most, where it is more than `USUAL_GIGABYTES`."""
 USUAL_GIGABYTES = 3
 

@@ -19,7 +19,7 @@ import kvgather as kg
 from kvgather.attention.batch_contents import BatchTensors, Sizes
 from kvgather.attention.batch_tensors import batch_tensors, window_offsets
 from kvgather.device import has_gpu, interpreting
-from kvgather.lab._child import ROOT
+from kvgather.lab.child import ROOT
 from kvgather.lab.trace import trace
 from tests.where import on_each_device
 
@@ -205,7 +205,7 @@ def test_a_batch_and_a_window_are_three_launches(dtype: torch.dtype) -> None:
 
     build()
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         build()
         torch.cuda.synchronize()
     kernels = [event.key for event in profile.key_averages() if event.device_type.name == "CUDA"]
