@@ -12,11 +12,12 @@ from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from kvgather.formats.checks import check_int
+from .device import resolve_device
+from .formats.checks import check_int, check_tensor, described, shown
 
 
 class OutOfBlocksError(ValueError):
@@ -192,15 +193,18 @@ class BlockPool:
             [end - start] int64, each block_id * page_size + offset.
 
         Raises:
-            ValueError, TypeError: not 0 <= start <= end <= num_tokens, or not a live sequence of this pool.
+            ValueError, TypeError: not 0 <= start <= end <= num_tokens, not a live sequence of this pool, or no device
+                of this machine.
         """
         self._check_live(seq)
+        where = resolve_device(device)
         last = seq.num_tokens if end is None else check_int(end, "end", maximum=seq.num_tokens)
         first = check_int(start, "start", maximum=last)
         first_block = first // self.page_size
-        blocks = torch.tensor(seq.block_ids[first_block : -(-last // self.page_size)], dtype=torch.int64)
-        positions = torch.arange(first, last) - first_block * self.page_size
-        return (blocks[positions // self.page_size] * self.page_size + positions % self.page_size).to(device)
+        ids = seq.block_ids[first_block : -(-last // self.page_size)]
+        blocks = torch.tensor(ids, dtype=torch.int64, device="cpu")
+        positions = torch.arange(first, last, dtype=torch.int64, device="cpu") - first_block * self.page_size
+        return (blocks[positions // self.page_size] * self.page_size + positions % self.page_size).to(where)
 
     def block_table(self, seqs: Sequence[PooledSequence], device: torch.device | str = "cpu") -> torch.Tensor:
         """Block ids of each sequence, in order.
@@ -210,13 +214,17 @@ class BlockPool:
             no reader can mistake for a block.
 
         Raises:
-            ValueError, TypeError: one of them is not a live sequence of this pool.
+            ValueError, TypeError: one of them is not a live sequence of this pool, or no device of this machine.
         """
+        where = resolve_device(device)
+        if not isinstance(seqs, Iterable):
+            raise TypeError(f"seqs is {described(seqs)}; accepted: sequences of this pool")
+        seqs = list(seqs)
         for seq in seqs:
             self._check_live(seq)
         width = max((len(seq.block_ids) for seq in seqs), default=0)
         rows = [seq.block_ids + [-1] * (width - len(seq.block_ids)) for seq in seqs]
-        return torch.tensor(rows, dtype=torch.int32).reshape(len(seqs), width).to(device)
+        return torch.tensor(rows, dtype=torch.int32, device=where).reshape(len(seqs), width)
 
     def block(self, block_id: int) -> BlockView:
         """What the pool knows about one block, for pictures and tests.
@@ -369,17 +377,21 @@ def cu_seqlens(lengths: Iterable[int], device: torch.device | str = "cpu") -> to
     """Prefix sums of sequence lengths: row b of a packed batch begins at entry b and ends at entry b + 1.
 
     Args:
-        lengths: tokens of each sequence, integers >= 0.
+        lengths: tokens of each sequence, integers >= 0: a list, or an integer tensor [batch], which is read.
+        device: where the result is; the CPU if nothing is given.
 
     Returns:
         [batch + 1] int32, beginning with 0.
 
     Raises:
-        ValueError, TypeError: a length is negative or no integer, or the sum passes 2**31 - 1.
+        ValueError, TypeError: a length is negative or no integer, the sum passes 2**31 - 1, or no device of this
+            machine.
     """
-    sums = list(accumulate((check_int(n, f"lengths[{b}]") for b, n in enumerate(lengths)), initial=0))
+    where = resolve_device(device)
+    given = _listed(lengths, "lengths")
+    sums = list(accumulate((check_int(n, f"lengths[{b}]") for b, n in enumerate(given)), initial=0))
     check_int(sums[-1], "the sum of lengths")
-    return torch.tensor(sums, dtype=torch.int32, device=device)
+    return torch.tensor(sums, dtype=torch.int32, device=where)
 
 
 class _Key:
@@ -434,16 +446,22 @@ def _typed(key: Hashable) -> Hashable:
 
 def _checked_tokens(token_ids: Iterable[int]) -> list[int]:
     """The prompt as a list of Python integers, so that equal tokens compare and hash alike."""
-    given = token_ids.tolist() if isinstance(token_ids, torch.Tensor) else token_ids
-    if not isinstance(given, Iterable):
-        raise TypeError(f"token_ids is {given!r:.60}; accepted: a list of integers, or an integer tensor [n]")
-    tokens = list(given)
+    tokens = _listed(token_ids, "token_ids")
     for i, token_id in enumerate(tokens):
         if type(token_id) is not int or not 0 <= token_id < 2**63:
             tokens[i] = _checked_token(token_id, f"token_ids[{i}]")
     if not tokens:
         raise ValueError("token_ids is empty; accepted: at least one token")
     return tokens
+
+
+def _listed(given: object, name: str) -> list[Any]:
+    """Numbers of an argument that may be a list, an iterator or a tensor."""
+    if isinstance(given, torch.Tensor):
+        given = check_tensor(given, name).tolist()
+    if not isinstance(given, Iterable):
+        raise TypeError(f"{name} is {shown(given)}; accepted: a list of integers, or an integer tensor [n]")
+    return list(given)
 
 
 def _checked_token(token_id: int, name: str) -> int:

@@ -364,6 +364,57 @@ def test_cu_seqlens() -> None:
         cu_seqlens([2**31 - 1, 2**31 - 1])
 
 
+BAD_DEVICES = [
+    ("gpu", ValueError, r"device is 'gpu'; accepted: a torch.device or its name"),
+    (3.5, TypeError, r"device is float 3.5; accepted: a torch.device or its name"),
+    ("meta", ValueError, r"device is meta, which holds no values; accepted: a GPU, or cpu"),
+    ("cuda:99", ValueError, r"device is cuda:99, and torch sees \d+ GPUs here; accepted: one of those, or cpu"),
+]
+
+
+@pytest.mark.parametrize(("device", "error", "message"), BAD_DEVICES)
+def test_bad_devices(device: Any, error: type[Exception], message: str) -> None:
+    pool = BlockPool(num_blocks=4, page_size=4)
+    seq = pool.allocate(PROMPT)
+    for call in (lambda: pool.slots(seq, device=device), lambda: pool.block_table([seq], device=device)):
+        with pytest.raises(error, match=message):
+            call()
+    with pytest.raises(error, match=message):
+        cu_seqlens([1, 2], device)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "error", "message"),
+    [
+        (5, TypeError, r"lengths is 5; accepted: a list of integers, or an integer tensor \[n\]"),
+        (None, TypeError, r"lengths is None; accepted: a list of integers"),
+        (["a"], TypeError, r"lengths\[0\] is str 'a'; accepted: an int"),
+        (torch.tensor([1, 2], device="meta"), ValueError, r"lengths is on meta, which holds no values; accepted"),
+        (torch.tensor([1, 2]).to_sparse(), ValueError, r"lengths has layout torch.sparse_coo; accepted: a dense"),
+        (torch.tensor([1.0]), TypeError, r"lengths\[0\] is float 1.0; accepted: an int"),
+        (torch.tensor(3), TypeError, r"lengths is 3; accepted: a list of integers"),
+    ],
+    ids=["int", "none", "str", "meta", "sparse", "float", "scalar"],
+)
+def test_bad_lengths(lengths: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        cu_seqlens(lengths)
+
+
+def test_lengths_of_torch_and_numpy() -> None:
+    for lengths in (torch.tensor([3, 0, 5]), np.array([3, 0, 5]), iter([3, 0, np.int64(5)])):
+        assert cu_seqlens(lengths).tolist() == [0, 3, 3, 8]
+
+
+@pytest.mark.parametrize("default", ["meta", "cpu"])
+def test_tables_do_not_follow_the_default_device(default: str) -> None:
+    pool = BlockPool(num_blocks=8, page_size=4)
+    seq = pool.allocate(PROMPT)
+    with torch.device(default):
+        assert pool.slots(seq, 3, 6).tolist() == [3, 4, 5]
+        assert pool.block_table([seq]).tolist() == [[0, 1, 2]] and cu_seqlens([2]).tolist() == [0, 2]
+
+
 def test_tokens_may_come_as_a_tensor_or_an_iterator() -> None:
     pool = BlockPool(num_blocks=16, page_size=4)
     run_prompt(pool, PROMPT)
@@ -385,6 +436,8 @@ def test_tokens_may_come_as_a_tensor_or_an_iterator() -> None:
         (torch.tensor(7), TypeError, "token_ids is 7; accepted: a list of integers"),
         (torch.tensor([[1, 2]]), TypeError, r"token_ids\[0\] is list"),
         (torch.tensor([0.5]), TypeError, r"token_ids\[0\] is float"),
+        (torch.tensor([1], device="meta"), ValueError, "token_ids is on meta, which holds no values; accepted"),
+        (torch.tensor([1]).to_sparse(), ValueError, "token_ids has layout torch.sparse_coo; accepted: a dense"),
     ],
 )
 def test_bad_tokens_raise_and_change_nothing(tokens: Any, error: type[Exception], message: str) -> None:

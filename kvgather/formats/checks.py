@@ -75,15 +75,17 @@ def check_tensor(
         raise ValueError(f"{name} has shape {list(value.shape)}; accepted: {ndim} dimensions")
     if device is not None and value.device != device:
         raise ValueError(f"{name} is on {value.device}; accepted: {device}")
-    if not torch.compiler.is_compiling():
-        if value.is_meta and value.device.type == "meta":  # fake tensors are meta tensors on the device they stand for
+    if torch.compiler.is_compiling():
+        return value
+    if value.is_neg():
+        raise ValueError(
+            f"{name} has its negative bit set, as x.conj().imag has, so that its bytes are not its values; "
+            f"accepted: {name}.resolve_neg()"
+        )
+    if type(value) in _WITH_MEMORY:  # fake tensors are meta tensors that say another device
+        if value.is_meta:
             raise ValueError(f"{name} is on meta, which holds no values; accepted: a tensor on a GPU or a CPU")
-        if value.is_neg():
-            raise ValueError(
-                f"{name} has its negative bit set, as x.conj().imag has, so that its bytes are not its values; "
-                f"accepted: {name}.resolve_neg()"
-            )
-    check_inside_storage(value, name)
+        _check_reach(value, name)
     return value
 
 
@@ -144,8 +146,15 @@ def share_elements(first: Tensor, second: Tensor) -> bool:
 
 def check_inside_storage(tensor: Tensor, name: str) -> None:
     """Raise ValueError if a tensor's strides reach past its storage (a storage can be shrunk under its views)."""
-    if torch.compiler.is_compiling() or tensor.is_meta or type(tensor) not in (Tensor, torch.nn.Parameter):
+    if torch.compiler.is_compiling() or type(tensor) not in _WITH_MEMORY or tensor.is_meta:
         return  # fake tensors have no memory to leave
+    _check_reach(tensor, name)
+
+
+_WITH_MEMORY = (Tensor, torch.nn.Parameter)
+
+
+def _check_reach(tensor: Tensor, name: str) -> None:
     needed = (tensor.storage_offset() + extent(tensor)) * tensor.element_size() if tensor.numel() else 0
     held = tensor.untyped_storage().nbytes()
     if needed > held:

@@ -188,7 +188,7 @@ def decode_into_bfloat16(codes: Tensor, dtype: torch.dtype, factor: float, out: 
     """
     fmt = format_of(dtype)
     unit = 2.0 ** (127 - fmt.bias)
-    keeps_subnormals = bool(torch.tensor(1e-40) * 1.0 > 0)
+    keeps_subnormals = bool(torch.tensor(1e-40, dtype=torch.float32, device="cpu") * 1.0 > 0)
     if not (keeps_subnormals and unit * factor <= torch.finfo(torch.float32).max) or _has_special(codes, fmt):
         return False
     shift = 7 - fmt.mantissa_bits
@@ -207,5 +207,5 @@ def _has_special(codes: Tensor, fmt: Fp8Format) -> bool:
 
 
 def decode_table(dtype: torch.dtype) -> Tensor:
-    """The values of all 256 codes of an FP8 format, FP32 `[256]`; index it with a code."""
-    return decode(torch.arange(256, dtype=torch.uint8), dtype)
+    """The values of all 256 codes of an FP8 format, FP32 `[256]` on the CPU; index it with a code."""
+    return decode(torch.arange(256, dtype=torch.uint8, device="cpu"), dtype)
