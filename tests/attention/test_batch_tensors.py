@@ -19,7 +19,7 @@ import kvgather as kg
 from kvgather.attention.batch_contents import BatchTensors, Sizes
 from kvgather.attention.batch_tensors import batch_tensors, window_offsets
 from kvgather.device import has_gpu, interpreting
-from kvgather.lab._child import ROOT
+from kvgather.lab.child import ROOT
 from kvgather.lab.trace import trace
 from tests.where import on_each_device
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from kvgather.device import fp8_in_hardware
-from kvgather.lab._child import ROOT
 from kvgather.lab.assembly import width, widths
+from kvgather.lab.child import ROOT
 from tests.attention._direct_assembly_child import Job
 
 pytestmark = pytest.mark.triton

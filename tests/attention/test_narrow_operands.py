@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvgather.lab._child import ROOT
+from kvgather.lab.child import ROOT
 from tests.attention.descriptors import disassembled, faults, tool, version_of
 
 pytestmark = pytest.mark.triton
