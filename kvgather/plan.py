@@ -76,12 +76,26 @@ class GatherPlan:
             TypeError, ValueError: an argument has the wrong type, rank, size or device.
         """
         check_table(block_table, cu_seqlens_k, seq_starts)
-        device, (batch, columns) = block_table.device, block_table.shape
+        batch, columns = block_table.shape
         page_size = check_int(page_size, "page_size", minimum=1)
         num_blocks = check_int(num_blocks, "num_blocks")
         if total_tokens is None:
             total_tokens = _read_total(cu_seqlens_k, rows=batch * columns * page_size)
         total_tokens = check_int(total_tokens, "total_tokens")
+        return cls.of_checked(block_table, cu_seqlens_k, seq_starts, page_size, num_blocks, total_tokens)
+
+    @classmethod
+    def of_checked(
+        cls,
+        block_table: Tensor,
+        cu_seqlens_k: Tensor,
+        seq_starts: Tensor | None,
+        page_size: int,
+        num_blocks: int,
+        total_tokens: int,
+    ) -> GatherPlan:
+        """`build`, of arguments that were checked."""
+        device, batch = block_table.device, block_table.shape[0]
         capacity = -(-total_tokens // page_size) + 2 * batch if batch and total_tokens else 0
 
         sizes = _Sizes(page_size, num_blocks, total_tokens, capacity)

@@ -81,5 +81,5 @@ def plan_records(
         return PreparedLaunch(plan_kernel, (None,) * 6, (cu_strides,), constants, interpreted)
 
     numbers = (batch, min(columns, MOST), num_blocks, total_tokens, *block_table.stride())
-    prepared_once(plan_kernel, key, prepare)(capacity, tensors, addresses, numbers)
+    prepared_once("plan", key, prepare)(capacity, tensors, addresses, numbers)
     return records, origin, given

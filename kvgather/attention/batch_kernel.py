@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
+from collections.abc import Iterable
 
 import torch
 import triton
@@ -133,73 +133,67 @@ def window_kernel(
 def launch_batch(table: Tensor, cu_q: Tensor, cu_k: Tensor, sizes: Sizes) -> BatchTensors:
     """Launch `batch_kernel` on checked arguments; see `kvgather.attention.batch_tensors.batch_tensors`."""
     batch, columns = table.shape
-    given: tuple[Tensor, ...] = (table, cu_q, cu_k)
-    if max(stride for tensor in given for stride in tensor.stride()) > MOST:  # of an axis of one element, at most
-        given = tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device).copy_(t) for t in given)
     interpreted, device = interpreting(), table.device
+    row_stride, column_stride = table.stride()
+    if row_stride > MOST or column_stride > MOST:  # of an axis of one element, at most
+        table = torch.empty(table.shape, dtype=table.dtype, device=device).copy_(table)
+        row_stride, column_stride = table.stride()
+    q_stride, k_stride = min(cu_q.stride(0), MOST), min(cu_k.stride(0), MOST)
     wide = max(columns, 1)
-    narrow = _Parts((batch * wide, batch + 1, batch + 1), torch.int32, device)
-    long = _Parts((sizes.total_q, batch + 1, batch + 1), torch.int64, device)
+    narrow, narrow_at = _cut((batch * wide, batch + 1, batch + 1), torch.int32, device)
+    long, long_at = _cut((sizes.total_q, batch + 1, batch + 1), torch.int64, device)
     copy = torch.empty((batch, columns), dtype=table.dtype, device=device)
+    checked = narrow[0].view(batch, wide)
     parts = min(max(1, -(-max(columns, sizes.max_q) // _AT_A_TIME)), 16)
-    addresses = (*(tensor.data_ptr() for tensor in given), *narrow.addresses, long.addresses[0], copy.data_ptr(),
-                 *long.addresses[1:])  # fmt: skip
-    numbers = (
-        batch, columns, sizes.num_blocks, sizes.total_q, sizes.total_k, sizes.max_q, sizes.most, parts,
-        *given[0].stride(), *given[1].stride(), *given[2].stride(),
+    at = table.data_ptr(), cu_q.data_ptr(), cu_k.data_ptr()
+    key = (
+        device, interpreted, sizes.page_size, table.dtype, cu_q.dtype, cu_k.dtype, at[0] & 15, at[1] & 15, at[2] & 15
     )  # fmt: skip
-    launch = prepared_once(
-        "batch", (device, interpreted, sizes.page_size, *_pointed(given)),
-        lambda: PreparedLaunch(
-            batch_kernel, (None,) * 10, (),
-            {"PAGE": sizes.page_size, "CHUNK": 16 if interpreted else 256, "N": _AT_A_TIME}, interpreted,
-        ),
-    )  # fmt: skip
-    checked, used_q, used_k = narrow.tensors
-    slots, given_q, given_k = long.tensors
-    checked = checked.view(batch, wide)
+    launch = prepared_once("batch", key, lambda: _prepared_batch(sizes.page_size, interpreted))
     launch(
-        (batch + 1) * parts, (*given, checked, used_q, used_k, slots, copy, given_q, given_k), addresses, numbers
+        (batch + 1) * parts,
+        (table, cu_q, cu_k, checked, narrow[1], narrow[2], long[0], copy, long[1], long[2]),
+        (*at, *narrow_at, long_at[0], copy.data_ptr(), long_at[1], long_at[2]),
+        (batch, columns, sizes.num_blocks, sizes.total_q, sizes.total_k, sizes.max_q, sizes.most, parts,
+         row_stride, column_stride, q_stride, k_stride),
     )  # fmt: skip
-    return BatchTensors(checked, used_q, used_k, slots, (copy, given_q, given_k))
+    return BatchTensors(checked, narrow[1], narrow[2], long[0], (copy, long[1], long[2]))
+
+
+def _prepared_batch(page_size: int, interpreted: bool) -> PreparedLaunch:
+    constants = {"PAGE": page_size, "CHUNK": 16 if interpreted else 256, "N": _AT_A_TIME}
+    return PreparedLaunch(batch_kernel, (None,) * 10, (), constants, interpreted)
 
 
 def launch_window(cu_q: Tensor, cu_k: Tensor, max_q: int, window: int, capacity: int) -> tuple[Tensor, Tensor]:
     """Launch `window_kernel`; see `kvgather.attention.batch_tensors.window_offsets`."""
-    batch, interpreted = len(cu_q) - 1, interpreting()
-    made = _Parts((batch + 1, batch), torch.int32, cu_q.device)
-    launch = prepared_once(
-        "window", (cu_q.device, interpreted, *_pointed((cu_q, cu_k))),
-        lambda: PreparedLaunch(window_kernel, (None,) * 4, (), {"CHUNK": 16 if interpreted else 1024}, interpreted),
-    )  # fmt: skip
-    cu_seen, starts = made.tensors
-    launch(
-        1, (cu_q, cu_k, cu_seen, starts), (cu_q.data_ptr(), cu_k.data_ptr(), *made.addresses),
-        (batch, max_q, window, capacity),
-    )  # fmt: skip
+    batch, interpreted = cu_q.shape[0] - 1, interpreting()
+    (cu_seen, starts), made_at = _cut((batch + 1, batch), torch.int32, cu_q.device)
+    at = cu_q.data_ptr(), cu_k.data_ptr()
+    key = cu_q.device, interpreted, at[0] & 15, at[1] & 15
+    launch = prepared_once("window", key, lambda: _prepared_window(interpreted))
+    launch(1, (cu_q, cu_k, cu_seen, starts), (*at, *made_at), (batch, max_q, window, capacity))
     return cu_seen, starts
 
 
-def _pointed(tensors: tuple[Tensor, ...]) -> tuple[object, ...]:
-    """What a kernel is compiled for of its pointers: dtypes, and which addresses are multiples of 16."""
-    return tuple((tensor.dtype, tensor.data_ptr() & 15) for tensor in tensors)
+def _prepared_window(interpreted: bool) -> PreparedLaunch:
+    return PreparedLaunch(window_kernel, (None,) * 4, (), {"CHUNK": 16 if interpreted else 1024}, interpreted)
 
 
-class _Parts:
-    """Tensors of one allocation, each at a multiple of 16 bytes: to allocate them one by one takes longer.
+def _cut(sizes: Iterable[int], dtype: torch.dtype, device: torch.device) -> tuple[tuple[Tensor, ...], list[int]]:
+    """Tensors of these sizes in one allocation, each at a multiple of 16 bytes, and their addresses.
 
-    Attributes:
-        tensors: one for each of `sizes`.
-        addresses: where they begin.
+    To allocate them one by one takes longer, and kernels are compiled for such addresses.
     """
-
-    def __init__(self, sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        each = 16 // dtype.itemsize
-        cuts: list[int] = []
-        for size in sizes:
-            cuts += [size, -size % each]
-        memory = torch.empty(sum(cuts), dtype=dtype, device=device)
-        self.tensors = memory.split_with_sizes(cuts)[::2]
-        first = memory.data_ptr()
-        starts = accumulate((-(-size // each) * 16 for size in sizes[:-1]), initial=first)
-        self.addresses = tuple(starts)
+    itemsize = dtype.itemsize
+    cuts: list[int] = []
+    begins: list[int] = []
+    end = 0
+    for size in sizes:
+        padding = -size & (16 // itemsize - 1)
+        cuts += (size, padding)
+        begins.append(end * itemsize)
+        end += size + padding
+    memory = torch.empty(end, dtype=dtype, device=device)
+    first = memory.data_ptr()
+    return memory.split_with_sizes(cuts)[::2], [first + begin for begin in begins]

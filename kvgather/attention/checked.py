@@ -56,10 +56,9 @@ class CheckedBatch:
         return self.once("everything", self._everything, "the plan of all tokens")
 
     def _everything(self) -> Piece:
-        plan = GatherPlan.build(
-            self.block_table, self.cu_seqlens_k, page_size=self.page_size, num_blocks=self.num_blocks,
-            total_tokens=self.total_k,
-        )  # fmt: skip
+        plan = GatherPlan.of_checked(
+            self.block_table, self.cu_seqlens_k, None, self.page_size, self.num_blocks, self.total_k
+        )
         attend = Attend(
             slice(0, self.total_q), self.cu_seqlens_q, self.cu_seqlens_k, self.max_q, self.max_k, causal=self.max_q > 1,
             seqlens_q=self.seqlens_q, seqlens_k=self.seqlens_k,
@@ -109,7 +108,8 @@ class CheckedBatch:
         if self.seqlens_q is None or self.seqlens_k is None:
             return None
         further = self.max_k if window is None else window - 1
-        return tuple(min(k, q + further) if q else 0 for q, k in zip(self.seqlens_q, self.seqlens_k, strict=True))
+        pairs = zip(self.seqlens_q, self.seqlens_k, strict=True)
+        return tuple([(k if k < q + further else q + further) if q else 0 for q, k in pairs])
 
     def seen(self, window: int | None) -> Tensor:
         """The same on the device, `[batch]` int32."""
@@ -117,10 +117,8 @@ class CheckedBatch:
 
     def plan_of(self, cu_k: Tensor, total: int, starts: Tensor, sequences: slice = slice(None)) -> GatherPlan:
         """A plan over some sequences' positions `starts` and on."""
-        return GatherPlan.build(
-            self.block_table[sequences], cu_k, page_size=self.page_size, num_blocks=self.num_blocks,
-            total_tokens=total, seq_starts=starts,
-        )  # fmt: skip
+        table = self.block_table if sequences == slice(None) else self.block_table[sequences]
+        return GatherPlan.of_checked(table, cu_k, starts, self.page_size, self.num_blocks, total)
 
     @property
     def common_cached(self) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..cache import PagedKVCache
 from ..device import fp8_support, interpreting
+from ..formats.checks import check_inside_storage
 from ..formats.fp8 import FORMATS
 from ..formats.layout import Geometry
 from ..kernels.launch import LoadStrides, PreparedLaunch, prepared_once
@@ -225,8 +226,15 @@ class DirectLaunch:
     """
 
     def __init__(self, call: DirectCall) -> None:
-        """Prepare the launches for `call` and all that have its signature."""
+        """Prepare the launches for `call` and all that have its signature.
+
+        Raises:
+            ValueError: a pool or a scale reaches past its memory.
+        """
         cache, tile, g, interpreted = call.cache, call.tile, call.cache.geometry, call.interpreted
+        for name in ("key_cache", "value_cache", "k_scale", "v_scale"):  # memory may be taken from under a cache
+            if getattr(cache, name) is not None:
+                check_inside_storage(getattr(cache, name), name)
         k_pad, v_pad = padded_dims(g)
         qk, pv = _operand_dtypes(call.q.dtype, g.dtype, cache.v_kind, interpreted)
         k_columns, v_columns = k_pad, v_pad
