@@ -107,8 +107,9 @@ class PrefixBatch(CheckedBatch):
         check_fit(known_q, known_k, columns * page_size)
         # A row of at least one column: where there is no table, keys are NaN too.
         room = min(max(columns, 1) * page_size, _MOST)
+        most_new = total_q if max_k is None else min(total_q, check_int(max_k, "max_k"))  # they are among the tokens
         max_k = max(longest_of(max_k, "max_k", known_k, min(total_k, room)), min(total_k, 1))
-        max_q = min(longest_of(max_q, "max_q", known_q, total_q), max_k)  # new tokens are among the tokens
+        max_q = longest_of(max_q, "max_q", known_q, most_new)
 
         tensors = batch_tensors(
             block_table, cu_seqlens_q, cu_seqlens_k,

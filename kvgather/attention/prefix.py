@@ -72,7 +72,7 @@ def prefix_attention(
     if batch.built_in_capture:
         check_may_make(batch.device, True, "attention")
     if call.route.direct:
-        require_triton(call.geometry.device)
+        require_triton(call.geometry.device, 'path="direct"', '"gather" or "auto"')
 
     if k_new is not None and v_new is not None:
         cache.write(k_new, v_new, batch.slots)
