@@ -22,6 +22,7 @@ from .formats.layout import Geometry, key_shape, value_shape
 from .formats.scale import KINDS, Scale, check_values, kind_shape, resolve
 from .gather.again import KEPT, NOT_TENSORS, gather_again
 from .gather.dispatch import gather_checked
+from .kernels.guards import Likeness
 from .plan import GatherPlan
 from .scatter import SlotError, check_duplicates, check_slots, scatter
 
@@ -139,10 +140,25 @@ class PagedKVCache:
             ).in_memory(g.device)
             for name, scale, kind in zip("kv", scales, kinds, strict=True)
         )
+        self._likeness: Likeness | None = None
         self._written: dict[object, list[ScatterLaunch]] = {}
         self._last_slots: Tensor | None = None
         self._kinds = self._scales[0].kind, self._scales[1].kind
         self._too_large = torch.full((1,), -1, dtype=torch.int64, device=g.device)  # the largest slot refused so far
+
+    @property
+    def likeness(self) -> int:
+        """What the pools and scales are like, as a number: caches that have the same are read by the same launches.
+
+        Raises:
+            ValueError: memory was taken from under a pool or a scale.
+        """
+        tensors = self.key_cache, self.value_cache, self._scales[0].tensor, self._scales[1].tensor
+        known = self._likeness
+        if known is None or not known.holds(*tensors):
+            self._check_memory()
+            known = self._likeness = Likeness(tensors, (self.geometry, *self._kinds))
+        return known.number
 
     @property
     def layout(self) -> str:

@@ -14,11 +14,9 @@ from torch import Tensor
 
 from ..cache import PagedKVCache
 from ..device import fp8_support, interpreting
-from ..formats.checks import check_inside_storage
 from ..formats.fp8 import FORMATS
 from ..formats.layout import Geometry
 from ..kernels.launch import LoadStrides, PreparedLaunch, prepared_once
-from ..kernels.signatures import signature
 from .checked import CheckedBatch
 from .direct_kernel import combine_kernel, direct_kernel
 
@@ -158,7 +156,7 @@ def direct_attention(
     call = DirectCall(q, cache, batch, sinks, window, begin, state, tile, interpreted)
     tensors = call.tensors()
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-    launch = prepared_once("direct attention", call.signature(tensors, addresses), lambda: DirectLaunch(call))
+    launch = prepared_once("direct attention", call.signature(addresses), lambda: DirectLaunch(call))
     launch(call, softmax_scale * LOG2E, tensors, addresses, out, lse)
     return out, lse
 
@@ -207,14 +205,13 @@ class DirectCall(NamedTuple):
             *(self.state or (None, None)), cache.key_cache, cache.k_scale, cache.value_cache, cache.v_scale,
         )  # fmt: skip
 
-    def signature(self, tensors: tuple[Tensor | None, ...], addresses: list[int]) -> tuple[object, ...]:
+    def signature(self, addresses: list[int]) -> tuple[object, ...]:
         """Everything that a launch is prepared from; calls with equal ones differ in addresses and numbers alone."""
-        q, cache, state = self.q, self.cache, self.state
+        q, state = self.q, self.state
         return (
-            self.tile, self.window, self.interpreted, cache.layout, cache.k_kind, cache.v_kind, q.dtype, q.device,
-            q.shape[1], q.stride(), tuple(address & 15 for address in addresses[:8]), self.begin is None,
+            self.tile, self.window, self.interpreted, self.cache.likeness, q.dtype, q.device, q.shape[1], q.stride(),
+            tuple([address & 15 for address in addresses[:8]]), self.begin is None,
             None if state is None else state[0].dtype, None if self.sinks is None else self.sinks.dtype,
-            *(None if tensor is None else signature(tensor) for tensor in tensors[8:]),
         )  # fmt: skip
 
 
@@ -226,15 +223,8 @@ class DirectLaunch:
     """
 
     def __init__(self, call: DirectCall) -> None:
-        """Prepare the launches for `call` and all that have its signature.
-
-        Raises:
-            ValueError: a pool or a scale reaches past its memory.
-        """
+        """Prepare the launches for `call` and all that have its signature."""
         cache, tile, g, interpreted = call.cache, call.tile, call.cache.geometry, call.interpreted
-        for name in ("key_cache", "value_cache", "k_scale", "v_scale"):  # memory may be taken from under a cache
-            if getattr(cache, name) is not None:
-                check_inside_storage(getattr(cache, name), name)
         k_pad, v_pad = padded_dims(g)
         qk, pv = _operand_dtypes(call.q.dtype, g.dtype, cache.v_kind, interpreted)
         k_columns, v_columns = k_pad, v_pad

@@ -75,7 +75,11 @@ def prefix_attention(
         require_triton(call.geometry.device, 'path="direct"', '"gather" or "auto"')
 
     if k_new is not None and v_new is not None:
-        cache.write(k_new, v_new, batch.slots)
+        try:
+            cache.write(k_new, v_new, batch.slots)
+        except (TypeError, ValueError):
+            _checked(*arguments)  # which knows the names of these arguments
+            raise
     if call.route.direct and not call.sees_nothing:
         out, lse = _direct(q, cache, batch, call.scale, sinks, call.window)
     else:
@@ -86,7 +90,7 @@ def prefix_attention(
 class _Call(NamedTuple):
     """What checked arguments come to; equal for all calls whose tensors differ in their addresses alone."""
 
-    geometry: Geometry  # kept, so that its id stays its own
+    geometry: Geometry
     scale: float
     window: int | None
     route: Route
@@ -97,14 +101,15 @@ def _recalled(
     q: Tensor, k_new: Tensor | None, v_new: Tensor | None, cache: PagedKVCache, batch: PrefixBatch,
     softmax_scale: float | None, sinks: Tensor | None, window: int | None, workspace_tokens: int | None, path: str,
 ) -> _Call:  # fmt: skip
-    """`_checked`, once for arguments that are alike in everything it looks at."""
+    """`_checked`, once for arguments that are alike in everything it looks at; the rest of k_new and v_new is looked at
+    by `cache.write`."""
     arguments = q, k_new, v_new, cache, batch, softmax_scale, sinks, window, workspace_tokens, path
     if type(cache) is not PagedKVCache or type(batch) is not PrefixBatch:
         return _checked(*arguments)
     try:
         key = (
-            "call", signature(q), None if k_new is None else signature(k_new),
-            None if v_new is None else signature(v_new), id(cache.geometry),
+            "call", cache.likeness, signature(q), None if k_new is None else (k_new.shape, k_new.dtype, k_new.device),
+            None if v_new is None else (v_new.shape, v_new.dtype, v_new.device),
             None if sinks is None else signature(sinks),
             # True is 1 to a dictionary, and a window of True is refused: so types are part of it.
             type(softmax_scale), softmax_scale, type(window), window, type(workspace_tokens), workspace_tokens, path,

@@ -7,11 +7,14 @@ where it is missing, or is another, a check in Python does the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .signatures import signature
 
 Sizes = Sequence[int | None]
 """A tensor's sizes or strides; None where any number will do."""
@@ -64,3 +67,40 @@ def python_guard(tensors: Sequence[Tensor], sizes: Sequence[Sizes], strides: Seq
         )
 
     return check
+
+
+class Likeness:
+    """What a few tensors are like, as a number: two sets of tensors have one number if a launch that was prepared for
+    the one fits the other, and passed its checks. To see that nothing changed takes 1 µs a tensor, `signature` 2.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor | None], others: Hashable) -> None:
+        """Look at tensors, checked ones.
+
+        Args:
+            tensors: None where there is none.
+            others: what else has to be equal for the numbers to be.
+        """
+        self._tensors = tuple(tensors)
+        present = list({id(tensor): tensor for tensor in tensors if tensor is not None}.values())
+        self._present = tuple(present)
+        self._memory = [(tensor.data_ptr(), tensor.untyped_storage().nbytes()) for tensor in present]
+        self._unchanged = guard(present, [t.shape for t in present], [t.stride() for t in present])
+        key = others, *(None if tensor is None else signature(tensor) for tensor in tensors)
+        if len(_NUMBERS) >= 1024:  # an engine has one or two; a test suite with every shape there is has more
+            _NUMBERS.clear()
+        self.number = _NUMBERS.setdefault(key, next(_COUNT))
+
+    def holds(self, *tensors: Tensor | None) -> bool:
+        """Whether these are the very tensors that were looked at, in the memory that they had."""
+        for tensor, known in zip(tensors, self._tensors, strict=True):
+            if tensor is not known:
+                return False
+        for tensor, (address, size) in zip(self._present, self._memory, strict=True):
+            if tensor.data_ptr() != address or tensor.untyped_storage().nbytes() != size:
+                return False
+        return self._unchanged(*self._present)
+
+
+_NUMBERS: dict[Hashable, int] = {}
+_COUNT = itertools.count()

@@ -123,7 +123,7 @@ def compile_one(job: Job) -> dict[str, Any]:
     cache = SimpleNamespace(
         geometry=Geometry(job.layout, *size, *job.dims, job.dtype, META), key_cache=key, value_cache=value,
         layout=job.layout, scales=scales, k_scale=scales[0].tensor, v_scale=scales[1].tensor, k_kind=job.kinds[0],
-        v_kind=job.kinds[1],
+        v_kind=job.kinds[1], likeness=0,
     )  # fmt: skip
     offsets = empty(job.sequences + 1, dtype=torch.int32)
     columns = 600 if job.sequences > 1 else 1

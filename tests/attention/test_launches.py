@@ -85,7 +85,7 @@ def call_of(made: Setup, batch: kg.PrefixBatch, **more: Any) -> DirectCall:
 
 def signed(call: DirectCall) -> object:
     tensors = call.tensors()
-    return call.signature(tensors, [0 if tensor is None else tensor.data_ptr() for tensor in tensors])
+    return call.signature([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
 
 
 def shifted(tensor: Tensor) -> Tensor:
@@ -249,3 +249,26 @@ def test_a_decode_step_is_a_write_and_one_or_two_launches(cached: int, kernels: 
     events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     names = [event.name for event in events]
     assert len(names) == kernels and "scatter_kernel" in names[0] and "direct_kernel" in names[1], names
+
+
+def test_caches_that_are_alike_have_one_number() -> None:
+    """So that the layers of a model share what was checked and prepared."""
+
+    def cache(**more: Any) -> kg.PagedKVCache:
+        return kg.PagedKVCache(
+            **{"num_blocks": 9, "page_size": 4, "num_kv_heads": 2, "head_dim": 8, "device": "cpu", **more}
+        )
+
+    one, other = cache(), cache()
+    assert one.likeness == one.likeness == other.likeness
+    different = [cache(num_blocks=8), cache(page_size=8), cache(dtype=torch.float8_e5m2), cache(layout="HND"),
+                 cache(scale="per-head"), cache(scale=("per-tensor", "none"))]  # fmt: skip
+    assert len({one.likeness, *(each.likeness for each in different)}) == 7
+    scale = torch.ones(1)
+    shared = kg.PagedKVCache.from_tensors(one.key_cache, other.value_cache, layout="NHD", k_scale=scale, v_scale=scale)
+    assert shared.likeness == one.likeness == shared.likeness
+    number = one.likeness
+    one.value_cache = torch.zeros_like(one.value_cache)
+    assert one.likeness == number, "another tensor, which is alike"
+    one.value_cache.transpose_(0, 1)
+    assert one.likeness != number
