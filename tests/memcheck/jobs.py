@@ -53,7 +53,8 @@ def smaller(variant: Variant) -> Variant:
     """
     case = variant.case
     blocks = case.num_blocks if variant.heads_outermost else min(case.num_blocks, BLOCKS)
-    return replace(variant, case=replace(case, num_blocks=blocks, lengths=(min(sum(case.lengths), TOKENS),)))
+    lengths = tuple(min(length, TOKENS) for length in case.lengths)  # their number is compiled for
+    return replace(variant, case=replace(case, num_blocks=blocks, lengths=lengths))
 
 
 def gathered(variant: Variant, device: str) -> None:
@@ -134,13 +135,12 @@ def heads_outermost(variant: Variant, device: str) -> None:
 
 def _gathers() -> Iterator[Job]:
     for variant in VARIANTS:
-        case = smaller(variant).case
+        case, run = smaller(variant).case, called if variant.by_table else gathered
         large = case.num_blocks * case.num_heads * case.page_size * case.k_dim * case.dtype.itemsize / 1e9
-        yield Job(
-            f"gather {variant.name}", lambda device, v=variant: gathered(v, device), 0.5, large if large > 1 else 0.0
-        )
+        name = f"gather {variant.name}"
+        yield Job(name, lambda device, v=variant, run=run: run(v, device), 0.5, large if large > 1 else 0.0)
         kinds = {case.k_kind, case.v_kind}
-        if not variant.heads_outermost and "none" not in kinds and case.out_dtype in FLOATS:
+        if not (variant.heads_outermost or variant.by_table) and "none" not in kinds and case.out_dtype in FLOATS:
             yield Job(f"call {variant.name}", lambda device, v=variant: called(v, device), 0.5)
 
 
