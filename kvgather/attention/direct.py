@@ -60,7 +60,9 @@ def choose_tile(
     elif rows <= 16:  # tensor cores fed from registers; how many programs fit on a processor decides
         m, n, num_warps, num_stages, registers, resident = 16, 64, 2, 3, 128, 8
     elif rows <= 64 or wide > 64:
+        # 128 keys of two FP32 operands of 128 would take 256 KiB.
         m, n, num_warps, num_stages, registers, resident = 64, 128, 4, 3 if wide <= 64 else 2, None, 2
+        n = 64 if wide > 64 and operand_bytes > 2 else n
     else:
         m, n, num_warps, num_stages, registers, resident = 128, 64, 4, 3, None, 2
     tiles = programs * -(-rows // m)
