@@ -31,6 +31,8 @@ CHILD = "tests.memcheck.child"
 SAW = 9
 """The checker's exit status when it saw errors and the program itself ended well."""
 RESERVED_GIGABYTES = 20
+LARGE_GIGABYTES = 8
+"""A variant that takes more runs before the others, alone."""
 EVENT = re.compile(r"^memcheck: (\{.*\})$")
 FOUND = re.compile(r"^========= ((?:Invalid|Misaligned|Program hit|Fatal|Out-of-range|Host API|Error:).*)$")
 SUMMARY = re.compile(r"^========= ERROR SUMMARY: (\d+) errors?")
@@ -207,18 +209,19 @@ def main(given: Sequence[str] | None = None) -> int:
         name: f"needs {needed:.0f} GB of GPU memory"
         for name, _, needed in jobs if needed > gigabytes - RESERVED_GIGABYTES
     }  # fmt: skip
-    shares = share([(name, seconds) for name, seconds, _ in jobs if name not in not_run], options.workers)
-    print(f"{sum(map(len, shares))} variants in {len(shares)} processes, on {where['device']}", flush=True)
+    large = [name for name, _, needed in jobs if needed > LARGE_GIGABYTES and name not in not_run]
+    small = [(name, seconds) for name, seconds, _ in jobs if name not in not_run and name not in large]
+    shares = share(small, options.workers)
+    print(f"{len(large) + len(small)} variants in {len(shares)} processes, on {where['device']}", flush=True)
     prefix = (
         tool, "--tool", "memcheck", "--error-exitcode", str(SAW), "--report-api-errors", "no",
         "--target-processes", "application-only",
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="memcheck") as cache, ThreadPoolExecutor(len(shares)) as pool:
-        verdicts = [
-            verdict
-            for some in pool.map(Checker(prefix, "cuda", options.limit, Path(cache)).run, shares)
-            for verdict in some
-        ]
+        checker = Checker(prefix, "cuda", options.limit, Path(cache))
+        verdicts = checker.run(large)  # while nothing else takes memory
+        for some in pool.map(checker.run, shares):
+            verdicts += some
     return report(verdicts, not_run, where | {"tool": f"compute-sanitizer {version}"}, begun, options.out)
 
 
