@@ -158,6 +158,7 @@ class PagedKVCache:
         if known is None or not known.holds(*tensors):
             self._check_memory()
             known = self._likeness = Likeness(tensors, (self.geometry, *self._kinds))
+            self._written.clear()  # what was launched before wrote elsewhere
         return known.number
 
     @property
@@ -217,7 +218,9 @@ class PagedKVCache:
                 past the pool is skipped; what a slot holds that comes twice in one call is undefined, and may be the
                 codes of one token with the scale of another. `check()` finds both.
         """
-        if not torch.compiler.is_compiling() and self._write_again(k, v, slots, backend):
+        if not torch.compiler.is_compiling():
+            self.likeness  # noqa: B018  # raises if memory went away
+        if self.write_again(k, v, slots, backend):
             return
         g = self.geometry
         for name, tensor, dim in (("k", k, g.head_dim), ("v", v, g.v_head_dim)):
@@ -229,8 +232,6 @@ class PagedKVCache:
             raise ValueError(
                 f"k, v and slots have {len(k)}, {len(v)} and {len(slots)} tokens; accepted: as many of each"
             )
-        if not torch.compiler.is_compiling():
-            self._check_memory()
         self._check_writable()
         if len(slots) == 0:
             return
@@ -246,11 +247,16 @@ class PagedKVCache:
             launches.insert(0, launch)
             del launches[KEPT:]
 
-    def _write_again(self, k: Tensor, v: Tensor, slots: Tensor, backend: str) -> bool:
-        """Write as an earlier call did whose checks these arguments pass too; False if there is none."""
+    def write_again(self, k: Tensor, v: Tensor, slots: Tensor, backend: str = "auto") -> bool:
+        """Write as an earlier call of `write` did whose checks these arguments pass too; False if there is none.
+
+        The caller has just asked for `likeness`: pools and scales are where they were.
+        """
+        if torch.compiler.is_compiling():
+            return False
         try:
             for launch in self._written.get((backend, interpreting()), ()):
-                if launch.fits(self.key_cache, self.value_cache, k, v, slots):
+                if launch.fits(k, v, slots):
                     break
             else:
                 return False

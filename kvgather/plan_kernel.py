@@ -67,13 +67,16 @@ def plan_records(
     given = torch.empty(batch + 1, dtype=torch.int64, device=device)
     starts = cu_seqlens_k if seq_starts is None else seq_starts
     tensors = (block_table, cu_seqlens_k, starts, records, origin, given)
-    addresses = tuple(tensor.data_ptr() for tensor in tensors)
+    addresses = (
+        block_table.data_ptr(), cu_seqlens_k.data_ptr(), starts.data_ptr(), records.data_ptr(), origin.data_ptr(),
+        given.data_ptr(),
+    )  # fmt: skip
     interpreted, lanes = interpreting(), offset_lanes(batch)
     cu_strides = (cu_seqlens_k.stride(0), starts.stride(0))
-    wide = max(block_table.stride()) > MOST
+    wide = max(block_table.stride()) > MOST  # what is allocated here is aligned
     key = (
-        page_size, seq_starts is None, lanes, interpreted, device, cu_strides, wide,
-        *(tensor.dtype for tensor in tensors[:3]), *(address & 15 for address in addresses),
+        page_size, seq_starts is None, lanes, interpreted, device, cu_strides, wide, block_table.dtype,
+        cu_seqlens_k.dtype, starts.dtype, addresses[0] & 15, addresses[1] & 15, addresses[2] & 15,
     )  # fmt: skip
 
     def prepare() -> PreparedLaunch:

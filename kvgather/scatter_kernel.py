@@ -192,49 +192,44 @@ class ScatterLaunch:
 
     def remember(self, k: Tensor, v: Tensor, slots: Tensor) -> None:
         """Remember what rows and slots were like that passed every check, for `fits`."""
-        fixed = [t for t in (*self._k, *self._v) if t is not self._k[0] and t is not self._v[0]]
-        fixed = [self._k[0], self._v[0], *fixed]
-        grows = [k, v, slots]
-        self._fixed = tuple(fixed[2:])
-        self._looks_like = guard(
-            [*fixed, *grows],
-            [*(t.shape for t in fixed), *((None, *t.shape[1:]) for t in grows)],
-            [t.stride() for t in (*fixed, *grows)],
-        )
-        self._alignment = tuple(t.data_ptr() & 15 for t in grows)
-        self._spans = [extent(t) * t.element_size() for t in fixed]
-        self._ends = [(t.data_ptr(), t.data_ptr() + span) for t, span in zip(fixed[:2], self._spans, strict=False)]
+        rows = (k, v, slots)
+        self._looks_like = guard(rows, [(None, *t.shape[1:]) for t in rows], [t.stride() for t in rows])
+        self._alignment = (k.data_ptr() & 15, v.data_ptr() & 15, slots.data_ptr() & 15)
+        self._sizes = k.element_size(), v.element_size()
         self._reach = row_reach(k), row_reach(v)
+        self._ends = [
+            at + extent(pool) * pool.element_size()
+            for at, pool in ((self._k_at[0], self._k[0]), (self._v_at[0], self._v[0]))
+        ]
 
-    def fits(self, key_cache: Tensor, value_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> bool:
-        """Whether this launch can write other rows to other slots: they pass the checks that those remembered passed.
+    def fits(self, k: Tensor, v: Tensor, slots: Tensor) -> bool:
+        """Whether this launch can write these rows to these slots: they pass the checks that those remembered passed.
 
-        Rows that may share memory with a pool do not; slots past the pool, or twice, are not looked at.
+        Rows that may share memory with a pool do not. Slots past the pool, or twice, are not looked at; nor are the
+        pools and scales, which the cache has just looked at.
         """
-        if key_cache is not self._k[0] or value_cache is not self._v[0]:
+        if not self._looks_like(k, v, slots):
             return False
-        fixed = (key_cache, value_cache, *self._fixed)
-        if not self._looks_like(*fixed, k, v, slots):
-            return False
-        if (self._k[0].data_ptr(), self._v[0].data_ptr()) != (self._k_at[0], self._v_at[0]):
-            return False
-        for tensor, span in zip(fixed, self._spans, strict=True):
-            if tensor.storage_offset() * tensor.element_size() + span > tensor.untyped_storage().nbytes():
-                return False
-        if (k.data_ptr() & 15, v.data_ptr() & 15, slots.data_ptr() & 15) != self._alignment:
+        k_begin, v_begin = k.data_ptr(), v.data_ptr()
+        if (k_begin & 15, v_begin & 15, slots.data_ptr() & 15) != self._alignment:
             return False
         tokens = slots.shape[0]
-        if not (k.shape[0] == v.shape[0] == tokens and inside(slots, (tokens - 1) * slots.stride(0))):
+        if k.shape[0] != tokens or v.shape[0] != tokens or tokens == 0:
             return False
-        for rows, reach in ((k, self._reach[0]), (v, self._reach[1])):
-            last = (tokens - 1) * rows.stride(0) + reach - 1
-            begin = rows.data_ptr()
-            end = begin + (last + 1) * rows.element_size()
-            if tokens and not inside(rows, last):
-                return False
-            if any(begin < pool_end and pool_begin < end for pool_begin, pool_end in self._ends):
-                return False
-        return True
+        (k_size, v_size), (k_reach, v_reach) = self._sizes, self._reach
+        k_bytes = ((tokens - 1) * k.stride(0) + k_reach) * k_size
+        v_bytes = ((tokens - 1) * v.stride(0) + v_reach) * v_size
+        k_pool, k_pool_end, v_pool, v_pool_end = self._k_at[0], self._ends[0], self._v_at[0], self._ends[1]
+        k_end, v_end = k_begin + k_bytes, v_begin + v_bytes
+        return (
+            k.storage_offset() * k_size + k_bytes <= k.untyped_storage().nbytes()
+            and v.storage_offset() * v_size + v_bytes <= v.untyped_storage().nbytes()
+            and inside(slots, (tokens - 1) * slots.stride(0))
+            and (k_end <= k_pool or k_pool_end <= k_begin)
+            and (k_end <= v_pool or v_pool_end <= k_begin)
+            and (v_end <= k_pool or k_pool_end <= v_begin)
+            and (v_end <= v_pool or v_pool_end <= v_begin)
+        )
 
     def __call__(self, k: Tensor, v: Tensor, slots: Tensor) -> None:
         """Write rows `[n, heads, dim]` into their slots `[n]`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -34,11 +35,11 @@ class BatchTensors:
         table: `[batch, max(columns, 1)]` int32; −1 wherever there is no block of the pool to read.
         cu_q, cu_k: `[batch + 1]` int32, offsets that begin at 0, never fall and end at or below the totals.
         slots: `[total_q]` int64: where each new token is written; −1 for rows that belong to no sequence.
-        given: copies of the table and of both offsets (int64) as they came.
+        given: makes views of the copies of the table and of both offsets (int64) as they came.
     """
 
     table: Tensor
     cu_q: Tensor
     cu_k: Tensor
     slots: Tensor
-    given: tuple[Tensor, Tensor, Tensor]
+    given: Callable[[], tuple[Tensor, Tensor, Tensor]]

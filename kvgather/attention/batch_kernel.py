@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import accumulate
 
 import torch
 import triton
@@ -141,23 +142,37 @@ def launch_batch(table: Tensor, cu_q: Tensor, cu_k: Tensor, sizes: Sizes) -> Bat
     q_stride, k_stride = min(cu_q.stride(0), MOST), min(cu_k.stride(0), MOST)
     wide = max(columns, 1)
     narrow, narrow_at = _cut((batch * wide, batch + 1, batch + 1), torch.int32, device)
-    long, long_at = _cut((sizes.total_q, batch + 1, batch + 1), torch.int64, device)
-    copy = torch.empty((batch, columns), dtype=table.dtype, device=device)
     checked = narrow[0].view(batch, wide)
+    # Slots, then the copies of both offsets and of the table: those are for `check()` alone, which cuts them.
+    cells = sizes.total_q, batch + 1, batch + 1, -(-batch * columns * table.element_size() // 8)
+    padded = [cell + (cell & 1) for cell in cells]  # each begins at a multiple of 16 bytes
+    memory = torch.empty(sum(padded), dtype=torch.int64, device=device)
+    begins = list(accumulate(padded[:-1], initial=0))
+
+    def given() -> tuple[Tensor, Tensor, Tensor]:
+        offsets = [memory[begin : begin + batch + 1] for begin in begins[1:3]]
+        ids = memory[begins[3] :].view(table.dtype)[: batch * columns].view(batch, columns)
+        return ids, offsets[0], offsets[1]
+
+    slots = memory[: sizes.total_q]
     parts = min(max(1, -(-max(columns, sizes.max_q) // _AT_A_TIME)), 16)
-    at = table.data_ptr(), cu_q.data_ptr(), cu_k.data_ptr()
+    at, first = (table.data_ptr(), cu_q.data_ptr(), cu_k.data_ptr()), memory.data_ptr()
     key = (
         device, interpreted, sizes.page_size, table.dtype, cu_q.dtype, cu_k.dtype, at[0] & 15, at[1] & 15, at[2] & 15
     )  # fmt: skip
     launch = prepared_once("batch", key, lambda: _prepared_batch(sizes.page_size, interpreted))
-    launch(
-        (batch + 1) * parts,
-        (table, cu_q, cu_k, checked, narrow[1], narrow[2], long[0], copy, long[1], long[2]),
-        (*at, *narrow_at, long_at[0], copy.data_ptr(), long_at[1], long_at[2]),
-        (batch, columns, sizes.num_blocks, sizes.total_q, sizes.total_k, sizes.max_q, sizes.most, parts,
-         row_stride, column_stride, q_stride, k_stride),
+    q_at, k_at, copy_at = (first + 8 * begin for begin in begins[1:])
+    addresses = (*at, *narrow_at, first, copy_at, q_at, k_at)
+    numbers = (
+        batch, columns, sizes.num_blocks, sizes.total_q, sizes.total_k, sizes.max_q, sizes.most, parts,
+        row_stride, column_stride, q_stride, k_stride,
     )  # fmt: skip
-    return BatchTensors(checked, narrow[1], narrow[2], long[0], (copy, long[1], long[2]))
+    programs = (batch + 1) * parts
+    if not launch.again(programs, addresses, numbers):
+        ids, copy_q, copy_k = given()
+        tensors = (table, cu_q, cu_k, checked, narrow[1], narrow[2], slots, ids, copy_q, copy_k)
+        launch(programs, tensors, addresses, numbers)
+    return BatchTensors(checked, narrow[1], narrow[2], slots, given)
 
 
 def _prepared_batch(page_size: int, interpreted: bool) -> PreparedLaunch:

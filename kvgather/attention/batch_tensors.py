@@ -36,7 +36,7 @@ def batch_tensors(table: Tensor, cu_q: Tensor, cu_k: Tensor, sizes: Sizes, backe
     good = reached & (ids >= 0) & (ids < sizes.num_blocks) & ~refused[:, None]
     ids = torch.where(good, ids, -1).int().contiguous()
     used_k = F.pad(lens_k.cumsum(0), (1, 0))
-    return BatchTensors(ids, used_q.int(), used_k.int(), _slots(ids, used_q, lens_k, sizes), given)
+    return BatchTensors(ids, used_q.int(), used_k.int(), _slots(ids, used_q, lens_k, sizes), lambda: given)
 
 
 def _slots(table: Tensor, cu_q: Tensor, lens_k: Tensor, sizes: Sizes) -> Tensor:

@@ -34,7 +34,7 @@ class CheckedBatch:
     slots: Tensor
     windows: dict[int, Piece]
     built_in_capture: bool = field(repr=False)
-    _given: tuple[Tensor, Tensor, Tensor] = field(repr=False)  # table and offsets as they came, for check()
+    _given: Callable[[], tuple[Tensor, Tensor, Tensor]] = field(repr=False)  # table and offsets as they came
     _made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)  # on the device, for layers so far
     _decided: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)  # by the host alone
 

@@ -123,6 +123,7 @@ def direct_attention(
     begin: Tensor | None = None,
     state: tuple[Tensor, Tensor] | None = None,
     tile: Tile | None = None,
+    likeness: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend to the keys and values in the cache, the new tokens' included; everything was checked by the caller.
 
@@ -137,6 +138,7 @@ def direct_attention(
         state: out `[n, q_heads, v_head_dim]` and log-sum-exp `[n, q_heads]` of the keys before `begin`, to go on from;
             both contiguous, and without the sink.
         tile: how to cut the work; None chooses. Results do not depend on it beyond rounding.
+        likeness: the cache's, if the caller has just asked for it.
 
     Returns:
         out `[n, q_heads, v_head_dim]` in q's dtype and its natural log-sum-exp `[n, q_heads]` in FP32. Rows that
@@ -148,14 +150,13 @@ def direct_attention(
     if window is not None and window >= batch.max_k:
         window = None
     shape = (*q.shape[:2], cache.geometry.v_head_dim)
-    out = torch.empty(shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(shape[:2], dtype=torch.float32, device=q.device)
-    if len(q) == 0:
+    out, lse = q.new_empty(shape), q.new_empty(shape[:2], dtype=torch.float32)
+    if shape[0] == 0:
         return out, lse
     interpreted = interpreting()
     if tile is None:
         tile = tile_of(q, cache, batch, window, interpreted)
-    call = DirectCall(q, cache, batch, sinks, window, begin, state, tile, interpreted)
+    call = DirectCall(q, cache, batch, sinks, window, begin, state, tile, interpreted, likeness)
     tensors = call.tensors()
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
     launch = prepared_once("direct attention", call.signature(addresses), lambda: DirectLaunch(call))
@@ -198,6 +199,7 @@ class DirectCall(NamedTuple):
     state: tuple[Tensor, Tensor] | None
     tile: Tile
     interpreted: bool
+    likeness: int | None = None  # the cache's, where it is known
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """What the kernel reads, in its order."""
@@ -210,8 +212,9 @@ class DirectCall(NamedTuple):
     def signature(self, addresses: list[int]) -> tuple[object, ...]:
         """Everything that a launch is prepared from; calls with equal ones differ in addresses and numbers alone."""
         q, state = self.q, self.state
+        likeness = self.cache.likeness if self.likeness is None else self.likeness
         return (
-            self.tile, self.window, self.interpreted, self.cache.likeness, q.dtype, q.device, q.shape[1], q.stride(),
+            self.tile, self.window, self.interpreted, likeness, q.dtype, q.device, q.shape[1], q.stride(),
             tuple([address & 15 for address in addresses[:8]]), self.begin is None,
             None if state is None else state[0].dtype, None if self.sinks is None else self.sinks.dtype,
         )  # fmt: skip
@@ -288,7 +291,7 @@ class DirectLaunch:
         else:
             # The parts' rows, then their log-sum-exps, at a multiple of 16 bytes: kernels are compiled for that.
             begin = -(-splits * n * q_heads * v_dim // 4) * 4
-            part = torch.empty(begin + splits * n * q_heads, dtype=torch.float32, device=out.device)
+            part = lse.new_empty(begin + splits * n * q_heads)
             outs = part.data_ptr(), part.data_ptr() + 4 * begin
         state = read[6:8] if call.state is not None else outs
         order = (*read[:6], *state, *outs, *read[8:], scale_log2)

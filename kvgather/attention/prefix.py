@@ -74,14 +74,14 @@ def prefix_attention(
     if call.route.direct:
         require_triton(call.geometry.device, 'path="direct"', '"gather" or "auto"')
 
-    if k_new is not None and v_new is not None:
+    if k_new is not None and v_new is not None and not cache.write_again(k_new, v_new, batch.slots):
         try:
             cache.write(k_new, v_new, batch.slots)
         except (TypeError, ValueError):
             _checked(*arguments)  # which knows the names of these arguments
             raise
     if call.route.direct and not call.sees_nothing:
-        out, lse = _direct(q, cache, batch, call.scale, sinks, call.window)
+        out, lse = _direct(q, cache, batch, call.scale, sinks, call.window, call.likeness)
     else:
         out, lse = _dense_path(q, cache, batch, call, sinks)
     return (out, lse) if return_lse else out
@@ -95,6 +95,7 @@ class _Call(NamedTuple):
     window: int | None
     route: Route
     sees_nothing: bool
+    likeness: int
 
 
 def _recalled(
@@ -141,7 +142,8 @@ def _checked(
         workspace_tokens = check_int(workspace_tokens, "workspace_tokens", minimum=1)
     check_choice(path, "path", PATHS)
     route = route_of(batch, cache, Layer(q.shape[1], q.dtype, window, workspace_tokens, path))
-    return _Call(g, scale, window, route, batch.num_sequences == 0 or min(batch.max_q, batch.max_k) == 0)
+    sees_nothing = batch.num_sequences == 0 or min(batch.max_q, batch.max_k) == 0
+    return _Call(g, scale, window, route, sees_nothing, cache.likeness)
 
 
 @torch.no_grad()
@@ -255,11 +257,13 @@ def _common_part_first(
 
 
 def _direct(
-    q: Tensor, cache: PagedKVCache, batch: PrefixBatch, scale: float, sinks: Tensor | None, window: int | None
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, cache: PagedKVCache, batch: PrefixBatch, scale: float, sinks: Tensor | None, window: int | None,
+    likeness: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     if q.stride(2) != 1:
         q = q.contiguous()
-    return _direct_attention()(q, cache, batch, softmax_scale=scale, sinks=sinks, window=window)
+    attend = _direct_attention()
+    return attend(q, cache, batch, softmax_scale=scale, sinks=sinks, window=window, likeness=likeness)
 
 
 @functools.cache

@@ -79,7 +79,7 @@ def assert_equal(ours: BatchTensors, theirs: BatchTensors) -> None:
     for name in ("table", "cu_q", "cu_k", "slots"):
         same(getattr(ours, name), getattr(theirs, name), name)
         assert getattr(ours, name).is_contiguous()
-    for one, other in zip(ours.given, theirs.given, strict=True):
+    for one, other in zip(ours.given(), theirs.given(), strict=True):
         same(one, other, "given")
 
 
@@ -141,7 +141,7 @@ def test_by_hand() -> None:
     assert made.table.tolist() == [[-1, -1], [-1, -1], [0, -1]]
     assert made.cu_q.tolist() == [0, 2, 2, 5] and made.cu_k.tolist() == [0, 8, 8, 10]
     assert made.slots.tolist() == [-1, -1, -1, 0, 1, -1]
-    assert [copy.tolist() for copy in made.given] == [table.tolist(), [0, 2, 1, 5], [0, 9, 4, 11]]
+    assert [copy.tolist() for copy in made.given()] == [table.tolist(), [0, 2, 1, 5], [0, 9, 4, 11]]
     cu_k, starts = window_offsets(made.cu_q, made.cu_k, max_q=3, window=2, capacity=100)
     assert cu_k.tolist() == [0, 3, 3, 5] and starts.tolist() == [5, 0, 0]
 
@@ -157,7 +157,7 @@ def test_no_access_is_outside_its_tensor(drawn: Given) -> None:
     assert not t.violations, t.report()
     stores = {
         "checked_ptr": made.table, "used_q_ptr": made.cu_q, "used_k_ptr": made.cu_k, "slot_ptr": made.slots,
-        "given_ptr": made.given[0], "given_q_ptr": made.given[1], "given_k_ptr": made.given[2],
+        "given_ptr": made.given()[0], "given_q_ptr": made.given()[1], "given_k_ptr": made.given()[2],
     }  # fmt: skip
     for name, tensor in stores.items():
         stored = [access for access in t.select(name, kind="store") if access.launch == 0]
@@ -171,7 +171,7 @@ def test_nothing_of_an_allocation_is_the_callers(where: str) -> None:
     """The batch has memory of its own: what the caller writes later changes nothing."""
     tensors = [torch.tensor(numbers, device=where) for numbers in ([[1, 2], [3, 4]], [0, 1, 2], [0, 5, 8])]
     made = batch_tensors(*tensors, Sizes(4, 9, 2, 8, 1, 8), "triton")
-    kept = [made.table, made.cu_q, made.cu_k, made.slots, *made.given]
+    kept = [made.table, made.cu_q, made.cu_k, made.slots, *made.given()]
     before = [tensor.tolist() for tensor in kept]
     for tensor in tensors:
         tensor.fill_(-7)

@@ -19,7 +19,6 @@ from kvgather.device import fp8_in_hardware
 from kvgather.lab.assembly import width, widths
 from kvgather.lab.child import ROOT
 from tests.attention._direct_assembly_child import Job
-from tests.test_repository import ROOT
 
 pytestmark = pytest.mark.triton
 
