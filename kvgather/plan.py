@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .device import triton_available
@@ -39,8 +40,8 @@ class GatherPlan:
     total_tokens: int
     page_size: int
     num_blocks: int
-    _origin: Tensor  # [capacity, 3] int64: sequence, column, and the id the table has there (−1 if there is none)
-    _given_offsets: Tensor  # [batch + 1] int64, as they came
+    _batch: int
+    _sources: Tensor  # what check() looks at, see `cut_sources`
 
     @property
     def device(self) -> torch.device:
@@ -105,7 +106,7 @@ class GatherPlan:
             made = plan_records(block_table, cu_seqlens_k, seq_starts, *sizes)
         else:
             made = records_by_torch(block_table, cu_seqlens_k, seq_starts, *sizes)
-        return cls(made[0], total_tokens, page_size, num_blocks, *made[1:])
+        return cls(made[0], total_tokens, page_size, num_blocks, batch, made[1])
 
     def check(self) -> None:
         """Raise if the plan was built from a bad block table or bad offsets; waits for the device.
@@ -113,7 +114,7 @@ class GatherPlan:
         Raises:
             PlanError: with the sequence and the column of the first bad entry, or the first bad offset.
         """
-        given = self._given_offsets
+        given, origin = cut_sources(self._sources, self._batch)
         used = given.cummax(0).values.clamp(0, self.total_tokens)
         bad_offsets = (given != used).nonzero()
         if len(bad_offsets):
@@ -128,7 +129,7 @@ class GatherPlan:
         bad = ((self.records[:, 0] < 0) & (self.records[:, 2] > 0)).nonzero()
         if len(bad) == 0:
             return
-        sequence, column, block_id = (int(n) for n in self._origin[bad[0, 0]])
+        sequence, column, block_id = (int(n) for n in origin[bad[0, 0]])
         where = f"block_table[{sequence}, {column}] (sequence {sequence}, column {column})"
         if column < 0:
             raise PlanError(
@@ -182,8 +183,8 @@ def records_by_torch(
     num_blocks: int,
     total_tokens: int,
     capacity: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A plan's records, where they come from and the offsets as they came, in plain torch; arguments were checked.
+) -> tuple[Tensor, Tensor]:
+    """A plan's records, and where they come from (see `cut_sources`), in plain torch; arguments were checked.
 
     `plan_kernel.plan_records` makes the same in one launch.
     """
@@ -191,11 +192,7 @@ def records_by_torch(
     batch, columns = block_table.shape
     given = cu_seqlens_k.to(torch.int64, copy=True)  # the caller may reuse its buffer before check()
     if not capacity:
-        empty = (
-            torch.empty((0, 4), dtype=torch.int32, device=device),
-            torch.empty(0, 3, dtype=torch.int64, device=device),
-        )
-        return *empty, given
+        return given.new_empty((0, 4), dtype=torch.int32), F.pad(given, (0, len(given) & 1))
     offsets = given.cummax(0).values.clamp(0, total_tokens)  # [batch + 1]
     first_record = offsets[:-1] // page_size + 2 * torch.arange(batch, device=device)  # [batch]
     record = torch.arange(capacity, device=device)
@@ -219,7 +216,18 @@ def records_by_torch(
     block = torch.where((ids >= 0) & (ids < num_blocks), ids, -1)
     first_row = torch.where(in_use, offsets[:-1][sequence] + done, 0)
     records = torch.stack((block, first_row, rows, torch.where(in_use, begin, 0)), 1).int()
-    return records, torch.stack((sequence, column, ids), 1), given
+    origin = torch.stack((sequence, column, ids), 1)
+    return records, torch.cat((F.pad(given, (0, len(given) & 1)), origin.flatten()))
+
+
+def cut_sources(sources: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    """Where a plan's records come from, of one int64 allocation for both: for `check()`, which is rarely called.
+
+    Returns:
+        `[batch + 1]`, the offsets as they came; and `[capacity, 3]`, sequence, column and the id that the table has
+        there (−1 if there is none) of each record. One number lies between them where that aligns the second.
+    """
+    return sources[: batch + 1], sources[batch + 1 + (batch + 1 & 1) :].view(-1, 3)
 
 
 def _read_total(cu_seqlens_k: Tensor, rows: int) -> int:

@@ -49,8 +49,8 @@ def plan_records(
     num_blocks: int,
     total_tokens: int,
     capacity: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A plan's records, where they come from and the offsets as they came, in one launch.
+) -> tuple[Tensor, Tensor]:
+    """A plan's records, and where they come from, in one launch.
 
     Args:
         block_table, cu_seqlens_k, seq_starts, page_size, num_blocks, total_tokens: as `GatherPlan.build` takes them,
@@ -63,13 +63,13 @@ def plan_records(
     device = block_table.device
     batch, columns = block_table.shape
     records = torch.empty((capacity, 4), dtype=torch.int32, device=device)
-    origin = torch.empty((capacity, 3), dtype=torch.int64, device=device)
-    given = torch.empty(batch + 1, dtype=torch.int64, device=device)
+    begin = batch + 1 + (batch + 1 & 1)  # of the origins, at a multiple of 16 bytes
+    sources = torch.empty(begin + 3 * capacity, dtype=torch.int64, device=device)
     starts = cu_seqlens_k if seq_starts is None else seq_starts
-    tensors = (block_table, cu_seqlens_k, starts, records, origin, given)
+    given_at = sources.data_ptr()
     addresses = (
-        block_table.data_ptr(), cu_seqlens_k.data_ptr(), starts.data_ptr(), records.data_ptr(), origin.data_ptr(),
-        given.data_ptr(),
+        block_table.data_ptr(), cu_seqlens_k.data_ptr(), starts.data_ptr(), records.data_ptr(), given_at + 8 * begin,
+        given_at,
     )  # fmt: skip
     interpreted, lanes = interpreting(), offset_lanes(batch)
     cu_strides = (cu_seqlens_k.stride(0), starts.stride(0))
@@ -84,5 +84,8 @@ def plan_records(
         return PreparedLaunch(plan_kernel, (None,) * 6, (cu_strides,), constants, interpreted)
 
     numbers = (batch, min(columns, MOST), num_blocks, total_tokens, *block_table.stride())
-    prepared_once("plan", key, prepare)(capacity, tensors, addresses, numbers)
-    return records, origin, given
+    launch = prepared_once(plan_kernel, key, prepare)
+    if not launch.again(capacity, addresses, numbers):
+        given, origin = sources[: batch + 1], sources[begin:].view(capacity, 3)  # as `plan.cut_sources`
+        launch(capacity, (block_table, cu_seqlens_k, starts, records, origin, given), addresses, numbers)
+    return records, sources

@@ -324,6 +324,6 @@ def _scales_are_good(known: Known, source: Source) -> bool:
         for scale, resolved in zip((k_scale, v_scale), known.scales, strict=True):
             if isinstance(scale, Tensor) and resolved.kind in ("per-tensor", "per-head"):
                 check_values(Scale.of(resolved.kind, scale), "scale")
-    except ValueError:  # the full checks name the argument
+    except (RuntimeError, ValueError):  # the full checks name the argument, whose memory may be gone
         return False
     return True
