@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import warnings
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from kvgather.formats.checks import as_float, check_int, check_positive, check_tensor, check_window, described, resolved
+from kvgather.formats.checks import (
+    as_float,
+    check_int,
+    check_positive,
+    check_tensor,
+    check_window,
+    described,
+    resolved,
+    share_elements,
+)
 
 
 def negative() -> torch.Tensor:
@@ -108,3 +120,38 @@ def test_described_never_prints_the_values_of_a_tensor() -> None:
     assert described(torch.ones(3, 2)) == "Tensor of shape [3, 2]"
     assert described((1, torch.ones(1))) == "tuple with tensors"
     assert described("x" * 100) == "str '" + "x" * 59
+
+
+@st.composite
+def views(draw: st.DrawFn, memory: torch.Tensor) -> torch.Tensor:
+    """Any view of some bytes: elements of 1 to 4 bytes, up to three axes, gaps, and elements on each other."""
+    dtype = draw(st.sampled_from([torch.uint8, torch.int16, torch.int32]))
+    base = memory[draw(st.integers(0, 3)) * dtype.itemsize :]
+    base = base[: len(base) // dtype.itemsize * dtype.itemsize].view(dtype)
+    sizes = draw(st.lists(st.integers(1, 4), max_size=3))
+    strides = [draw(st.integers(0, 9)) for _ in sizes]
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+    return base.as_strided(sizes, strides, base.storage_offset() + draw(st.integers(0, max(len(base) - reach, 0))))
+
+
+def bytes_of(tensor: torch.Tensor) -> set[int]:
+    """The address of each byte of each element."""
+    first, size = tensor.data_ptr(), tensor.element_size()
+    steps = product(*(range(n) for n in tensor.shape))
+    starts = (sum(i * s for i, s in zip(index, tensor.stride(), strict=True)) for index in steps)
+    return {first + start * size + byte for start in starts for byte in range(size)}
+
+
+@given(st.data())
+@settings(max_examples=300)
+def test_whether_two_views_share_a_byte(data: st.DataObject) -> None:
+    memory = torch.zeros(512, dtype=torch.uint8)
+    first, second = data.draw(views(memory)), data.draw(views(memory))
+    wanted = bool(bytes_of(first) & bytes_of(second))
+    assert share_elements(first, second) is share_elements(second, first) is wanted
+
+
+def test_what_shares_no_memory_at_all() -> None:
+    rows = torch.zeros(3, 4)
+    assert not share_elements(rows, torch.zeros(3, 4)) and not share_elements(rows, rows[:0])
+    assert not share_elements(rows[:, ::2], rows[:, 1::2]) and share_elements(rows, rows[2:, 3])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import kvgather as kg
 from kvgather.bench.cases import LAYOUTS, SMALL, Case, build
 from kvgather.formats.fp8 import FLOATS, FORMATS, POOL_DTYPES, decode_table
 from kvgather.formats.scale import KINDS
+from kvgather.gather import again
 from kvgather.gather.again import forget
 from tests.gather.oracle import assert_same, untouched
 from tests.where import on_each_device
@@ -101,3 +103,19 @@ def test_launches_of_one_shape_and_another_meaning(where: str) -> None:
             built.cache.gather(built.plan, out_dtype=case.out_dtype, backend="triton"),
             built.cache.gather(built.plan, out_dtype=case.out_dtype, backend="torch"),
         )
+
+
+@on_each_device
+def test_each_meaning_is_remembered_apart(where: str) -> None:
+    """The interpreter takes any dtype that comes; a kernel compiled for another one writes nonsense."""
+    built = build(Case(lengths=(5,), starts=()), where)
+    forget()
+    for count, changes in enumerate(
+        ({}, {"out_dtype": torch.float32}, {"out_dtype": torch.float16}, {"backend": "auto"}), start=1
+    ):
+        arguments: dict[str, Any] = {"backend": "triton", **changes}
+        for _ in range(2):
+            built.cache.gather(built.plan, **arguments)
+        if where == "cpu" and arguments["backend"] == "auto":  # plain torch, which is not remembered
+            count -= 1
+        assert sum(map(len, again._KNOWN.values())) == count
