@@ -7,6 +7,8 @@ pool.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -101,9 +103,7 @@ class GatherPlan:
 
         sizes = _Sizes(page_size, num_blocks, total_tokens, capacity)
         if device.type == "cuda" and capacity and triton_available() and not torch.compiler.is_compiling():
-            from .plan_kernel import plan_records
-
-            made = plan_records(block_table, cu_seqlens_k, seq_starts, *sizes)
+            made = _plan_records()(block_table, cu_seqlens_k, seq_starts, *sizes)
         else:
             made = records_by_torch(block_table, cu_seqlens_k, seq_starts, *sizes)
         return cls(made[0], total_tokens, page_size, num_blocks, batch, made[1])
@@ -166,6 +166,13 @@ def check_table(
         check_tensor(tensor, name, ndim=1, dtypes=INDEX_DTYPES, device=device)
         if tensor.shape[0] != length:
             raise ValueError(f"{name} has shape {list(tensor.shape)}; accepted for {batch} sequences: [{length}]")
+
+
+@functools.cache
+def _plan_records() -> Callable[..., tuple[Tensor, Tensor]]:
+    from .plan_kernel import plan_records  # needs triton, which this module does not
+
+    return plan_records
 
 
 class _Sizes(NamedTuple):

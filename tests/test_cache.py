@@ -434,11 +434,14 @@ def test_a_known_write_goes_where_the_pool_is_now() -> None:
     cache = kg.PagedKVCache(4, 4, 2, 16, dtype=torch.float32, scale="none", device="cpu")
     k, v, slots = torch.randn(3, 2, 16), torch.randn(3, 2, 16), torch.tensor([1, 5, 9])
     cache.write(k, v, slots, backend="triton")
-    old, new = cache.key_cache.clone(), torch.zeros_like(cache.key_cache)
+    (known,) = cache._written.values()
+    old, new, launch = cache.key_cache.clone(), torch.zeros_like(cache.key_cache), known[0]
     before = torch.empty(0).set_(cache.key_cache)
     cache.key_cache.set_(new)  # an engine that wakes up
     cache.write(k * 2, v, slots, backend="triton")
     assert torch.equal(before, old) and torch.equal(new.view(16, 2, 16)[slots], k * 2)
+    (known,) = cache._written.values()
+    assert launch not in known  # it has the address of the old memory, to which a GPU would write
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=interpreted)])

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Sizes:
+class Sizes(NamedTuple):
     """What the host knows of a batch, checked.
 
     Attributes:
@@ -27,8 +26,7 @@ class Sizes:
     most: int
 
 
-@dataclass(frozen=True)
-class BatchTensors:
+class BatchTensors(NamedTuple):
     """The tensors of a batch.
 
     Attributes:

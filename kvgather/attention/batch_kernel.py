@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import accumulate
 
 import torch
 import triton
@@ -143,16 +142,17 @@ def launch_batch(table: Tensor, cu_q: Tensor, cu_k: Tensor, sizes: Sizes) -> Bat
     wide = max(columns, 1)
     narrow, narrow_at = _cut((batch * wide, batch + 1, batch + 1), torch.int32, device)
     checked = narrow[0].view(batch, wide)
-    # Slots, then the copies of both offsets and of the table: those are for `check()` alone, which cuts them.
-    cells = sizes.total_q, batch + 1, batch + 1, -(-batch * columns * table.element_size() // 8)
-    padded = [cell + (cell & 1) for cell in cells]  # each begins at a multiple of 16 bytes
-    memory = torch.empty(sum(padded), dtype=torch.int64, device=device)
-    begins = list(accumulate(padded[:-1], initial=0))
+    # Slots, then the copies of both offsets and of the table, each at a multiple of 16 bytes: those are for `check()`
+    # alone, which cuts them.
+    length = batch + 1 + (batch + 1 & 1)
+    q_begin = sizes.total_q + (sizes.total_q & 1)
+    k_begin, copy_begin = q_begin + length, q_begin + 2 * length
+    end = copy_begin + -(-batch * columns * table.element_size() // 8)
+    memory = torch.empty(end, dtype=torch.int64, device=device)
 
     def given() -> tuple[Tensor, Tensor, Tensor]:
-        offsets = [memory[begin : begin + batch + 1] for begin in begins[1:3]]
-        ids = memory[begins[3] :].view(table.dtype)[: batch * columns].view(batch, columns)
-        return ids, offsets[0], offsets[1]
+        ids = memory[copy_begin:].view(table.dtype)[: batch * columns].view(batch, columns)
+        return ids, memory[q_begin : q_begin + batch + 1], memory[k_begin : k_begin + batch + 1]
 
     slots = memory[: sizes.total_q]
     parts = min(max(1, -(-max(columns, sizes.max_q) // _AT_A_TIME)), 16)
@@ -161,8 +161,7 @@ def launch_batch(table: Tensor, cu_q: Tensor, cu_k: Tensor, sizes: Sizes) -> Bat
         device, interpreted, sizes.page_size, table.dtype, cu_q.dtype, cu_k.dtype, at[0] & 15, at[1] & 15, at[2] & 15
     )  # fmt: skip
     launch = prepared_once("batch", key, lambda: _prepared_batch(sizes.page_size, interpreted))
-    q_at, k_at, copy_at = (first + 8 * begin for begin in begins[1:])
-    addresses = (*at, *narrow_at, first, copy_at, q_at, k_at)
+    addresses = (*at, *narrow_at, first, first + 8 * copy_begin, first + 8 * q_begin, first + 8 * k_begin)
     numbers = (
         batch, columns, sizes.num_blocks, sizes.total_q, sizes.total_k, sizes.max_q, sizes.most, parts,
         row_stride, column_stride, q_stride, k_stride,

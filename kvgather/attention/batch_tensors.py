@@ -4,6 +4,9 @@ specification; on a GPU by `batch_kernel`, in one launch.
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,9 +25,7 @@ def batch_tensors(table: Tensor, cu_q: Tensor, cu_k: Tensor, sizes: Sizes, backe
         backend: "triton", "torch", or "auto": Triton on a GPU, torch on a CPU.
     """
     if choose_backend(backend, table.device) == "triton":
-        from .batch_kernel import launch_batch  # needs triton, which this module does not
-
-        return launch_batch(table, cu_q, cu_k, sizes)
+        return _kernels().launch_batch(table, cu_q, cu_k, sizes)
     batch, columns = table.shape
     given = (table.clone(), cu_q.to(torch.int64, copy=True), cu_k.to(torch.int64, copy=True))
     used_q = clamped(given[1], sizes.total_q)
@@ -37,6 +38,13 @@ def batch_tensors(table: Tensor, cu_q: Tensor, cu_k: Tensor, sizes: Sizes, backe
     ids = torch.where(good, ids, -1).int().contiguous()
     used_k = F.pad(lens_k.cumsum(0), (1, 0))
     return BatchTensors(ids, used_q.int(), used_k.int(), _slots(ids, used_q, lens_k, sizes), lambda: given)
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    from . import batch_kernel  # needs triton, which this module does not
+
+    return batch_kernel
 
 
 def _slots(table: Tensor, cu_q: Tensor, lens_k: Tensor, sizes: Sizes) -> Tensor:
@@ -70,9 +78,7 @@ def window_offsets(
         `[batch + 1]` int32 offsets of the gathered tokens, and `[batch]` int32 positions at which they begin.
     """
     if choose_backend(backend, cu_q.device) == "triton":
-        from .batch_kernel import launch_window
-
-        return launch_window(cu_q, cu_k, max_q, window, capacity)
+        return _kernels().launch_window(cu_q, cu_k, max_q, window, capacity)
     lens_k = cu_k.diff()
     seen = window_lengths(cu_q.diff(), lens_k, max_q, window)
     return F.pad(seen.cumsum(0), (1, 0)).clamp(max=capacity).int(), lens_k - seen

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 from ..plan import GatherPlan
 
 
-@dataclass(frozen=True)
-class Attend:
+class Attend(NamedTuple):
     """One call of the dense attention.
 
     Attributes:
@@ -33,8 +33,7 @@ class Attend:
     seqlens_k: tuple[int, ...] | None = None
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """What is gathered in one go, and everything that attends to it."""
 
     plan: GatherPlan

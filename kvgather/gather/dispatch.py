@@ -172,9 +172,9 @@ def choose_backend(backend: str, device: torch.device) -> str:
     Raises:
         BackendError: Triton was asked for and cannot run on this device.
     """
+    if type(backend) is str and backend == "auto":
+        return "triton" if device.type == "cuda" and triton_available() else "torch"
     check_choice(backend, "backend", BACKENDS)
-    if backend == "auto":
-        backend = "triton" if device.type == "cuda" and triton_available() else "torch"
     if backend == "triton" and not torch.compiler.is_compiling():  # the operators ask again when they run
         require_triton(device)
     return backend

@@ -96,6 +96,8 @@ class LoadStrides:
 # plain launch serves.
 _RUNS_COMPILED = triton.__version__.startswith("3.6.") and torch.version.hip is None
 
+_HOOKS = triton.knobs.runtime
+
 _PREPARED: dict[object, Any] = {}
 Prepared = TypeVar("Prepared")
 
@@ -144,7 +146,7 @@ class PreparedLaunch:
         self._kernel, self._views, self._strides, self._constants = kernel, views, strides, constants
         self._interpreted = interpreted
         self._tail: tuple[Any, ...] = (*strides, *(constants[n] for n in kernel.arg_names if n in constants))
-        self._compiled: tuple[Any, ...] | None = None  # how to run it, the device's stream, the function, its metadata
+        self._compiled: tuple[Any, ...] | None = None  # from `_launcher_of`
         self._device = -1
 
     def __call__(
@@ -168,8 +170,7 @@ class PreparedLaunch:
             loaded = [t.view(view) if view is not None and isinstance(t, Tensor) else t for t, view in pairs]
             compiled = self._kernel[(programs,)](*loaded, *numbers, *self._strides, **self._constants)
             if _RUNS_COMPILED and not self._interpreted and self._compiled is None:
-                stream_of = triton.runtime.driver.active.get_current_stream
-                self._compiled = compiled.run, stream_of, compiled.function, compiled.packed_metadata
+                self._compiled = _launcher_of(compiled)
                 self._device = torch.cuda.current_device()
 
     def again(self, programs: int, addresses: tuple[int | float, ...], numbers: tuple[int, ...]) -> bool:
@@ -182,7 +183,7 @@ class PreparedLaunch:
         Returns:
             Whether it was launched. A caller whose tensors are parts of one allocation makes views of it only if not.
         """
-        hooks = triton.knobs.runtime
+        hooks = _HOOKS
         if (
             self._compiled is None
             or torch.cuda.current_device() != self._device
@@ -190,7 +191,20 @@ class PreparedLaunch:
             or hooks.launch_exit_hook.calls
         ):
             return False
-        run, stream_of, function, metadata = self._compiled
-        stream = stream_of(self._device)
-        run(programs, 1, 1, stream, function, metadata, None, None, None, *addresses, *numbers, *self._tail)
+        launch, stream_of, before, between = self._compiled
+        launch(programs, 1, 1, stream_of(self._device), *before, *between, *addresses, *numbers, *self._tail)
         return True
+
+
+def _launcher_of(compiled: Any) -> tuple[Any, ...]:
+    """What runs a compiled kernel, the current stream of a device, and the arguments before the kernel's own.
+
+    Triton's Python around its C launcher looks for scratch memory, which our kernels never need, and takes as long as
+    the launch.
+    """
+    stream_of = triton.runtime.driver.active.get_current_stream
+    run, no_hooks = compiled.run, (compiled.packed_metadata, None, None, None)
+    if getattr(run, "global_scratch_size", 1) or getattr(run, "profile_scratch_size", 1):
+        return run, stream_of, (compiled.function,), no_hooks
+    flags = (compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None)
+    return run.launch, stream_of, flags, no_hooks
