@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .device import has_gpu, interpreting
+from .device import interpreting, resolve_device
 from .formats.checks import (
     check_choice,
     check_inside_storage,
@@ -15,6 +15,7 @@ from .formats.checks import (
     check_tensor,
     described,
     overlaps_itself,
+    resolved,
     share_elements,
 )
 from .formats.fp8 import FLOATS, check_pool_dtype
@@ -74,7 +75,7 @@ class PagedKVCache:
         heads = check_int(num_kv_heads, "num_kv_heads", minimum=1)
         k_dim = check_int(head_dim, "head_dim", minimum=1)
         v_dim = k_dim if v_head_dim is None else check_int(v_head_dim, "v_head_dim", minimum=1)
-        where = _device(device)
+        where = resolve_device(device)
         kinds = _pair_of_kinds(scale)
         key_cache = torch.zeros(
             key_shape(layout, blocks, page, heads, k_dim, dtype.itemsize), dtype=dtype, device=where
@@ -83,7 +84,7 @@ class PagedKVCache:
             value_shape(layout, blocks, page, heads, v_dim, dtype.itemsize), dtype=dtype, device=where
         )
         scales = [
-            torch.ones(kind_shape(kind, blocks, heads, page) or (1,), device=where)
+            torch.ones(kind_shape(kind, blocks, heads, page) or (1,), dtype=torch.float32, device=where)
             if given is None and kind != "none"
             else given
             for kind, given in zip(kinds, (k_scale, v_scale), strict=True)
@@ -222,7 +223,7 @@ class PagedKVCache:
             self.likeness  # noqa: B018  # raises if memory went away
         if self.write_again(k, v, slots, backend):
             return
-        g = self.geometry
+        g, k, v = self.geometry, resolved(k), resolved(v)
         for name, tensor, dim in (("k", k, g.head_dim), ("v", v, g.v_head_dim)):
             check_tensor(tensor, name, ndim=3, dtypes=FLOATS, device=g.device)
             if tensor.shape[1:] != (g.num_kv_heads, dim):
@@ -326,22 +327,6 @@ class PagedKVCache:
             check_duplicates(self._last_slots)
         for name, scale in zip(("k_scale", "v_scale"), self._scales, strict=True):
             check_values(scale, name)
-
-
-def _device(device: object) -> torch.device:
-    """The device that was asked for; the GPU if there is one, else the CPU, for None."""
-    if device is None:
-        return torch.device("cuda" if has_gpu() else "cpu")
-    if not isinstance(device, (str, torch.device)):
-        raise TypeError(f"device is {described(device)}; accepted: a torch.device or its name")
-    try:
-        where = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"device is {device!r}; accepted: cpu, cuda, cuda:0, …") from None
-    if where.type == "cuda" and not (has_gpu() and (where.index or 0) < torch.cuda.device_count()):
-        count = torch.cuda.device_count() if has_gpu() else 0
-        raise ValueError(f"device is {where}, and torch sees {count} GPUs here; accepted: one of those, or cpu")
-    return where
 
 
 def _pair_of_kinds(scale: object) -> tuple[str, str]:

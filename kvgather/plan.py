@@ -26,7 +26,7 @@ class PlanError(ValueError):
     """The block table or the offsets a plan was built from are wrong; the message says where."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GatherPlan:
     """Checked page records of one batch.
 

@@ -318,7 +318,7 @@ GOOD: dict[str, Any] = {"num_blocks": 2, "page_size": 16, "num_kv_heads": 2, "he
             r"v_scale has shape \[3\]; .* as per-head: \[2\]",
         ),
         ({"k_scale": -1.0}, ValueError, r"k_scale is -1.0; accepted: finite values above 0"),
-        ({"device": "gpu"}, ValueError, r"device is 'gpu'; accepted: cpu, cuda"),
+        ({"device": "gpu"}, ValueError, r"device is 'gpu'; accepted: a torch.device or its name: cpu, cuda"),
         ({"device": "cuda:77"}, ValueError, r"device is cuda:77, and torch sees \d GPUs here; accepted"),
         ({"device": 1.5}, TypeError, r"device is float 1.5; accepted"),
     ],

@@ -12,8 +12,9 @@ import kvgather as kg
 
 def test_the_public_names() -> None:
     assert set(kg.__all__) >= {
-        "BlockPool", "CaptureError", "GatherPlan", "PagedKVCache", "PlanError", "PrefixBatch", "cp_mha_gather_cache",
-        "device", "gather", "merge_states", "prefix_attention",
+        "BackendError", "BlockPool", "CaptureError", "GatherPlan", "OutOfBlocksError", "PagedKVCache", "PlanError",
+        "PrefixBatch", "SlotError", "cp_mha_gather_cache", "cu_seqlens", "device", "gather", "merge_states",
+        "prefix_attention",
     }  # fmt: skip
     assert sorted(kg.__all__) == sorted(set(kg.__all__))
     for name in kg.__all__:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..cache import PagedKVCache
-from ..formats.checks import check_choice, check_int, check_tensor, described
+from ..formats.checks import check_choice, check_int, check_tensor, check_window, described
 from ..gather.dispatch import check_made_for
 from ..plan import PlanError
 from .batch_contents import Sizes
@@ -96,7 +96,7 @@ class PrefixBatch(CheckedBatch):
         num_blocks = check_int(num_blocks, "num_blocks")
         known_q = check_lengths(seqlens_q, "seqlens_q", batch)
         known_k = check_lengths(seqlens_k, "seqlens_k", batch)
-        asked = [check_int(w, f"windows[{i}]", minimum=1) for i, w in enumerate(_listed(windows))]
+        asked = [_one_window(w, f"windows[{i}]") for i, w in enumerate(_listed(windows))]
         total_q = total_of(total_q, "q", known_q, cu_seqlens_q, batch * columns * page_size)
         total_k = total_of(total_k, "k", known_k, cu_seqlens_k, batch * columns * page_size)
         check_fit(known_q, known_k, columns * page_size)
@@ -179,12 +179,18 @@ class PrefixBatch(CheckedBatch):
         """
         return explained(facts_of(self, cache, num_q_heads, dtype, window))
 
-    def check(self) -> None:
+    def check(self, window: int | None = None) -> None:
         """Raise if the batch was built from a bad block table or bad offsets; waits for the device.
 
+        Args:
+            window: of all layers that read this table, where they have one: blocks that it never reaches may have been
+                freed, and their entries may hold anything.
+
         Raises:
+            TypeError, ValueError: `window` is neither None nor an int from 1 on.
             PlanError: with the sequence, and the column where it is about one.
         """
+        window = check_window(window)
         table, offsets_q, offsets_k = (tensor.cpu() for tensor in self._given())
         lens_q = check_offsets(offsets_q, "q", self.total_q, self.seqlens_q)
         lens_k = check_offsets(offsets_k, "k", self.total_k, self.seqlens_k)
@@ -193,7 +199,8 @@ class PrefixBatch(CheckedBatch):
                 raise PlanError(
                     f"sequence {sequence} has {new} new tokens among {tokens}; accepted: cu_seqlens_k counts both"
                 )
-            check_row(table[sequence], sequence, tokens, self.page_size, self.num_blocks)
+            first = 0 if window is None else max(0, tokens - new - window + 1)
+            check_row(table[sequence], sequence, first, tokens, self.page_size, self.num_blocks)
             for name, came, most in (("max_q", new, self.max_q), ("max_k", tokens, self.max_k)):
                 if came > most:
                     raise PlanError(f"sequence {sequence} has {came} tokens; accepted: at most {name}, {most}")
@@ -227,6 +234,14 @@ def _check_indices(block_table: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tens
         check_tensor(offsets, name, ndim=1, dtypes=_INDEX_DTYPES, device=block_table.device)
         if offsets.shape[0] != batch + 1:
             raise ValueError(f"{name} has shape {list(offsets.shape)}; accepted for {batch} sequences: [{batch + 1}]")
+
+
+def _one_window(window: object, name: str) -> int:
+    if window is None:
+        raise TypeError(f"{name} is None; accepted: an int from 1 on; layers without a window need no mention")
+    checked = check_window(window, name)
+    assert checked is not None
+    return checked
 
 
 def _listed(windows: object) -> list[Any]:

@@ -16,7 +16,7 @@ from .lengths import STEP
 from .pieces import Attend, Piece
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CheckedBatch:
     """A batch whose contents name no address outside the pool or the table; see `PrefixBatch`."""
 

@@ -14,7 +14,7 @@ import torch
 
 from ..cache import PagedKVCache
 from ..device import triton_available
-from ..formats.checks import check_int, described, dtype_name
+from ..formats.checks import check_int, check_window, described, dtype_name
 from ..formats.fp8 import FLOATS
 
 PATHS = ("auto", "gather", "direct")
@@ -98,8 +98,7 @@ def check_facts(
     heads = check_int(num_q_heads, "num_q_heads", minimum=1)
     if heads % g.num_kv_heads:
         raise ValueError(f"num_q_heads is {heads}; accepted: a multiple of the cache's {g.num_kv_heads} KV heads")
-    if window is not None:
-        window = check_int(window, "window", minimum=1)
+    window = check_window(window)
     if dtype not in FLOATS:
         came = dtype_name(dtype) if isinstance(dtype, torch.dtype) else described(dtype)
         raise TypeError(f"dtype is {came}; accepted: {', '.join(dtype_name(d) for d in FLOATS)}")
@@ -194,16 +193,22 @@ def explained(facts: Facts) -> str:
     """The choice in words, with the numbers that decided."""
     choice, speeds = choose(facts), _speeds(facts)
     new, tokens = (max((pair[i] for pair in facts.lengths), default=0) for i in range(2))
+    cached = [tokens - new for new, tokens in facts.lengths]
+    fewest, most = (f"{find(cached, default=0):,}" for find in (min, max))
+    alike = f", of which an unmasked kernel can take {facts.common:,} of each" if facts.common else ""
     lines = [
         f"auto takes the {choice.path} path: {choice.why}",
-        f"  {len(facts.lengths)} sequences, at most {new} new tokens and {tokens} tokens; {facts.common} cached in "
-        f"all; window {'none' if facts.window is None else facts.window}",
+        f"  {len(facts.lengths)} sequences, at most {new:,} new tokens and {tokens:,} tokens; "
+        f"{fewest if fewest == most else f'{fewest} to {most}'} cached in each{alike}; "
+        f"window {'none' if facts.window is None else facts.window}",
         f"  {facts.group} query heads to each of {facts.kv_heads} KV heads, dims {facts.head_dim} and "
         f"{facts.v_head_dim}, {dtype_name(facts.dtype)}, {facts.device}",
     ]
-    if speeds is not None:
-        lines.append(
-            f"  products in TFLOP/s: direct {speeds.direct:g}, dense {speeds.unmasked:g} without a mask and "
-            f"{speeds.masked:g} with one; memory in GB/s: {READ / 1e3:g} and {MOVE / 1e3:g}"
-        )
-    return "\n".join([*lines, f"  where that comes from: {MEASURED_ON}"])
+    if speeds is None or facts.device != "cuda":  # nothing that was measured decided
+        return "\n".join(lines)
+    lines += [
+        f"  products in TFLOP/s: direct {speeds.direct:g}, dense {speeds.unmasked:g} without a mask and "
+        f"{speeds.masked:g} with one; memory in GB/s: {READ / 1e3:g} and {MOVE / 1e3:g}",
+        f"  where that comes from: {MEASURED_ON}",
+    ]
+    return "\n".join(lines)

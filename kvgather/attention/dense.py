@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..formats.checks import check_choice, check_int, check_tensor
+from ..formats.checks import check_choice, check_int, check_tensor, check_window
 from ..formats.fp8 import FLOATS
 from .dense_call import Dense
 from .dense_cudnn import cudnn_attention, why_not_cudnn
@@ -145,7 +145,6 @@ def _check(call: Dense) -> None:
         check_int(call.max_q if which == "q" else call.max_k, f"max_{which}")
     if not math.isfinite(call.scale):
         raise ValueError(f"softmax_scale is {call.scale}; accepted: a finite number")
-    if call.window is not None:
-        check_int(call.window, "window", minimum=1)
+    if check_window(call.window) is not None:
         if not call.causal:
             raise ValueError(f"window is {call.window}, and causal False; accepted: a window with causal=True")

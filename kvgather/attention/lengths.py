@@ -106,10 +106,11 @@ def check_offsets(given: Tensor, which: str, total: int, known: tuple[int, ...] 
     return [after - before for before, after in pairwise(numbers)]
 
 
-def check_row(row: Tensor, sequence: int, tokens: int, page_size: int, num_blocks: int) -> None:
+def check_row(row: Tensor, sequence: int, first: int, tokens: int, page_size: int, num_blocks: int) -> None:
     """Raise unless a row of a block table, on the CPU, has a block of the pool wherever the sequence has tokens."""
     reached = -(-tokens // page_size)
     bad = ((row[:reached] < 0) | (row[:reached] >= num_blocks)).nonzero()
+    bad = bad[bad[:, 0] >= first // page_size]
     if len(bad) == 0 and reached <= len(row):
         return
     column = int(bad[0]) if len(bad) else len(row)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from ..cache import PagedKVCache
 from ..device import require_triton
-from ..formats.checks import check_choice, check_int, check_tensor, described
+from ..formats.checks import check_choice, check_int, check_positive, check_tensor, check_window, described, resolved
 from ..formats.fp8 import FLOATS
 from ..formats.layout import Geometry
 from ..gather.dispatch import check_made_for
@@ -62,13 +61,25 @@ def prefix_attention(
         included, `[total_q, q_heads]` FP32. Rows that belong to no sequence are 0 (and −inf, or the sink); rows that
         need a bad block id are NaN, and so are all rows of a sequence that is longer than the batch's bounds.
 
+        K and V have to be finite: a kernel multiplies what it masks by 0, and 0 · NaN is NaN, so NaN in a token's V may
+        reach the rows before it.
+
     Raises:
         TypeError, ValueError: an argument is wrong, or the combination not supported; nothing was written or launched.
         CaptureError: a ValueError: a CUDA graph is being captured, and the batch lacks what the layer needs: see
             `PrefixBatch.prepare`. Or the batch was built in a capture, and this call is not part of one.
     """
     arguments = q, k_new, v_new, cache, batch, softmax_scale, sinks, window, workspace_tokens, path
-    call = _recalled(*arguments)
+    try:
+        call = _recalled(*arguments)
+    except ValueError:
+        read = q, k_new, v_new, sinks
+        if not any(isinstance(tensor, Tensor) and tensor.is_neg() for tensor in read):
+            raise
+        return prefix_attention(
+            resolved(q), resolved(k_new), resolved(v_new), cache, batch, softmax_scale, resolved(sinks), window,
+            workspace_tokens, path, return_lse,
+        )  # fmt: skip
     if batch.built_in_capture:
         check_may_make(batch.device, True, "attention")
     if call.route.direct:
@@ -136,8 +147,7 @@ def _checked(
         check_tensor(sinks, "sinks", ndim=1, dtypes=FLOATS, device=g.device)
         if sinks.shape[0] != q.shape[1]:
             raise ValueError(f"sinks has shape {list(sinks.shape)}; accepted for {q.shape[1]} query heads: one each")
-    if window is not None:
-        window = check_int(window, "window", minimum=1)
+    window = check_window(window)
     if workspace_tokens is not None:
         workspace_tokens = check_int(workspace_tokens, "workspace_tokens", minimum=1)
     check_choice(path, "path", PATHS)
@@ -195,11 +205,8 @@ def _check(q: Tensor, k_new: Tensor | None, v_new: Tensor | None, cache: PagedKV
 def _softmax_scale(given: object, head_dim: int) -> float:
     if given is None:
         return float(head_dim**-0.5)
-    if isinstance(given, bool) or not isinstance(given, (int, float)):
-        raise TypeError(f"softmax_scale is {described(given)}; accepted: None, or a float")
-    if not 0 < given < math.inf:  # kernels multiply a row's largest product by it, and take that for the largest score
-        raise ValueError(f"softmax_scale is {given}; accepted: a finite number above 0")
-    return float(given)
+    # Kernels multiply a row's largest product by it, and take that for the largest score: it is above 0.
+    return check_positive(given, "softmax_scale", "None, or a number")
 
 
 def _nothing(q: Tensor, dim: int, sinks: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -76,7 +76,7 @@ def route_of(batch: CheckedBatch, cache: PagedKVCache, layer: Layer) -> Route:
 def _found(batch: CheckedBatch, cache: PagedKVCache, layer: Layer) -> Route:
     path = layer.path
     if path == "auto":
-        path = choose(facts_of(batch, cache, layer.q_heads, layer.dtype, layer.window)).path
+        path = choose(facts_of(batch, cache, layer.q_heads, layer.dtype, layer.window, layer.workspace_tokens)).path
     if path == "direct":
         return Route()
     if (length := _common_length(batch, layer)) > 0:
@@ -107,9 +107,16 @@ def common_of(batch: CheckedBatch, length: int) -> Common:
 
 
 def facts_of(
-    batch: CheckedBatch, cache: PagedKVCache, num_q_heads: int, dtype: torch.dtype, window: int | None
+    batch: CheckedBatch,
+    cache: PagedKVCache,
+    num_q_heads: int,
+    dtype: torch.dtype,
+    window: int | None,
+    workspace_tokens: int | None = None,
 ) -> Facts:
     """What the choice of a path looks at, for one layer.
+
+    In a bounded workspace nothing is gathered for a kernel without a mask.
 
     Raises:
         TypeError, ValueError: an argument is wrong.
@@ -120,5 +127,5 @@ def facts_of(
         several = max(batch.num_sequences, 1)
         average = min(batch.max_q, -(-batch.total_q // several)), min(batch.max_k, -(-batch.total_k // several))
         lengths = (average,) * batch.num_sequences
-    common = batch.common_cached if window is None else 0
+    common = batch.common_cached if window is None and workspace_tokens is None else 0
     return check_facts(cache, lengths, common, num_q_heads, dtype, window)

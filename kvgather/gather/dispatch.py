@@ -49,8 +49,11 @@ def gather(
 
     Returns:
         K `[total_tokens, heads, head_dim]` and V `[total_tokens, heads, v_head_dim]`, or `out`. Every value is exactly
-        `(cache.float() * scale).to(out_dtype)`; rows of a bad block id are NaN; rows past `cu_seqlens_k[-1]` are not
-        written.
+        `(cache.float() * scale).to(out_dtype)`, and without a scale `cache.to(out_dtype)`, also of an FP8 pool; rows of
+        a bad block id are NaN; rows past `cu_seqlens_k[-1]` are not written. A CPU told to flush denormals
+        (`torch.set_flush_denormal`) rounds products below FP32's normal numbers to 0.
+
+    `torch.compile(fullgraph=True)` takes this call and `PagedKVCache.gather`, of a plan that was made outside.
 
     Raises:
         TypeError, ValueError: an argument is wrong; nothing was launched.

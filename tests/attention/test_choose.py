@@ -83,7 +83,8 @@ def test_nothing_to_attend_to_has_a_path_too(lengths: tuple[tuple[int, int], ...
 def test_the_explanation_has_the_numbers_and_their_source() -> None:
     told = explained(replace(H100, v_head_dim=48, window=128, common=0))
     for part in ("the direct path: about", "µs of the gather path", "16 sequences, at most 16 new tokens",
-                 "8208 tokens", "window 128", "8 query heads to each of 8 KV heads", "dims 64 and 48", "bfloat16, cuda",
+                 "8,208 tokens; 8,192 cached in each", "window 128", "8 query heads to each of 8 KV heads",
+                 "dims 64 and 48", "bfloat16, cuda",
                  f"direct {SPEEDS[64].direct:g}", MEASURED_ON):  # fmt: skip
         assert part in told, part
 
