@@ -24,12 +24,13 @@ def plan_kernel(
     PAGE: tl.constexpr, STARTS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """The record of each page, where it comes from, and a copy of the offsets; there are more records than offsets."""
-    record = tl.program_id(0).to(tl.int64)
+    record = tl.program_id(0)
     strides = (row_stride.to(tl.int64), column_stride.to(tl.int64), cu_strides[0], cu_strides[1])
     block, first_row, rows, begin, sequence, column, block_id = find_page(
         record, table_ptr, cu_ptr, start_ptr, batch, columns, num_blocks, total, strides, PAGE, STARTS, LANES
     )
     used = rows > 0
+    record = record.to(tl.int64)
     tl.store(record_ptr + record * 4, block.to(tl.int32))
     tl.store(record_ptr + record * 4 + 1, tl.where(used, first_row, 0).to(tl.int32))
     tl.store(record_ptr + record * 4 + 2, rows.to(tl.int32))

@@ -171,7 +171,7 @@ def _read_pages(facts: Facts, speeds: Speeds, lengths: Iterable[tuple[int, int]]
     size, flops = 0, 0
     for new, tokens in lengths:
         rows = new * facts.group
-        tile = 16 if rows <= 16 else 64 if rows <= 64 or max(facts.head_dim, facts.v_head_dim) > 64 else 128
+        tile = 16 if rows <= 16 else 64 if rows <= 64 or max(facts.head_dim, facts.v_head_dim) > 128 else 128
         seen = _seen(facts, tile // facts.group, tokens) - min(new, tokens) // 2 * (facts.window is None)
         size += _seen(facts, new, tokens) * facts.itemsize * (new > 0)
         flops += -(-rows // tile) * tile * seen

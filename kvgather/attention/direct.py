@@ -40,9 +40,10 @@ class Tile:
 
 
 def choose_tile(
-    rows: int, keys: int, programs: int, k_pad: int, v_pad: int, processors: int, operand_bytes: int = 2
-) -> Tile:
-    """The tile for a batch, by its bounds alone.
+    rows: int, keys: int, programs: int, k_pad: int, v_pad: int, processors: int, operand_bytes: int = 2,
+    layout: str = "NHD",
+) -> Tile:  # fmt: skip
+    """The tile for a batch, by its bounds alone: the fastest of those in `benchmarks/results/tiles_h100.csv`.
 
     Args:
         rows: the most rows of a sequence, new tokens × query heads of a group.
@@ -51,22 +52,29 @@ def choose_tile(
         k_pad, v_pad: head dims, rounded up to powers of two.
         processors: of the GPU.
         operand_bytes: of an element as it is multiplied: 4 where q or the pool is FP32.
+        layout: of the cache.
     """
-    wide = max(k_pad, v_pad)
+    wide, narrow = max(k_pad, v_pad), operand_bytes == 2
+    registers = None
     if wide > 128:
         # 64 rows of FP32 would take 272 KiB of shared memory, and an H100 has 227.
-        m = min(max(16, triton.next_power_of_2(rows)), 64 if operand_bytes == 2 else 16)
-        n, num_warps, num_stages, registers, resident = 64, 8, 2, None, 1
+        m = min(max(16, triton.next_power_of_2(rows)), 64 if narrow else 16)
+        n, num_warps, num_stages, resident = 64, 8, 2, 1
     elif rows <= 16:  # tensor cores fed from registers; how many programs fit on a processor decides
-        m, n, num_warps, num_stages, registers, resident = 16, 64, 2, 3, 128, 8
-    elif rows <= 64 or wide > 64:
+        # 128 registers a thread let 8 programs of 64 columns be resident; of 128 columns they would spill 350 bytes.
+        m, n, num_warps, num_stages = 16, 64, 2, 2
+        registers, resident = (128, 8) if wide <= 64 else (None, 4)
+    elif rows <= 64 or (wide > 64 and not narrow):
         # 128 keys of two FP32 operands of 128 would take 256 KiB.
-        m, n, num_warps, num_stages, registers, resident = 64, 128, 4, 3 if wide <= 64 else 2, None, 2
-        n = 64 if wide > 64 and operand_bytes > 2 else n
-    else:
-        m, n, num_warps, num_stages, registers, resident = 128, 64, 4, 3, None, 2
+        m, n, num_warps, num_stages, resident = 64, 128 if wide <= 64 or narrow else 64, 4, 2, 2
+    elif wide <= 64:
+        m, n, num_warps, num_stages, resident = 128, 128 if narrow else 64, 4, 2, 2
+    else:  # a third stage makes SHUFFLE's V, which is transposed on chip, 8 % slower and the others 1 to 5 % faster
+        m, n, num_warps, num_stages, resident = 128, 64, 4, 2 if layout == "SHUFFLE" else 3, 2
     tiles = programs * -(-rows // m)
-    splits = min(max(1, resident * processors // max(tiles, 1)), 64, max(1, keys // (4 * n)))
+    splits = min(max(1, resident * processors // max(tiles, 1)), 128, max(1, keys // (4 * n)))
+    if 64 < splits < 128:  # `combine_kernel` loads a power of two
+        splits = 64
     return Tile(m, n, num_warps, num_stages, splits, registers)
 
 
@@ -159,15 +167,18 @@ def direct_attention(
     call = DirectCall(q, cache, batch, sinks, window, begin, state, tile, interpreted, likeness)
     tensors = call.tensors()
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-    launch = prepared_once("direct attention", call.signature(addresses), lambda: DirectLaunch(call))
-    launch(call, softmax_scale * LOG2E, tensors, addresses, out, lse)
+    tiles = call.tiles
+    launch = prepared_once("direct attention", call.signature(addresses, tiles), lambda: DirectLaunch(call))
+    launch(call, tiles, softmax_scale * LOG2E, tensors, addresses, out, lse)
     return out, lse
 
 
 def tile_of(q: Tensor, cache: PagedKVCache, batch: CheckedBatch, window: int | None, interpreted: bool) -> Tile:
     """The tile for a layer of a batch, chosen once for all that are alike."""
     g, (n, q_heads, _) = cache.geometry, q.shape
-    key = "tile", n, q_heads, g.num_kv_heads, g.head_dim, g.v_head_dim, q.dtype, g.dtype, window, interpreted
+    key = (
+        "tile", n, q_heads, g.num_kv_heads, g.head_dim, g.v_head_dim, g.layout, q.dtype, g.dtype, window, interpreted,
+    )  # fmt: skip
 
     def choose() -> Tile:
         processors = 1 if interpreted else torch.cuda.get_device_properties(q.device).multi_processor_count
@@ -175,7 +186,7 @@ def tile_of(q: Tensor, cache: PagedKVCache, batch: CheckedBatch, window: int | N
         rows = min(batch.max_q, n) * (q_heads // g.num_kv_heads)
         operand_bytes = 4 if torch.float32 in (q.dtype, g.dtype) else 2
         programs = batch.num_sequences * g.num_kv_heads
-        return choose_tile(rows, keys, programs, *padded_dims(g), processors, operand_bytes)
+        return choose_tile(rows, keys, programs, *padded_dims(g), processors, operand_bytes, g.layout)
 
     tile: Tile = batch.decided(key, choose)
     return tile
@@ -201,6 +212,12 @@ class DirectCall(NamedTuple):
     interpreted: bool
     likeness: int | None = None  # the cache's, where it is known
 
+    @property
+    def tiles(self) -> int:
+        """Tiles of rows of the longest sequence; one is there for rows that belong to no sequence."""
+        n, q_heads, _ = self.q.shape
+        return max(1, -(-min(self.batch.max_q, n) * (q_heads // self.cache.geometry.num_kv_heads) // self.tile.m))
+
     def tensors(self) -> tuple[Tensor | None, ...]:
         """What the kernel reads, in its order."""
         batch, cache = self.batch, self.cache
@@ -209,13 +226,16 @@ class DirectCall(NamedTuple):
             *(self.state or (None, None)), cache.key_cache, cache.k_scale, cache.value_cache, cache.v_scale,
         )  # fmt: skip
 
-    def signature(self, addresses: list[int]) -> tuple[object, ...]:
-        """Everything that a launch is prepared from; calls with equal ones differ in addresses and numbers alone."""
+    def signature(self, addresses: list[int], tiles: int) -> tuple[object, ...]:
+        """Everything that a launch is prepared from; calls with equal ones differ in addresses and numbers alone.
+
+        Triton compiles for 1 and for multiples of 16 apart: of `tiles`; of the splits, which are part of the tile.
+        """
         q, state = self.q, self.state
         likeness = self.cache.likeness if self.likeness is None else self.likeness
         return (
             self.tile, self.window, self.interpreted, likeness, q.dtype, q.device, q.shape[1], q.stride(),
-            tuple([address & 15 for address in addresses[:8]]), self.begin is None,
+            tuple([address & 15 for address in addresses[:8]]), self.begin is None, tiles == 1, tiles & 15 == 0,
             None if state is None else state[0].dtype, None if self.sinks is None else self.sinks.dtype,
         )  # fmt: skip
 
@@ -235,14 +255,14 @@ class DirectLaunch:
         k_columns, v_columns = k_pad, v_pad
         if qk is not tl.float32 and multiplies_from_shared_memory(call.q.device):
             tile, k_columns, v_columns = alike_operands(tile, k_pad, v_pad)
-        self.group = call.q.shape[1] // g.num_kv_heads
+        group = call.q.shape[1] // g.num_kv_heads
         self.kv_heads = g.num_kv_heads
         self.tile = tile
         fmt = FORMATS.get(g.dtype)
         k, v = LoadStrides.of(cache.key_cache, g.layout, "key"), LoadStrides.of(cache.value_cache, g.layout, "value")
         limit = {"maxnreg": tile.registers} if tile.registers and torch.version.cuda and not interpreted else {}
         self.constants: dict[str, Any] = {
-            "PAGE": g.page_size, "KV_HEADS": g.num_kv_heads, "GROUP": self.group,
+            "PAGE": g.page_size, "KV_HEADS": g.num_kv_heads, "GROUP": group,
             "K_DIM": g.head_dim, "V_DIM": g.v_head_dim, "K_PAD": k_columns, "V_PAD": v_columns,
             "M": tile.m, "N": tile.n, "SAME_PAGE": math.gcd(g.page_size, tile.n), "SPLIT": tile.splits > 1,
             "WINDOW": call.window or 0,
@@ -270,15 +290,14 @@ class DirectLaunch:
         self._combine = PreparedLaunch(combine_kernel, (None,) * 5, (), merged, interpreted)
 
     def __call__(
-        self, call: DirectCall, scale_log2: float, tensors: tuple[Tensor | None, ...], addresses: list[int],
-        out: Tensor, lse: Tensor,
+        self, call: DirectCall, tiles: int, scale_log2: float, tensors: tuple[Tensor | None, ...],
+        addresses: list[int], out: Tensor, lse: Tensor,
     ) -> None:  # fmt: skip
-        """Launch: see `direct_attention`; `out` and `lse` are what it returns."""
+        """Launch: see `direct_attention`; `tiles` are the call's, `out` and `lse` are what it returns."""
         batch, splits = call.batch, self.tile.splits
         n, q_heads, v_dim = out.shape
         sequences, columns = batch.block_table.shape
         max_q = min(batch.max_q, n)
-        tiles = max(1, -(-max_q * self.group // self.tile.m))  # one is there for rows that belong to no sequence
         programs, numbers = (
             (sequences + 1) * tiles * splits * self.kv_heads,
             (sequences, columns, tiles, splits, n, max_q),

@@ -20,7 +20,7 @@ from ..formats.checks import extent
 from ..formats.layout import Geometry
 from ..formats.scale import Scale, acceptable_number, check_values
 from ..kernels.guards import guard
-from ..kernels.signatures import MOST, inside, row_reach
+from ..kernels.signatures import MOST, inside, offset_lanes, row_reach
 from ..plan import GatherPlan
 
 if TYPE_CHECKING:  # the kernel needs Triton, which is not everywhere
@@ -144,7 +144,7 @@ def _key(
     if table is not None:
         block_table, cu_seqlens, starts, token_to_batch = table
         batch = (
-            block_table.shape[0] <= 32, block_table.data_ptr() & 15, cu_seqlens.data_ptr() & 15,
+            offset_lanes(block_table.shape[0]), block_table.data_ptr() & 15, cu_seqlens.data_ptr() & 15,
             starts is not None and starts.data_ptr() & 15, token_to_batch is None,
         )  # fmt: skip
     return (

@@ -11,7 +11,7 @@ and 192 waste no lanes, and a unit is a head's dim range of that size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -196,12 +196,13 @@ def gather_kernel(
     program = tl.program_id(0)
     slot0 = (program % (PAGE_TILES // TILES)) * SLOTS
     tile = (program % PAGE_TILES) // (PAGE_TILES // TILES)
-    record = (program // PAGE_TILES).to(tl.int64)
+    record = program // PAGE_TILES
     if PLANNED:
-        block = tl.load(page_ptr + record * 4).to(tl.int64)
-        first_row = tl.load(page_ptr + record * 4 + 1)
-        rows = tl.load(page_ptr + record * 4 + 2)
-        begin = tl.load(page_ptr + record * 4 + 3)
+        record_ptr = page_ptr + record.to(tl.int64) * 4
+        block = tl.load(record_ptr).to(tl.int64)
+        first_row = tl.load(record_ptr + 1)
+        rows = tl.load(record_ptr + 2)
+        begin = tl.load(record_ptr + 3)
     else:
         strides = (row_stride.to(tl.int64), column_stride.to(tl.int64), cu_strides[0], cu_strides[1])
         block, first_row, rows, begin, _sequence, _column, _id = find_page(
@@ -341,6 +342,10 @@ class GatherLaunch:
         page_size, num_heads, k_dim = as_nhd(k.pool[:0], layout, "key").shape[1:]
         v_dim = v.out.shape[2]
         tile = choose_tile(page_size, num_heads, k_dim, v_dim, dtype.itemsize, lanes)
+        if offsets is not None and layout == "SHUFFLE":
+            # A program waits for offsets and table in turn. With twice as many resident programs they wait together:
+            # 21.1 to 20.9 µs for 16,384 tokens of 8 heads of 64, and 144.8 to 146.0 for 131,072 (H100).
+            tile = replace(tile, num_warps=min(tile.num_warps, 8))
         k_unit, v_unit = _unit(k_dim), _unit(v_dim)
         tiles = max(
             triton.cdiv(num_heads * k_dim // k_unit, tile.k_units),

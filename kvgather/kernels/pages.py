@@ -9,36 +9,67 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+ONE_WARP = tl.constexpr(32)
+"""Lanes that hold all offsets of a batch at once, one beyond the last sequence included; see `offset_lanes`."""
+
 
 @triton.jit
 def clamped_offset(cu_ptr, index, stride_cu, present, total):
-    """`cu_seqlens[index]` inside 0 to `total`, int64; 0 where not present."""
+    """`cu_seqlens[index]` inside 0 to `total`, int32; 0 where not present."""
     offset = tl.load(cu_ptr + index.to(tl.int64) * stride_cu, mask=present, other=0).to(tl.int64)
-    return tl.minimum(tl.maximum(offset, 0), total)
+    return tl.minimum(tl.maximum(offset, 0), total).to(tl.int32)
+
+
+@triton.jit
+def first_too_late(index, offset, record, PAGE: tl.constexpr):
+    """The first sequence that cannot own `record`, as far as the offset at `index` decides; int32.
+
+    The first record of sequence b is m[b] // PAGE + 2b, where m is the running maximum of the offsets. So an offset at
+    j delays every sequence from j on: those b with 2b > record - offset // PAGE begin after the record. The least of
+    what all offsets say decides; no scan is needed.
+    """
+    room = record - offset // PAGE
+    return tl.where(room < 0, index, tl.maximum(index, room // 2 + 1))
 
 
 @triton.jit
 def find_sequence(record, cu_ptr, batch, total, stride_cu, PAGE: tl.constexpr, LANES: tl.constexpr):
-    """The last sequence whose first record is `record` or an earlier one, and the offset it begins at, int64.
+    """The last sequence whose first record is `record` or an earlier one, and where it begins and ends, int32.
 
-    Offsets count as their running maximum m: the first record of sequence b is m[b] // PAGE + 2b. An offset at j delays
-    every sequence from j on, so each says from which b on the first record is too late, and the least of them decides;
-    no scan is needed. (−1, 0) before the first sequence.
+    −1 before the first sequence. Offsets count as their running maximum; see `first_too_late`. Reductions are of
+    32 bits: a GPU has one instruction for a warp's minimum or maximum of them.
     """
     lane = tl.arange(0, LANES)
-    end = batch.to(tl.int64)
-    for first in range(0, batch, LANES):
-        index = (first + lane).to(tl.int64)
-        present = index < batch
-        room = record - clamped_offset(cu_ptr, index, stride_cu, present, total) // PAGE
-        too_late = tl.where(room < 0, index, tl.maximum(index, room // 2 + 1))
-        end = tl.minimum(end, tl.min(tl.where(present, too_late, end), 0))
-    begin = end * 0
-    for first in range(0, batch, LANES):
-        index = (first + lane).to(tl.int64)
-        before = index < end
-        begin = tl.maximum(begin, tl.max(clamped_offset(cu_ptr, index, stride_cu, before, total), 0))
-    return end - 1, begin
+    if LANES == ONE_WARP:  # every offset is loaded once
+        offset = clamped_offset(cu_ptr, lane, stride_cu, lane <= batch, total)
+        end = tl.min(tl.where(lane < batch, first_too_late(lane, offset, record, PAGE), batch), 0)
+        begin_offset = tl.max(tl.where(lane < end, offset, 0), 0)
+        end_offset = tl.max(tl.where(lane == end, offset, 0), 0)
+    else:
+        end = batch
+        for first in range(0, batch, LANES):
+            index = first + lane
+            offset = clamped_offset(cu_ptr, index, stride_cu, index < batch, total)
+            too_late = first_too_late(index, offset, record, PAGE)
+            end = tl.minimum(end, tl.min(tl.where(index < batch, too_late, end), 0))
+        begin_offset = end * 0
+        for first in range(0, batch, LANES):
+            index = first + lane
+            offset = clamped_offset(cu_ptr, index, stride_cu, index < end, total)
+            begin_offset = tl.maximum(begin_offset, tl.max(offset, 0))
+        end_offset = clamped_offset(cu_ptr, end, stride_cu, end >= 0, total)
+    return end - 1, begin_offset, end_offset
+
+
+@triton.jit
+def pick(values, chosen):
+    """The one of int32 or int64 `values` where `chosen`, int64; reductions are of 32 bits, as in `find_sequence`."""
+    least: tl.constexpr = -(2**31)
+    low = tl.max(tl.where(chosen, values.to(tl.int32), least), 0).to(tl.int64)
+    if values.dtype == tl.int64:
+        high = tl.max(tl.where(chosen, (values >> 32).to(tl.int32), least), 0).to(tl.int64)
+        low = (high << 32) | (low & 0xFFFFFFFF)
+    return low
 
 
 @triton.jit
@@ -49,7 +80,7 @@ def find_page(
     """The page of one record: block or −1, first row, rows, page offset of the first row, sequence, column, id.
 
     Args:
-        record: int64, from 0.
+        record: int32, from 0.
         table_ptr: `[batch, columns]` int32 or int64.
         cu_ptr: `[batch + 1]` int32 or int64.
         start_ptr: `[batch]`, positions at which sequences begin; read if STARTS.
@@ -60,13 +91,19 @@ def find_page(
         `rows` 0 for a record that no sequence uses. `block` is −1 where the table has no block of the pool to read;
         `id` is what it has there, −1 outside of it. All int64.
     """
-    sequence, begin = find_sequence(record, cu_ptr, batch, total, strides[2], PAGE, LANES)
+    if STARTS and LANES == ONE_WARP:  # all starts are loaded, together with the offsets: one wait for memory, not two
+        lane = tl.arange(0, LANES)
+        starts = tl.load(start_ptr + lane.to(tl.int64) * strides[3], mask=lane < batch, other=0)
+    sequence, begin, end = find_sequence(record, cu_ptr, batch, total, strides[2], PAGE, LANES)
     used = sequence >= 0
-    safe = tl.maximum(sequence, 0)
-    length = tl.maximum(clamped_offset(cu_ptr, safe + 1, strides[2], used, total) - begin, 0)
+    safe = tl.maximum(sequence, 0).to(tl.int64)
+    length = tl.maximum(end - begin, 0)
     start = safe * 0
     if STARTS:
-        start = tl.load(start_ptr + safe * strides[3], mask=used, other=0).to(tl.int64)
+        if LANES == ONE_WARP:
+            start = tl.where(used, pick(starts, lane == sequence), 0)
+        else:
+            start = tl.load(start_ptr + safe * strides[3], mask=used, other=0).to(tl.int64)
     nth = record - begin // PAGE - 2 * safe  # which page of its sequence
     first_offset = tl.maximum(start, 0) % PAGE
     page_offset = tl.where(nth == 0, first_offset, 0)

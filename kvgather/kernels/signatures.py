@@ -37,5 +37,5 @@ def row_reach(tensor: Tensor) -> int:
 
 
 def offset_lanes(batch: int) -> int:
-    """How many offsets a program looks at together: one warp's, so that warps need not wait for each other, or more."""
-    return 32 if batch <= 32 else 256
+    """How many offsets a program reads at a time: one warp's lanes where those hold all batch + 1, else 256."""
+    return 32 if batch < 32 else 256

@@ -135,7 +135,10 @@ def compile_one(job: Job) -> dict[str, Any]:
     tile = None if job.tile is None else direct.Tile(*job.tile)
     if tile is None:
         pads = [max(16, next_power_of_2(dim)) for dim in job.dims]
-        tile = direct.choose_tile(job.new * q_heads // kv_heads, batch.max_k, job.sequences * kv_heads, *pads, 132)
+        operand_bytes = 4 if torch.float32 in (job.dtype, job.q_dtype) else 2
+        tile = direct.choose_tile(
+            job.new * q_heads // kv_heads, batch.max_k, job.sequences * kv_heads, *pads, 132, operand_bytes, job.layout
+        )  # fmt: skip
     state = (empty(rows, q_heads, job.dims[1], dtype=job.q_dtype), empty(rows, q_heads)) if job.state else None
     driver.set_active(NoDriver(gpu))  # type: ignore[arg-type]
     try:

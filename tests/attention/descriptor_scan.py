@@ -37,8 +37,8 @@ def tiles(k_pad: int, v_pad: int) -> list[tuple[int, int, int, int]]:
     if wide > 128:
         return [(m, 64, 8, 2) for m in (16, 32, 64)]
     if wide > 64:
-        return [(16, 64, 2, 3), (64, 128, 4, 2)]
-    return [(16, 64, 2, 3), (64, 128, 4, 3), (128, 64, 4, 3)]
+        return [(16, 64, 2, 2), (64, 128, 4, 2), (128, 64, 4, 3), (128, 64, 4, 2)]
+    return [(16, 64, 2, 2), (64, 128, 4, 2), (128, 128, 4, 2)]
 
 
 def draw(drawn: random.Random, tile: tuple[int, int, int, int], pads: tuple[int, int], guarded: bool) -> Job:

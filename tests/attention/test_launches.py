@@ -85,7 +85,7 @@ def call_of(made: Setup, batch: kg.PrefixBatch, **more: Any) -> DirectCall:
 
 def signed(call: DirectCall) -> object:
     tensors = call.tensors()
-    return call.signature([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
+    return call.signature([0 if tensor is None else tensor.data_ptr() for tensor in tensors], call.tiles)
 
 
 def shifted(tensor: Tensor) -> Tensor:

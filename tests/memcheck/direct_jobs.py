@@ -86,12 +86,14 @@ class Direct:
         return out.to(self.q_dtype), lse
 
 
-def tiles(k_pad: int, v_pad: int, operand_bytes: int = 2) -> list[tuple[int, int, int, int, int, int | None]]:
+def tiles(
+    k_pad: int, v_pad: int, operand_bytes: int = 2, layout: str = "NHD"
+) -> list[tuple[int, int, int, int, int, int | None]]:
     """Every tile that the launcher chooses for these dims, its splits left out: 1."""
     from kvgather.attention.direct import choose_tile
 
     batches = product(ROWS, KEYS, PROGRAMS)
-    chosen = (choose_tile(*batch, k_pad, v_pad, 132, operand_bytes) for batch in batches)
+    chosen = (choose_tile(*batch, k_pad, v_pad, 132, operand_bytes, layout) for batch in batches)
     return sorted({(t.m, t.n, t.num_warps, t.num_stages, 1, t.registers) for t in chosen}, key=str)
 
 
@@ -108,7 +110,7 @@ def fits(job: Direct) -> bool:
 def _squares() -> Iterator[Direct]:
     """K and V of one padded dim: every tile, layout and dtype."""
     for pad, layout, dtype in product(PADS, LAYOUTS, POOL_DTYPES):
-        for tile in tiles(pad, pad, operand_bytes(dtype, torch.bfloat16)):
+        for tile in tiles(pad, pad, operand_bytes(dtype, torch.bfloat16), layout):
             yield Direct(tile, (pad, pad), layout, dtype)
 
 
@@ -153,7 +155,7 @@ def _varied(jobs: Iterator[Direct]) -> Iterator[Direct]:
 
 DIRECT: tuple[Direct, ...] = tuple(dict.fromkeys(_varied(iter((*_squares(), *_others(), *_single())))))
 SPLITS: tuple[Direct, ...] = tuple(
-    Direct((16, 64, 2, 3, splits, 128), (64, pad), sinks=sinks, q_dtype=dtype)
+    Direct((16, 64, 2, 2, splits, 128), (64, pad), sinks=sinks, q_dtype=dtype)
     for (splits, pad), (sinks, dtype) in zip(
         product((2, 3, 8, 16, 33, 64), PADS),
         [(True, torch.bfloat16), (False, torch.float16), (True, torch.float16), (False, torch.bfloat16)] * 8,
