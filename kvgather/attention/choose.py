@@ -1,8 +1,10 @@
 """The rule behind `path="auto"`: how long each path should take, from lengths that are known without a wait.
 
-Both paths do a few things whose speed was measured once. The direct path reads the codes and multiplies. The gather
+The paths do a few things whose speed was measured once. The direct path reads the codes and multiplies. The gather
 path reads the codes, writes them as 16-bit numbers and reads those; its dense kernel multiplies faster, where there are
-enough rows and sequences to keep the GPU busy: it does not split the keys of a sequence over processors.
+enough rows and sequences to keep the GPU busy: it does not split the keys of a sequence over processors. The hybrid
+path gathers what is cached at the beginning of every sequence, which needs no mask, for the fastest dense kernel, and
+takes the rest straight from the pages.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from ..device import triton_available
 from ..formats.checks import check_int, check_window, described, dtype_name
 from ..formats.fp8 import FLOATS
 
-PATHS = ("auto", "gather", "direct")
+PATHS = ("auto", "direct", "gather", "hybrid")
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ SPEEDS = {
 READ, MOVE = 1.9e6, 2.8e6
 """Bytes per µs: of the direct path's codes, and of what the gather path reads and writes."""
 LAUNCH, LAUNCHES = 8.0, 30.0
-"""µs that the direct path takes beside that, and the gather path with its several kernels."""
+"""µs that the direct path takes in addition, and the gather and hybrid paths, which launch more kernels."""
 PROCESSORS, DENSE_ROWS = 132, 128
 """Of the GPU all this was measured on; and the rows of one program of the dense kernels."""
 MEASURED_ON = "one NVIDIA H100, benchmarks/results/prefix_h100.csv"
@@ -56,7 +58,7 @@ class Facts:
 
     Attributes:
         lengths: (new tokens, tokens) of each sequence; their averages where the host knows bounds alone.
-        common: cached tokens of every sequence that a kernel without a mask can take, 0 if there are none.
+        common: cached tokens at the beginning of every sequence that the hybrid path gathers, 0 if it has none.
         kv_heads, group: of the layer; query heads that share a KV head.
         head_dim, v_head_dim: of K and of V.
         itemsize: bytes of an element in the cache.
@@ -128,10 +130,18 @@ def choose(facts: Facts) -> Choice:
     if speeds is None:
         larger = max(facts.head_dim, facts.v_head_dim)
         return Choice("gather", f"head dim {larger} is past what was measured, {max(SPEEDS)}")
-    direct, gather = direct_time(facts, speeds), gather_time(facts, speeds)
-    path, other = ("direct", "gather") if direct <= gather else ("gather", "direct")
-    short, long = sorted((direct, gather))
-    return Choice(path, f"about {short:,.0f} µs expected, {long:,.0f} µs of the {other} path")
+    times = expected_times(facts, speeds)
+    path, *others = sorted(times, key=lambda name: times[name])
+    rest = ", ".join(f"{times[other]:,.0f} µs of the {other} path" for other in others)
+    return Choice(path, f"about {times[path]:,.0f} µs expected, {rest}")
+
+
+def expected_times(facts: Facts, speeds: Speeds) -> dict[str, float]:
+    """µs that each path should take; without "hybrid" where the sequences have no common part to gather."""
+    times = {"direct": direct_time(facts, speeds), "gather": gather_time(facts, speeds)}
+    if facts.common:
+        times["hybrid"] = hybrid_time(facts, speeds)
+    return times
 
 
 def direct_time(facts: Facts, speeds: Speeds) -> float:
@@ -141,29 +151,39 @@ def direct_time(facts: Facts, speeds: Speeds) -> float:
 
 def gather_time(facts: Facts, speeds: Speeds) -> float:
     """µs that the gather path should take."""
+    gathered = [(new, _seen(facts, new, tokens)) for new, tokens in facts.lengths]
+    return LAUNCHES + _gather_and_attend(facts, gathered, speeds.masked, causal=True)
+
+
+def hybrid_time(facts: Facts, speeds: Speeds) -> float:
+    """µs that the hybrid path should take: the common part gathered, the rest straight from the pages."""
+    gathered = [(new, facts.common) for new, _ in facts.lengths]
+    rest = [(new, tokens - facts.common) for new, tokens in facts.lengths]
+    rows = sum(new for new, _ in gathered) * facts.kv_heads * facts.group
+    state = 4 * rows * facts.v_head_dim / MOVE
+    attended = _gather_and_attend(facts, gathered, speeds.unmasked, causal=False)
+    return LAUNCHES + attended + _read_pages(facts, speeds, rest) + state
+
+
+def _gather_and_attend(facts: Facts, lengths: list[tuple[int, int]], speed: float, causal: bool) -> float:
+    """µs to gather the tokens of each (new, tokens) and to attend to them by a dense kernel of `speed` TFLOP/s.
+
+    With a causal mask half of the products of new tokens with new tokens are left out. Without a mask the heads of a
+    group are rows of one tile, if the tokens do not fill it themselves.
+    """
     code_bytes = facts.kv_heads * (facts.head_dim + facts.v_head_dim)  # of one token, a byte an element
     row_flops = 2 * (facts.head_dim + facts.v_head_dim)  # of one query head and one key
-    if facts.common:
-        gathered = [(new, facts.common) for new, _ in facts.lengths]
-        rest = [(new, tokens - facts.common) for new, tokens in facts.lengths]
-        state = 4 * sum(new for new, _ in gathered) * facts.kv_heads * facts.group * facts.v_head_dim / MOVE
-        after, speed = _read_pages(facts, speeds, rest) + state, speeds.unmasked
-    else:
-        gathered = [(new, _seen(facts, new, tokens)) for new, tokens in facts.lengths]
-        after, speed = 0.0, speeds.masked
     flops, programs = 0, 0
-    for new, tokens in gathered:
-        # Without a mask the heads of a group lie in the rows of one tile, if the tokens do not fill it themselves.
-        folded = facts.common > 0 and new < DENSE_ROWS
+    for new, tokens in lengths:
+        folded = not causal and new < DENSE_ROWS
         heads, rows = (1, new * facts.group) if folded else (facts.group, new)
         tiles = heads * facts.kv_heads * -(-rows // DENSE_ROWS)
-        flops += row_flops * tiles * DENSE_ROWS * tokens
+        flops += row_flops * tiles * DENSE_ROWS * (tokens - causal * (min(new, tokens) // 2))
         programs += tiles
-    tokens = sum(tokens for _, tokens in gathered)
+    gathered = sum(tokens for _, tokens in lengths)
     busy = min(1.0, max(programs, 1) / PROCESSORS)
-    gather = (facts.itemsize + 2) * tokens * code_bytes / MOVE
-    dense = max(2 * tokens * code_bytes / MOVE, flops / (speed * 1e6 * busy))
-    return LAUNCHES + gather + dense + after
+    gather = (facts.itemsize + 2) * gathered * code_bytes / MOVE
+    return gather + max(2 * gathered * code_bytes / MOVE, flops / (speed * 1e6 * busy))
 
 
 def _read_pages(facts: Facts, speeds: Speeds, lengths: Iterable[tuple[int, int]]) -> float:
@@ -195,7 +215,7 @@ def explained(facts: Facts) -> str:
     new, tokens = (max((pair[i] for pair in facts.lengths), default=0) for i in range(2))
     cached = [tokens - new for new, tokens in facts.lengths]
     fewest, most = (f"{find(cached, default=0):,}" for find in (min, max))
-    alike = f", of which an unmasked kernel can take {facts.common:,} of each" if facts.common else ""
+    alike = f", of which the hybrid path gathers {facts.common:,} of each" if facts.common else ""
     lines = [
         f"auto takes the {choice.path} path: {choice.why}",
         f"  {len(facts.lengths)} sequences, at most {new:,} new tokens and {tokens:,} tokens; "

@@ -53,7 +53,9 @@ def prefix_attention(
         workspace_tokens: at most so many tokens are gathered at a time; None is all at once. Any context fits: partial
             results are merged, and the sink enters once, at the end. It must hold one token, or the window, if there is
             one; and that for each sequence where the batch does not know their lengths.
-        path: "gather", "direct" (straight from the pages), or "auto": the faster one, see `batch.explain`.
+        path: "direct" (straight from the pages), "gather" (all is gathered first), "hybrid" (what is cached at the
+            beginning of every sequence is gathered, the rest comes straight from the pages; where the host does not
+            know the lengths, or in a window, that is all), or "auto": the fastest one, see `batch.explain`.
         return_lse: also return the log-sum-exp.
 
     Returns:
@@ -82,8 +84,8 @@ def prefix_attention(
         )  # fmt: skip
     if batch.built_in_capture:
         check_may_make(batch.device, True, "attention")
-    if call.route.direct:
-        require_triton(call.geometry.device, 'path="direct"', '"gather" or "auto"')
+    if call.route.pieces is None:
+        require_triton(call.geometry.device, f'path="{path}"', '"gather" or "auto"')
 
     if k_new is not None and v_new is not None and not cache.write_again(k_new, v_new, batch.slots):
         try:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ..cache import PagedKVCache
-from ..device import triton_available
 from .checked import CheckedBatch
 from .choose import Facts, check_facts, choose
 from .cut_by_lengths import common_piece
+from .lengths import STEP
 from .pieces import Piece, Pieces
 from .workspace import in_pieces
 
@@ -24,7 +24,7 @@ class Layer:
         q_heads, dtype: of q.
         window: of the layer, or None.
         workspace_tokens: tokens that may be gathered at a time, or None.
-        path: "auto", "gather" or "direct".
+        path: "auto", "direct", "gather" or "hybrid".
     """
 
     q_heads: int
@@ -49,8 +49,7 @@ class Common:
 
 @dataclass(frozen=True)
 class Route:
-    """A layer's way: the pieces that it gathers, or what is cached in all sequences and then the pages, or neither:
-    straight from the pages."""
+    """A layer's way: "gather" has pieces, "hybrid" a common part; "direct" has neither."""
 
     pieces: Pieces | None = None
     common: Common | None = None
@@ -77,23 +76,25 @@ def _found(batch: CheckedBatch, cache: PagedKVCache, layer: Layer) -> Route:
     path = layer.path
     if path == "auto":
         path = choose(facts_of(batch, cache, layer.q_heads, layer.dtype, layer.window, layer.workspace_tokens)).path
-    if path == "direct":
-        return Route()
-    if (length := _common_length(batch, layer)) > 0:
+    if path == "gather":
+        return Route(pieces=in_pieces(batch, layer.window, layer.workspace_tokens))
+    if path == "hybrid" and (length := common_length(batch, layer.window, layer.workspace_tokens)) > 0:
         return Route(common=common_of(batch, length))
-    return Route(pieces=in_pieces(batch, layer.window, layer.workspace_tokens))
+    return Route()
 
 
-def _common_length(batch: CheckedBatch, layer: Layer) -> int:
-    """How many tokens at the beginning of every sequence are cached, as far as an unmasked kernel can take them.
+def common_length(batch: CheckedBatch, window: int | None, workspace_tokens: int | None) -> int:
+    """How many tokens at the beginning of every sequence the hybrid path gathers for a kernel without a mask.
 
-    0 where that pays nothing: on a CPU, in a window, in FP32, with lengths that the host does not know.
+    They are cached in every sequence, and fit into the workspace. 0 in a window, where rows differ in what they see,
+    and where the host does not know the lengths.
     """
-    if batch.device.type != "cuda" or layer.dtype == torch.float32:
+    if window is not None or min(batch.max_q, batch.max_k) == 0:
         return 0
-    if layer.window is not None or layer.workspace_tokens is not None or min(batch.max_q, batch.max_k) == 0:
-        return 0
-    return batch.common_cached if triton_available() else 0
+    length = batch.common_cached
+    if workspace_tokens is not None:
+        length = min(length, workspace_tokens // max(batch.num_sequences, 1) // STEP * STEP)
+    return length
 
 
 def common_of(batch: CheckedBatch, length: int) -> Common:
@@ -116,8 +117,6 @@ def facts_of(
 ) -> Facts:
     """What the choice of a path looks at, for one layer.
 
-    In a bounded workspace nothing is gathered for a kernel without a mask.
-
     Raises:
         TypeError, ValueError: an argument is wrong.
     """
@@ -127,5 +126,5 @@ def facts_of(
         several = max(batch.num_sequences, 1)
         average = min(batch.max_q, -(-batch.total_q // several)), min(batch.max_k, -(-batch.total_k // several))
         lengths = (average,) * batch.num_sequences
-    common = batch.common_cached if window is None and workspace_tokens is None else 0
+    common = common_length(batch, window, workspace_tokens)
     return check_facts(cache, lengths, common, num_q_heads, dtype, window)

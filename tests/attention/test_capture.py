@@ -124,7 +124,7 @@ def test_prepare_in_a_capture_is_refused(captured: Capture) -> None:
         ({"dtype": torch.int8}, TypeError, r"dtype is int8; accepted"),
         ({"workspace_tokens": 0}, ValueError, r"workspace_tokens is 0; accepted: 1 to"),
         ({"workspace_tokens": 4, "window": 5, "path": "gather"}, ValueError, r"workspace_tokens is 4; accepted for a"),
-        ({"path": "fast"}, ValueError, r"path is 'fast'; accepted: auto, gather, direct"),
+        ({"path": "fast"}, ValueError, r"path is 'fast'; accepted: auto, direct, gather, hybrid"),
     ],
 )
 def test_wrong_arguments(wrong: dict[str, Any], error: type[Exception], message: str) -> None:

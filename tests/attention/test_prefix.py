@@ -254,8 +254,8 @@ ROWS = 6  # new tokens of the batch below
         ({"workspace_tokens": 0}, ValueError, r"workspace_tokens is 0; accepted: 1 to"),
         ({"workspace_tokens": True}, TypeError, r"workspace_tokens is bool True; accepted: an int"),
         ({"workspace_tokens": 4, "window": 5}, ValueError, r"workspace_tokens is 4; accepted for a window of 5"),
-        ({"path": "fast"}, ValueError, r"path is 'fast'; accepted: auto, gather, direct"),
-        ({"path": None}, TypeError, r"path is NoneType None; accepted: auto, gather, direct"),
+        ({"path": "fast"}, ValueError, r"path is 'fast'; accepted: auto, direct, gather, hybrid"),
+        ({"path": None}, TypeError, r"path is NoneType None; accepted: auto, direct, gather, hybrid"),
     ],
 )  # fmt: skip
 def test_wrong_arguments_write_nothing(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
