@@ -222,6 +222,26 @@ def layer(module: str) -> int:
     return next((height for height, parts in enumerate(LAYERS) if part(module) in parts), len(LAYERS))
 
 
+def kernels(path: Path) -> list[str]:
+    """The functions of a file that `triton.jit` decorates."""
+    return [
+        node.name
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef)
+        and any(ast.unparse(decorator).startswith("triton.jit") for decorator in node.decorator_list)
+    ]
+
+
+def test_mypy_lets_only_modules_with_kernels_go_untyped() -> None:
+    untyped = [
+        module
+        for override in PYPROJECT["tool"]["mypy"]["overrides"]
+        if override.get("disallow_untyped_defs") is False
+        for module in override["module"]
+    ]
+    assert untyped == [module_name(path) for path in MODULES if kernels(path)]
+
+
 @pytest.mark.parametrize("path", MODULES, ids=[str(path.relative_to(ROOT)) for path in MODULES])
 def test_imports_point_down(path: Path) -> None:
     module = module_name(path)
