@@ -104,6 +104,21 @@ def test_constraints_pin_every_direct_dependency_within_its_range() -> None:
             assert requirement.specifier.contains(pins[canonical(requirement.name)]), requirement
 
 
+def test_ci_tests_the_oldest_triton_and_the_newest() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^VERSIONS = (.+)$", makefile, re.MULTILINE)
+    oldest, *_, newest = map(Version, line.split())
+    (triton,) = (item for item in requirements() if item.name == "triton")
+    (bound,) = triton.specifier
+    assert bound.operator == ">=" and oldest == Version(bound.version)
+    assert oldest <= constraints()["triton"] <= newest
+    commands = (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()
+    assert [line for line in commands if "make " in line and not line.startswith("#")] == [
+        "make test-triton </dev/null",
+        "exec make test </dev/null",  # last, because its closing line counts the tests
+    ]
+
+
 def test_constraints_are_pins_and_nothing_else() -> None:
     for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
         assert line.startswith("#") or re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!]+", line), line
