@@ -58,6 +58,7 @@ def tracked_files() -> list[Path]:
         "environment.yml",
         "Makefile",
         ".ci/run",
+        ".github/PULL_REQUEST_TEMPLATE.md",
         "README.md",
         "CHANGELOG.md",
         "CONTRIBUTING.md",
@@ -66,6 +67,19 @@ def tracked_files() -> list[Path]:
 )
 def test_everything_is_in_its_place(name: str) -> None:
     assert (ROOT / name).exists()
+
+
+def test_issue_forms_are_valid_and_a_bug_needs_its_environment_and_its_tensors() -> None:
+    forms = {}
+    for path in sorted((ROOT / ".github/ISSUE_TEMPLATE").iterdir()):
+        form = yaml.safe_load(path.read_text(encoding="utf-8"))
+        assert form.keys() == {"name", "description", "body"}
+        for field in form["body"]:
+            assert field["type"] == "textarea" and field["attributes"]["label"], field
+        forms[path.stem] = {field["id"]: field.get("validations", {}).get("required", False) for field in form["body"]}
+        assert len(forms[path.stem]) == len(form["body"]), "two fields have the same id"
+    assert forms.keys() == {"bug", "question"}
+    assert all(forms["bug"][field] for field in ("doctor", "call", "tensors", "result"))
 
 
 def test_newest_version_in_the_changelog_is_the_packages() -> None:
