@@ -3,6 +3,7 @@
 #   make lab    set everything up in .venv and open JupyterLab on the first chapter
 #   make test   set everything up and run every check
 #
+# make test-triton runs the tests of everything that launches kernels on the oldest and the newest Triton that are supported.
 # With a GPU, make test-gpu runs every test that needs one, and make memcheck runs every kernel under compute-sanitizer.
 # To measure, on a GPU if there is one: make bench
 #
@@ -12,6 +13,7 @@
 #   TORCH=own                    use the torch that PYTHON already has, not the pinned one
 #   ARGS="--no-browser"          more arguments: for JupyterLab, for pytest, or for kvgather bench
 #   BROWSER=none                 make test: do not install a browser when there is none
+#   VERSIONS="3.8.0"             make test-triton: the versions of Triton, instead of the oldest and the newest
 #   WHAT=steps                   make bench: what to measure (kvgather bench --help has the list)
 #
 # Paths are relative and nothing runs through a console script, so that the clone may lie under any path.
@@ -21,11 +23,14 @@ PY = .venv/bin/python
 ARGS =
 BROWSER = chromium
 WHAT = gather
+VERSIONS = 3.6.0 3.9.0
+TRITON_TESTS = tests/attention tests/gather tests/kernels tests/lab \
+	tests/test_cache.py tests/test_plan.py tests/test_scatter_kernel.py
 NOTEBOOKS = $(sort $(wildcard notebooks/*.ipynb))
 NBVAL = --nbval --nbval-sanitize-with tests/notebooks/sanitize.cfg --nbval-cell-timeout 120 $(NOTEBOOKS)
 export PYTHON TORCH
 
-.PHONY: help lab test test-gpu memcheck bench setup browser lint types format notebooks clean
+.PHONY: help lab test test-triton test-gpu memcheck bench setup browser lint types format notebooks clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -37,6 +42,10 @@ lab: setup
 # output is pytest's own: CI reads it.
 test: setup lint types browser
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadscope tests $(if $(NOTEBOOKS),$(NBVAL)) $(ARGS)
+
+# VERSIONS begins with the oldest that pyproject.toml accepts and ends with the newest that was tried.
+test-triton: setup
+	@OMP_NUM_THREADS=1 sh tools/triton_versions.sh "$(VERSIONS)" -n 2 --dist loadscope $(TRITON_TESTS) $(ARGS)
 
 # Each file in a process of its own, 10 minutes on one H100 with 16 cores at most; writes benchmarks/results/gpu_suite.json.
 test-gpu: setup

@@ -58,6 +58,7 @@ def tracked_files() -> list[Path]:
         "environment.yml",
         "Makefile",
         ".ci/run",
+        ".github/PULL_REQUEST_TEMPLATE.md",
         "README.md",
         "CHANGELOG.md",
         "CONTRIBUTING.md",
@@ -66,6 +67,19 @@ def tracked_files() -> list[Path]:
 )
 def test_everything_is_in_its_place(name: str) -> None:
     assert (ROOT / name).exists()
+
+
+def test_issue_forms_are_valid_and_a_bug_needs_its_environment_and_its_tensors() -> None:
+    forms = {}
+    for path in sorted((ROOT / ".github/ISSUE_TEMPLATE").iterdir()):
+        form = yaml.safe_load(path.read_text(encoding="utf-8"))
+        assert form.keys() == {"name", "description", "body"}
+        for field in form["body"]:
+            assert field["type"] == "textarea" and field["attributes"]["label"], field
+        forms[path.stem] = {field["id"]: field.get("validations", {}).get("required", False) for field in form["body"]}
+        assert len(forms[path.stem]) == len(form["body"]), "two fields have the same id"
+    assert forms.keys() == {"bug", "question"}
+    assert all(forms["bug"][field] for field in ("doctor", "call", "tensors", "result"))
 
 
 def test_newest_version_in_the_changelog_is_the_packages() -> None:
@@ -102,6 +116,21 @@ def test_constraints_pin_every_direct_dependency_within_its_range() -> None:
     for requirement in requirements("notebooks", "test"):
         if requirement.marker is None or requirement.marker.evaluate({"sys_platform": "linux"}):
             assert requirement.specifier.contains(pins[canonical(requirement.name)]), requirement
+
+
+def test_ci_tests_the_oldest_triton_and_the_newest() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^VERSIONS = (.+)$", makefile, re.MULTILINE)
+    oldest, *_, newest = map(Version, line.split())
+    (triton,) = (item for item in requirements() if item.name == "triton")
+    (bound,) = triton.specifier
+    assert bound.operator == ">=" and oldest == Version(bound.version)
+    assert oldest <= constraints()["triton"] <= newest
+    commands = (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()
+    assert [line for line in commands if "make " in line and not line.startswith("#")] == [
+        "make test-triton </dev/null",
+        "exec make test </dev/null",  # last, because its closing line counts the tests
+    ]
 
 
 def test_constraints_are_pins_and_nothing_else() -> None:
@@ -220,6 +249,26 @@ def part(module: str) -> str:
 def layer(module: str) -> int:
     """The height of a module's part; what nobody placed stands on top."""
     return next((height for height, parts in enumerate(LAYERS) if part(module) in parts), len(LAYERS))
+
+
+def kernels(path: Path) -> list[str]:
+    """The functions of a file that `triton.jit` decorates."""
+    return [
+        node.name
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef)
+        and any(ast.unparse(decorator).startswith("triton.jit") for decorator in node.decorator_list)
+    ]
+
+
+def test_mypy_lets_only_modules_with_kernels_go_untyped() -> None:
+    untyped = [
+        module
+        for override in PYPROJECT["tool"]["mypy"]["overrides"]
+        if override.get("disallow_untyped_defs") is False
+        for module in override["module"]
+    ]
+    assert untyped == [module_name(path) for path in MODULES if kernels(path)]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=[str(path.relative_to(ROOT)) for path in MODULES])

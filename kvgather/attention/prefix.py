@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -24,6 +24,30 @@ from .pieces import Attend, Piece, Pieces
 from .refused import refuse_rows
 from .route import Common, Layer, Route, route_of
 from .states import RunningState
+
+
+@overload
+def prefix_attention(
+    q: Tensor, k_new: Tensor | None, v_new: Tensor | None, cache: PagedKVCache, batch: PrefixBatch,
+    softmax_scale: float | None = ..., sinks: Tensor | None = ..., window: int | None = ...,
+    workspace_tokens: int | None = ..., path: str = ..., return_lse: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def prefix_attention(
+    q: Tensor, k_new: Tensor | None, v_new: Tensor | None, cache: PagedKVCache, batch: PrefixBatch,
+    softmax_scale: float | None = ..., sinks: Tensor | None = ..., window: int | None = ...,
+    workspace_tokens: int | None = ..., path: str = ..., *, return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def prefix_attention(
+    q: Tensor, k_new: Tensor | None, v_new: Tensor | None, cache: PagedKVCache, batch: PrefixBatch,
+    softmax_scale: float | None = ..., sinks: Tensor | None = ..., window: int | None = ...,
+    workspace_tokens: int | None = ..., path: str = ..., return_lse: bool = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def prefix_attention(

@@ -45,12 +45,10 @@ def by_path(built: BuiltPrefix, path: str, workspace_tokens: int | None = None) 
     """The prefix path as a layer calls it."""
 
     def run() -> Tensor:
-        out = prefix_attention(
+        return prefix_attention(
             built.q, built.k_new, built.v_new, built.cache, built.batch, window=built.case.window,
             workspace_tokens=workspace_tokens, path=path,
         )  # fmt: skip
-        assert isinstance(out, Tensor)
-        return out
 
     return run
 

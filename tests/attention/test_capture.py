@@ -157,7 +157,7 @@ def ready(made: Setup, call: dict[str, Any]) -> Callable[[kg.PrefixBatch], tuple
     tokens = made.new_tokens()
 
     def attend(batch: kg.PrefixBatch) -> tuple[Tensor, Tensor]:
-        return kg.prefix_attention(made.q, *tokens, made.cache, batch, return_lse=True, **call)  # type: ignore[return-value]
+        return kg.prefix_attention(made.q, *tokens, made.cache, batch, return_lse=True, **call)
 
     return attend
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 import kvgather
 from kvgather.formats.layout import PoolStrides
 from kvgather.lab import before_fix
+from kvgather.lab.child import environment
 from kvgather.lab.trace import TraceError, trace
 
 pytestmark = pytest.mark.triton
@@ -230,8 +230,9 @@ with test_trace.trace() as t:
     test_trace.helper_kernel[(1, 2)](torch.tensor([5.0]), torch.zeros(1))
 print(t.report())
 """
-    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(HERE.parents[2])}
-    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    child = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment(TRITON_INTERPRET="0")
+    )
     assert child.stdout == f"x_ptr: element 1 of 1, line {line_of('return tl.load(pointer')}, program (0, 1)\n", (
         child.stderr
     )
@@ -252,6 +253,7 @@ with trace() as t:
 assert not interpreting() and t.accesses and not t.violations
 print(all(torch.equal(*pair) for pair in zip(got, wanted, strict=True)))
 """
-    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(HERE.parents[2])}
-    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    child = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment(TRITON_INTERPRET="0")
+    )
     assert child.stdout == "True\n", child.stderr
