@@ -303,13 +303,30 @@ class PagedKVCache:
         Returns:
             K `[total_tokens, heads, head_dim]` and V `[total_tokens, heads, v_head_dim]`.
         """
-        source = self.key_cache, self.value_cache, self._scales[0].tensor, self._scales[1].tensor
         meaning = (self.geometry.layout, *self._kinds, out_dtype, backend)
+        return self._gather(meaning, plan, out_dtype, out, backend, zero_bad_v=False)
+
+    def gather_for_attention(
+        self, plan: GatherPlan, out_dtype: torch.dtype, out: tuple[Tensor, Tensor] | None = None, backend: str = "auto"
+    ) -> tuple[Tensor, Tensor]:
+        """`gather`, with V's rows of a bad block id 0, and not NaN as K's are.
+
+        A dense kernel replaces the scores that it masks, and multiplies V by all weights, 0 among them. So NaN in K
+        reaches the queries that see the key, and NaN in V would reach all of its sequence.
+        """
+        meaning = (self.geometry.layout, *self._kinds, out_dtype, backend, "bad V is 0")
+        return self._gather(meaning, plan, out_dtype, out, backend, zero_bad_v=True)
+
+    def _gather(
+        self, meaning: tuple[object, ...], plan: GatherPlan, out_dtype: torch.dtype,
+        out: tuple[Tensor, Tensor] | None, backend: str, zero_bad_v: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        source = self.key_cache, self.value_cache, self._scales[0].tensor, self._scales[1].tensor
         if not torch.compiler.is_compiling():
             if (done := gather_again(meaning, source, plan, out, out_dtype)) is not None:
                 return done
             self._check_memory()
-        return gather_checked(source, meaning, plan, self.geometry, self._scales, out_dtype, out, backend)
+        return gather_checked(source, meaning, plan, self.geometry, self._scales, out_dtype, out, backend, zero_bad_v)
 
     def check(self) -> None:
         """Raise if a write was given slots past the pool, the last one a slot twice, or if a scale has a bad value.

@@ -105,11 +105,15 @@ class PrefixBatch(CheckedBatch):
         most_new = total_q if max_k is None else min(total_q, check_int(max_k, "max_k"))  # they are among the tokens
         max_k = max(longest_of(max_k, "max_k", known_k, min(total_k, room)), min(total_k, 1))
         max_q = longest_of(max_q, "max_q", known_q, most_new)
+        most = min(room, max_k)
+        if total_k > most:
+            # A sequence with more tokens counts as one of `most`, all in bad blocks. With up to `most` new tokens each
+            # of its rows sees such a key; with more it is past `max_q`. Either way all its rows are NaN.
+            max_q = min(max_q, most)
 
         tensors = batch_tensors(
-            block_table, cu_seqlens_q, cu_seqlens_k,
-            Sizes(page_size, num_blocks, total_q, total_k, max_q, most=min(room, max_k)),
-        )  # fmt: skip
+            block_table, cu_seqlens_q, cu_seqlens_k, Sizes(page_size, num_blocks, total_q, total_k, max_q, most)
+        )
         made = cls(
             block_table=tensors.table,
             cu_seqlens_q=tensors.cu_q,

@@ -61,7 +61,8 @@ def dense_attention(
 
     Returns:
         out `[n_q, q_heads, v_dim]` in q's dtype and the natural log-sum-exp `[n_q, q_heads]` in FP32. Rows that see no
-        key are 0 and −inf.
+        key are 0 and −inf. NaN in k reaches the rows that see that key, because masked scores are replaced; NaN in v
+        may reach all rows of its sequence, because v is multiplied by all weights, 0 among them.
 
     Raises:
         TypeError, ValueError: an argument is wrong, or the backend does not do this; nothing was launched.

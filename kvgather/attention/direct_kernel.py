@@ -20,11 +20,13 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _fill_rows(
-    out_ptr, lse_ptr, first, end, step, split_row, kv_head, out_value, lse_value,
+    out_ptr, lse_ptr, sink_ptr, first, end, step, split_row, kv_head, out_value, lse_value,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, V_DIM: tl.constexpr, V_PAD: tl.constexpr, M: tl.constexpr,
+    SINKS: tl.constexpr,
 ):  # fmt: skip
     """Set the rows first, …, first + M − 1 of a KV head, then those `step` on, as far as `end`; a row is one (token,
-    query head of the group), all int64. `split_row` is the token at which the split's own rows begin."""
+    query head of the group), all int64. `split_row` is the token at which the split's own rows begin. With SINKS a
+    log-sum-exp of −inf becomes the sink."""
     dim = tl.arange(0, V_PAD)
     row = first + tl.arange(0, M)
     while tl.min(row, 0) < end:
@@ -35,7 +37,11 @@ def _fill_rows(
             (tl.zeros([M, V_PAD], tl.float32) + out_value).to(out_ptr.dtype.element_ty),
             mask=mine[:, None] & (dim < V_DIM)[None, :],
         )
-        tl.store(lse_ptr + at, tl.zeros([M], tl.float32) + lse_value, mask=mine)
+        lse = tl.zeros([M], tl.float32) + lse_value
+        if SINKS:
+            sink = tl.load(sink_ptr + kv_head * GROUP + row % GROUP, mask=mine, other=float("-inf")).to(tl.float32)
+            lse = tl.where(lse == float("-inf"), sink, lse)
+        tl.store(lse_ptr + at, lse, mask=mine)
         row += step
 
 
@@ -73,11 +79,11 @@ def direct_kernel(
     end_q = tl.load(cu_q_ptr + sequence + 1, mask=sequence < num_sequences, other=0)
     if spare | (end_q - first_q > max_q):  # or more than its tiles have room for: NaN
         _fill_rows(
-            out_ptr, lse_ptr,
+            out_ptr, lse_ptr, sink_ptr,
             first_q.to(tl.int64) * GROUP + tile * M, tl.where(spare, total_q, end_q).to(tl.int64) * GROUP, tiles * M,
             split * total_q.to(tl.int64), kv_head,
             tl.where(spare, 0.0, float("nan")), tl.where(spare, float("-inf"), float("nan")),
-            KV_HEADS, GROUP, V_DIM, V_PAD, M,
+            KV_HEADS, GROUP, V_DIM, V_PAD, M, SINKS and not SPLIT,
         )  # fmt: skip
         return
     rows = (end_q - first_q) * GROUP
@@ -237,16 +243,19 @@ def direct_kernel(
             bad = tl.maximum(bad, tl.max(seen.to(tl.int32), 1))
         total = tl.where(bad > 0, float("nan"), total)
     if SINKS and not SPLIT:
-        sink = tl.load(sink_ptr + q_head, mask=in_use, other=float("-inf")).to(tl.float32) * LOG2E
-        new_top = tl.maximum(top, sink)
+        sink = tl.load(sink_ptr + q_head, mask=in_use, other=float("-inf")).to(tl.float32)
+        blind = total == 0
+        new_top = tl.maximum(top, sink * LOG2E)
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
         kept = tl.exp2(top - shift)
-        total = total * kept + tl.exp2(sink - shift)
+        total = total * kept + tl.exp2(sink * LOG2E - shift)
         acc *= kept[:, None]
         top = new_top
     total = tl.where(total == 0, 1.0, total)  # no key was seen: 0, and −inf, which is `top`
     out = acc / total[:, None]
     lse = top * LN2 + tl.log(total)
+    if SINKS and not SPLIT:
+        lse = tl.where(blind, sink, lse)  # the very number, as on the other paths
     if SPLIT:
         out_at += split * total_q.to(tl.int64) * Q_HEADS
     out = round_to(out, out_ptr.dtype.element_ty, INTERPRETED)

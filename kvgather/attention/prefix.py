@@ -84,8 +84,9 @@ def prefix_attention(
 
     Returns:
         out `[total_q, q_heads, v_head_dim]` in q's dtype, or (out, lse) with the natural log-sum-exp, the sink's
-        included, `[total_q, q_heads]` FP32. Rows that belong to no sequence are 0 (and −inf, or the sink); rows that
-        need a bad block id are NaN, and so are all rows of a sequence that is longer than the batch's bounds.
+        included, `[total_q, q_heads]` FP32. On every path rows that belong to no sequence are 0 (and −inf, or the
+        sink); rows that see a key in a bad block are NaN in both; and so are all rows of a sequence that is longer than
+        the batch's bounds, or than its row of the block table.
 
         K and V have to be finite: a kernel multiplies what it masks by 0, and 0 · NaN is NaN, so NaN in a token's V may
         reach the rows before it.
@@ -249,12 +250,12 @@ def _gathered(
     k, v = (q.new_empty((pieces.capacity, g.num_kv_heads, dim)) for dim in (g.head_dim, g.v_head_dim))
     if pieces.all_at_once(len(q)):
         (piece,) = pieces.pieces
-        cache.gather(piece.plan, out_dtype=q.dtype, out=(k, v))
+        cache.gather_for_attention(piece.plan, out_dtype=q.dtype, out=(k, v))
         out, lse = _dense(q, k, v, piece, piece.attends[0], scale)
         return apply_sinks(out, lse, sinks) if sinks is not None else (out, lse)
     state = RunningState(q.shape[0], q.shape[1], g.v_head_dim, torch.float32 if pieces.merged else q.dtype, q.device)
     for piece in pieces.pieces:
-        cache.gather(piece.plan, out_dtype=q.dtype, out=(k, v))
+        cache.gather_for_attention(piece.plan, out_dtype=q.dtype, out=(k, v))
         for attend in piece.attends:
             part = _dense(q, k, v, piece, attend, scale)
             if pieces.merged:
@@ -282,7 +283,7 @@ def _common_part_first(
 ) -> tuple[Tensor, Tensor]:
     """Gather what is cached in every sequence, attend with no mask, and go on from there straight from the pages."""
     piece = common.piece
-    k, v = cache.gather(piece.plan, out_dtype=q.dtype)
+    k, v = cache.gather_for_attention(piece.plan, out_dtype=q.dtype)
     out, lse = _dense(q, k, v, piece, piece.attends[0], scale)
     del k, v
     state = out.contiguous(), lse.contiguous()  # the flash kernel's log-sum-exp is stored by heads

@@ -41,7 +41,7 @@ def trusting_kernel(
     K_ACROSS: tl.constexpr, V_ACROSS: tl.constexpr,
     K_KIND: tl.constexpr, V_KIND: tl.constexpr,
     FORMAT: tl.constexpr, BIAS: tl.constexpr, HARDWARE: tl.constexpr, BY_HAND: tl.constexpr,
-    K_RAW: tl.constexpr, V_RAW: tl.constexpr, NAN_CODE: tl.constexpr, WIDE: tl.constexpr,
+    K_RAW: tl.constexpr, V_RAW: tl.constexpr, NAN_CODE: tl.constexpr, ZERO_BAD_V: tl.constexpr, WIDE: tl.constexpr,
     PLANNED: tl.constexpr, STARTS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -73,10 +73,11 @@ def trusting_kernel(
         PAGE, V_DIM // V_UNIT, HEADS, SLOTS, V_UNITS, V_KIND,
     )  # fmt: skip
     k = finish(
-        k_codes, k_scale, block, k_out_ptr.dtype.element_ty, K_RAW, NAN_CODE, FORMAT, BIAS, HARDWARE, BY_HAND
+        k_codes, k_scale, block, k_out_ptr.dtype.element_ty, K_RAW, NAN_CODE, False, FORMAT, BIAS, HARDWARE, BY_HAND
     )  # fmt: skip
     v = finish(
-        v_codes, v_scale, block, v_out_ptr.dtype.element_ty, V_RAW, NAN_CODE, FORMAT, BIAS, HARDWARE, BY_HAND
+        v_codes, v_scale, block, v_out_ptr.dtype.element_ty, V_RAW, NAN_CODE, ZERO_BAD_V, FORMAT, BIAS, HARDWARE,
+        BY_HAND,
     )  # fmt: skip
     store_tile(
         k_out_ptr, k, first_row, rows, 0, slot0, tile * K_UNITS, k_out_strides,

@@ -85,12 +85,15 @@ def gather_checked(
     out_dtype: torch.dtype,
     out: Sequence[Tensor] | None,
     backend: str,
+    zero_bad_v: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`gather` from pools whose geometry was read, and with scales that were checked against it.
 
     Args:
         source: pools and scales as they were given.
         meaning: what tells this call from others with the same tensors, to remember that it passed.
+        zero_bad_v: whether V's rows of a bad block id are 0, see `PagedKVCache.gather_for_attention`; part of `meaning`
+            where it is True.
     """
     _check_plan(plan, geometry)
     key_cache, value_cache = source[:2]
@@ -104,14 +107,13 @@ def gather_checked(
         k_out = key_cache.new_empty((rows, heads, geometry.head_dim), dtype=out_dtype)
         v_out = value_cache.new_empty((rows, heads, geometry.v_head_dim), dtype=out_dtype)
 
-    if backend == "triton" and not compiling:  # an operator costs more than a launch
-        if geometry.num_blocks:
-            from .kernel import Side, addresses_of, pointers_of, prepare
+    if backend == "triton" and geometry.num_blocks and not compiling:  # an operator costs more than a launch
+        from .kernel import Side, addresses_of, pointers_of, prepare
 
-            sides = Side("key", key_cache, scales[0], k_out), Side("value", value_cache, scales[1], v_out)
-            launch, pointers = prepare(*sides, geometry.layout), pointers_of(*sides)
-            launch.from_records(plan.records, pointers, addresses_of(pointers))
-            remember(meaning, launch, geometry, source, scales, (k_out, v_out), out is not None)
+        sides = Side("key", key_cache, scales[0], k_out), Side("value", value_cache, scales[1], v_out)
+        launch, pointers = prepare(*sides, geometry.layout, zero_bad_v=zero_bad_v), pointers_of(*sides)
+        launch.from_records(plan.records, pointers, addresses_of(pointers))
+        remember(meaning, launch, geometry, source, scales, (k_out, v_out), out is not None)
         return k_out, v_out
     k, v = (scale.in_memory(geometry.device) for scale in scales)
     pools = ops.as_operand(key_cache), ops.as_operand(value_cache)
@@ -120,14 +122,14 @@ def gather_checked(
     if compiling and out is None:
         outs = ops.gather_new(
             *pools, k.tensor, v.tensor, plan.records, rows, heads, geometry.head_dim, geometry.v_head_dim, codes_dtype,
-            *described,
+            *described, zero_bad_v,
         )  # fmt: skip
         return outs[0].view(out_dtype), outs[1].view(out_dtype)
     outs = (k_out, v_out) if codes_dtype == out_dtype else (k_out.view(codes_dtype), v_out.view(codes_dtype))
     if compiling:
-        ops.gather_out(*pools, k.tensor, v.tensor, plan.records, *outs, *described)
+        ops.gather_out(*pools, k.tensor, v.tensor, plan.records, *outs, *described, zero_bad_v)
     else:
-        ops.run(*pools, k, v, plan.records, *outs, geometry.layout, geometry.dtype, backend)
+        ops.run(*pools, k, v, plan.records, *outs, geometry.layout, geometry.dtype, backend, zero_bad_v)
     return k_out, v_out
 
 

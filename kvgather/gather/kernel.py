@@ -136,14 +136,20 @@ def load_scale(
 
 @triton.jit
 def finish(
-    held, scale, block, OUT_DTYPE: tl.constexpr, RAW: tl.constexpr, NAN_CODE: tl.constexpr,
+    held, scale, block, OUT_DTYPE: tl.constexpr, RAW: tl.constexpr, NAN_CODE: tl.constexpr, ZERO_BAD: tl.constexpr,
     FORMAT: tl.constexpr, BIAS: tl.constexpr, HARDWARE: tl.constexpr, BY_HAND: tl.constexpr,
 ):  # fmt: skip
-    """What is stored, `[SLOTS, UNITS * UNIT]`: the scaled value rounded, or the bits as they are."""
+    """What is stored, `[SLOTS, UNITS * UNIT]`: the scaled value rounded, or the bits as they are.
+
+    When block is −1: NaN (by the scale, or as NAN_CODE), or 0 if ZERO_BAD.
+    """
     if RAW:
-        values = tl.where(block < 0, NAN_CODE, held).to(OUT_DTYPE)
+        values = tl.where(block < 0, 0 if ZERO_BAD else NAN_CODE, held).to(OUT_DTYPE)
     else:
-        values = round_to(widen(held, FORMAT, BIAS, HARDWARE) * scale, OUT_DTYPE, BY_HAND)
+        values = widen(held, FORMAT, BIAS, HARDWARE) * scale
+        if ZERO_BAD:
+            values = tl.where(block < 0, 0.0, values)
+        values = round_to(values, OUT_DTYPE, BY_HAND)
     return tl.reshape(values, [held.shape[0], held.shape[1] * held.shape[2]])
 
 
@@ -186,7 +192,7 @@ def gather_kernel(
     K_ACROSS: tl.constexpr, V_ACROSS: tl.constexpr,
     K_KIND: tl.constexpr, V_KIND: tl.constexpr,
     FORMAT: tl.constexpr, BIAS: tl.constexpr, HARDWARE: tl.constexpr, BY_HAND: tl.constexpr,
-    K_RAW: tl.constexpr, V_RAW: tl.constexpr, NAN_CODE: tl.constexpr, WIDE: tl.constexpr,
+    K_RAW: tl.constexpr, V_RAW: tl.constexpr, NAN_CODE: tl.constexpr, ZERO_BAD_V: tl.constexpr, WIDE: tl.constexpr,
     PLANNED: tl.constexpr, STARTS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """out[row, head] = pool[block, head, slot] * scale[block, head, slot], of K and of V, for one tile of a page.
@@ -230,10 +236,11 @@ def gather_kernel(
         PAGE, V_DIM // V_UNIT, HEADS, SLOTS, V_UNITS, V_KIND,
     )  # fmt: skip
     k = finish(
-        k_codes, k_scale, block, k_out_ptr.dtype.element_ty, K_RAW, NAN_CODE, FORMAT, BIAS, HARDWARE, BY_HAND
+        k_codes, k_scale, block, k_out_ptr.dtype.element_ty, K_RAW, NAN_CODE, False, FORMAT, BIAS, HARDWARE, BY_HAND
     )  # fmt: skip
     v = finish(
-        v_codes, v_scale, block, v_out_ptr.dtype.element_ty, V_RAW, NAN_CODE, FORMAT, BIAS, HARDWARE, BY_HAND
+        v_codes, v_scale, block, v_out_ptr.dtype.element_ty, V_RAW, NAN_CODE, ZERO_BAD_V, FORMAT, BIAS, HARDWARE,
+        BY_HAND,
     )  # fmt: skip
     store_tile(
         k_out_ptr, k, first_row, rows, begin, slot0, tile * K_UNITS, k_out_strides,
@@ -327,6 +334,7 @@ class GatherLaunch:
         interpreted: bool,
         lanes: int,
         offsets: tuple[Tensor, Tensor | None] | None = None,
+        zero_bad_v: bool = False,
     ) -> None:
         """Prepare the launches, of checked arguments.
 
@@ -336,6 +344,7 @@ class GatherLaunch:
             interpreted: whether kernels run in Triton's interpreter.
             lanes: of a warp.
             offsets: cu_seqlens and starts of the batch, when pages are found in the block table; None: from records.
+            zero_bad_v: whether V's rows of a bad block id are 0; K's are NaN.
         """
         dtype = k.pool.dtype
         fmt = FORMATS.get(dtype)
@@ -390,6 +399,7 @@ class GatherLaunch:
             "K_RAW": k.raw,
             "V_RAW": v.raw,
             "NAN_CODE": _NAN_BITS[dtype] if fmt is None else fmt.nan_code,
+            "ZERO_BAD_V": zero_bad_v,
             "WIDE": widest >= 2**31,
             "PLANNED": offsets is None,
             "STARTS": offsets is not None and offsets[1] is not None,
@@ -450,11 +460,13 @@ class GatherLaunch:
         )  # fmt: skip
 
 
-def prepare(k: Side, v: Side, layout: str, offsets: tuple[Tensor, Tensor | None] | None = None) -> GatherLaunch:
+def prepare(
+    k: Side, v: Side, layout: str, offsets: tuple[Tensor, Tensor | None] | None = None, zero_bad_v: bool = False
+) -> GatherLaunch:
     """`GatherLaunch` for this machine; arguments as there."""
     interpreted = interpreting()
     lanes = 32 if interpreted else torch.cuda.get_device_properties(k.pool.device).warp_size
-    return GatherLaunch(k, v, layout, interpreted=interpreted, lanes=lanes, offsets=offsets)
+    return GatherLaunch(k, v, layout, interpreted=interpreted, lanes=lanes, offsets=offsets, zero_bad_v=zero_bad_v)
 
 
 def pointers_of(k: Side, v: Side) -> Pointers:
@@ -480,6 +492,7 @@ def launch(
     records: Tensor,
     k_out: Tensor,
     v_out: Tensor,
+    zero_bad_v: bool,
 ) -> None:
     """Gather what a plan's records name; everything was checked by the caller.
 
@@ -488,6 +501,7 @@ def launch(
         k_scale, v_scale: resolved scales.
         records: `[n, 4]` int32 of a `GatherPlan`.
         k_out, v_out: `[rows, heads, dim]`, any strides, one float dtype; the pools', or uint8, to copy codes.
+        zero_bad_v: whether V's rows of a bad block id are 0; K's are NaN.
     """
     dtype = key_cache.dtype
     if k_out.dtype == torch.uint8:
@@ -495,9 +509,9 @@ def launch(
     k, v = Side("key", key_cache, k_scale, k_out), Side("value", value_cache, v_scale, v_out)
     pointers = pointers_of(k, v)
     key = (
-        layout, interpreting(), k.kind, v.kind,
+        layout, interpreting(), k.kind, v.kind, zero_bad_v,
         *(signature(p) if isinstance(p, Tensor) else None for p in pointers),
     )  # fmt: skip
-    prepared_once(gather_kernel, key, lambda: prepare(k, v, layout)).from_records(
+    prepared_once(gather_kernel, key, lambda: prepare(k, v, layout, zero_bad_v=zero_bad_v)).from_records(
         records, pointers, addresses_of(pointers)
     )

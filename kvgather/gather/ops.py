@@ -26,18 +26,21 @@ def run(
     layout: str,
     dtype: torch.dtype,
     backend: str,
+    zero_bad_v: bool,
 ) -> None:
     """What both operators do, and what is called without them where nothing is compiled."""
     if backend == "triton" and key_cache.shape[0]:
         from .kernel import launch
 
-        launch(key_cache.view(dtype), value_cache.view(dtype), layout, k_scale, v_scale, records, k_out, v_out)
+        pools = key_cache.view(dtype), value_cache.view(dtype)
+        launch(*pools, layout, k_scale, v_scale, records, k_out, v_out, zero_bad_v)
         return
     sides: tuple[tuple[Tensor, Which, Scale, Tensor], ...]
     sides = ((key_cache, "key", k_scale, k_out), (value_cache, "value", v_scale, v_out))
     for pool, which, scale, out in sides:
         raw = scale.kind == "none" and out.dtype == pool.dtype
-        gather_pool(pool.view(dtype), layout, which, scale, records, out.view(dtype) if raw else out)
+        rows, zero_bad = out.view(dtype) if raw else out, zero_bad_v and which == "value"
+        gather_pool(pool.view(dtype), layout, which, scale, records, rows, zero_bad)
 
 
 @torch.library.custom_op("kvgather::gather_out", mutates_args=("k_out", "v_out"))
@@ -54,12 +57,13 @@ def gather_out(
     k_kind: str,
     v_kind: str,
     backend: str,
+    zero_bad_v: bool = False,
 ) -> None:
-    """Fill `k_out` and `v_out`; rows that no record names stay as they are."""
+    """Fill `k_out` and `v_out`; rows that no record names stay as they are. `zero_bad_v`: see `gather_checked`."""
     if backend == "triton":
         require_triton(key_cache.device)
     scales = Scale.of(k_kind, k_scale), Scale.of(v_kind, v_scale)
-    run(key_cache, value_cache, *scales, records, k_out, v_out, layout, getattr(torch, pool_dtype), backend)
+    run(key_cache, value_cache, *scales, records, k_out, v_out, layout, getattr(torch, pool_dtype), backend, zero_bad_v)
 
 
 @gather_out.register_fake
@@ -76,6 +80,7 @@ def _(
     k_kind: str,
     v_kind: str,
     backend: str,
+    zero_bad_v: bool = False,
 ) -> None:
     return None
 
@@ -97,6 +102,7 @@ def gather_new(
     k_kind: str,
     v_kind: str,
     backend: str,
+    zero_bad_v: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """New K and V of `total_tokens` rows; rows that no record names are uninitialised."""
     if backend == "triton":
@@ -104,7 +110,7 @@ def gather_new(
     k_out = key_cache.new_empty((total_tokens, num_heads, k_dim), dtype=out_dtype)
     v_out = value_cache.new_empty((total_tokens, num_heads, v_dim), dtype=out_dtype)
     scales = Scale.of(k_kind, k_scale), Scale.of(v_kind, v_scale)
-    run(key_cache, value_cache, *scales, records, k_out, v_out, layout, getattr(torch, pool_dtype), backend)
+    run(key_cache, value_cache, *scales, records, k_out, v_out, layout, getattr(torch, pool_dtype), backend, zero_bad_v)
     return k_out, v_out
 
 
@@ -125,6 +131,7 @@ def _(
     k_kind: str,
     v_kind: str,
     backend: str,
+    zero_bad_v: bool = False,
 ) -> tuple[Tensor, Tensor]:
     return (
         key_cache.new_empty((total_tokens, num_heads, k_dim), dtype=out_dtype),

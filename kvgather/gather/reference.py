@@ -19,7 +19,9 @@ _CHUNK_ELEMENTS = 1 << 20  # 1 MiB of codes, 4 MiB of FP32: 16 ms for 33 M eleme
 
 
 @torch.no_grad()
-def gather_pool(pool: Tensor, layout: str, which: Which, scale: Scale, records: Tensor, out: Tensor) -> None:
+def gather_pool(
+    pool: Tensor, layout: str, which: Which, scale: Scale, records: Tensor, out: Tensor, zero_bad: bool = False
+) -> None:
     """Fill `out` with the rows of one pool that a plan's records name.
 
     Args:
@@ -28,6 +30,7 @@ def gather_pool(pool: Tensor, layout: str, which: Which, scale: Scale, records: 
         scale: a resolved scale.
         records: `[n, 4]` int32 of a `GatherPlan` made for this pool.
         out: `[rows, heads, dim]`, any float dtype, or the pool's own FP8 dtype when there is no scale.
+        zero_bad: whether rows of a bad block id are 0; else they are NaN.
     """
     records = records[records[:, 2] > 0].long()
     if len(records) == 0:
@@ -45,9 +48,9 @@ def gather_pool(pool: Tensor, layout: str, which: Which, scale: Scale, records: 
         values = pages.view(pool.dtype) if raw else _values(pages, pool.dtype, scale, block)
         bad = (block < 0).nonzero()[:, 0]  # by number: a mask is laid over every value, a third of the time
         if raw and pool.dtype in FORMATS:
-            values.view(torch.uint8)[bad] = FORMATS[pool.dtype].nan_code
+            values.view(torch.uint8)[bad] = 0 if zero_bad else FORMATS[pool.dtype].nan_code
         else:
-            values[bad] = math.nan
+            values[bad] = 0 if zero_bad else math.nan
         flat = values.flatten(0, 1)  # [pages * page, heads, dim]
         if not full:
             slot = torch.arange(page_size, device=out.device)

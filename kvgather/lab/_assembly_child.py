@@ -90,7 +90,9 @@ def compile_one(variant: Variant, target: str) -> dict[str, Any]:
     k, v = side_of(case, "key", key), side_of(case, "value", value)
     indices = torch.empty(len(case.lengths) + 1, dtype=torch.int32, device=META)
     offsets = (indices, indices[1:] if case.starts else None) if variant.by_table else None
-    launch = GatherLaunch(k, v, case.layout, interpreted=False, lanes=gpu.warp_size, offsets=offsets)
+    launch = GatherLaunch(
+        k, v, case.layout, interpreted=False, lanes=gpu.warp_size, offsets=offsets, zero_bad_v=variant.for_attention
+    )
     hardware = case.dtype not in FORMATS or case.dtype in fp8_in_hardware(*target.split(":"))
     page = torch.empty((case.total_tokens // case.page_size + 1, 4), dtype=torch.int32, device=META)
     driver.set_active(NoDriver(gpu))  # type: ignore[arg-type]

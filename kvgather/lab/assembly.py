@@ -40,16 +40,18 @@ class Variant:
         case: the cache and the rows; `num_blocks` is the pool's size, which decides how AMD GPUs address it.
         by_table: pages are found in a block table, as in the engines' call, and not in a plan's records.
         heads_outermost: each pool has its heads outside its blocks, as when one tensor holds a pool for each head.
+        for_attention: V's rows of a bad block id are 0, as attention gathers them.
     """
 
     case: Case
     heads_outermost: bool = False
     by_table: bool = False
+    for_attention: bool = False
 
     @property
     def name(self) -> str:
-        more = "-heads_outermost" * self.heads_outermost + "-by_table" * self.by_table
-        return self.case.name + more
+        flags = ("heads_outermost", "by_table", "for_attention")
+        return "-".join([self.case.name, *(flag for flag in flags if getattr(self, flag))])
 
 
 @dataclass(frozen=True)

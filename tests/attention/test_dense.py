@@ -82,6 +82,16 @@ def test_nan_stays_in_its_sequence() -> None:
         assert not out[[0, 1, 5]].isnan().any() and not lse[[0, 1, 5]].isnan().any()
 
 
+@pytest.mark.parametrize(("causal", "window"), [(True, None), (True, 2), (False, None)])
+def test_nan_in_a_key_reaches_the_rows_that_see_it(causal: bool, window: int | None) -> None:
+    call = made([2, 4, 1], [5, 6, 6])
+    call["k"][5 + 3] = torch.nan  # position 3 of the second sequence, whose rows are at 2 to 5
+    out, lse = dense_attention(**call, causal=causal, window=window)
+    sees = [not causal or (position >= 3 and (window is None or position < 3 + window)) for position in range(2, 6)]
+    assert out[2:6].isnan().all((1, 2)).tolist() == lse[2:6].isnan().all(1).tolist() == sees
+    assert int(out.isnan().sum()) == sum(sees) * 4 * 16 and int(lse.isnan().sum()) == sum(sees) * 4
+
+
 @pytest.mark.parametrize("lens", [([], []), ([0, 0], [0, 0]), ([0, 0], [3, 0])], ids=str)
 def test_nothing_to_do(lens: tuple[list[int], list[int]]) -> None:
     for spare in (0, 2):

@@ -54,6 +54,27 @@ def test_nan_stays_in_its_sequence_on_the_gpu(backend: str) -> None:
             assert not out[rows].isnan().any() and not lse[rows].isnan().any()
 
 
+@pytest.mark.parametrize("backend", ["cudnn", "flash", "torch"])
+@pytest.mark.parametrize("rows", [3, 300])
+def test_nan_in_a_key_reaches_the_rows_that_see_it(rows: int, backend: str) -> None:
+    """Attention rests on it: a bad block's K is NaN, and its V is 0."""
+    for causal, window in (
+        ((False, None),) if backend == "cudnn" else ((False, None), (True, None), (True, 1), (True, 200))
+    ):
+        for back in (1, 2, 130, 290, 700):  # the key is so far from the end of the second sequence
+            call = made([20, rows, 10], [1024] * 3, "64/8x64", torch.bfloat16, "cuda")
+            key = 1024 - back
+            call["k"][1024 + key], call["v"][1024 + key] = torch.nan, 0
+            position = torch.arange(1024 - rows, 1024, device="cuda")
+            sees = torch.ones_like(position, dtype=torch.bool)
+            if causal:
+                sees = (position >= key) & (position < key + (window or 2048))
+            nan = torch.cat((sees.new_zeros(20), sees, sees.new_zeros(10))).tolist()
+            out, lse = dense_attention(**call, causal=causal, window=window, backend=backend)
+            assert out.isnan().all((1, 2)).tolist() == out.isnan().any((1, 2)).tolist() == nan
+            assert lse.isnan().all(1).tolist() == lse.isnan().any(1).tolist() == nan
+
+
 @pytest.mark.parametrize("lengths", [True, False], ids=["lengths", "bounds"])
 @pytest.mark.parametrize("backend", ["cudnn", "flash", "torch"])
 def test_nothing_waits_and_a_graph_replays(backend: str, lengths: bool) -> None:

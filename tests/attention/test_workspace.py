@@ -197,7 +197,7 @@ def test_every_piece_is_gathered_into_the_same_workspace(
 ) -> None:
     made = setup([9, 3], [90, 57])
     filled: list[tuple[int, int]] = []
-    gather = kg.PagedKVCache.gather
+    gather = kg.PagedKVCache.gather_for_attention
 
     def recorded(cache: kg.PagedKVCache, plan: kg.GatherPlan, **arguments: Any) -> tuple[Tensor, Tensor]:
         k, v = arguments["out"]
@@ -205,7 +205,7 @@ def test_every_piece_is_gathered_into_the_same_workspace(
         assert len(k) <= 16 and len(v) <= 16 and plan.total_tokens <= len(k)
         return gather(cache, plan, **arguments)
 
-    monkeypatch.setattr(kg.PagedKVCache, "gather", recorded)
+    monkeypatch.setattr(kg.PagedKVCache, "gather_for_attention", recorded)
     made.attend(made.batch(lengths), window=window, workspace_tokens=16)
     assert len(filled) > 1 and len(set(filled)) == 1
 

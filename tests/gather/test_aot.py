@@ -14,7 +14,7 @@ from kvgather.device import fp8_in_hardware
 from kvgather.formats.fp8 import FLOATS, FORMATS, POOL_DTYPES
 from kvgather.kernels.signatures import offset_lanes
 from kvgather.lab.assembly import TARGETS, Assembly, AssemblyError, Variant, compile_all, compile_for, width, widths
-from tests.gather.variants import FLOAT_POOLS, MAIN, REFUSED, VARIANTS
+from tests.gather.variants import FLOAT_POOLS, FOR_ATTENTION, MAIN, REFUSED, VARIANTS
 
 pytestmark = pytest.mark.triton
 
@@ -35,7 +35,7 @@ def compiled(request: pytest.FixtureRequest) -> Compiled:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test of `variant` is of all of them, one of `engines` is of those whose every load and store is looked at."""
-    for name, variants in (("variant", VARIANTS), ("engines", (*MAIN, *FLOAT_POOLS))):
+    for name, variants in (("variant", VARIANTS), ("engines", (*MAIN, *FLOAT_POOLS, *FOR_ATTENTION))):
         if metafunc.cls is not None and name in metafunc.fixturenames:
             jobs = list(product(variants, targets_of(metafunc.cls.backend)))
             names = [f"{variant.name}-{target.replace(':', '')}" for variant, target in jobs]
@@ -111,7 +111,7 @@ class Compiles:
         fp8 = set(product(("e4m3fn", "e4m3fnuz", "e5m2"), (True, False)))
         nowhere = {("e4m3fnuz", True)} if self.backend == "cuda" else set()  # AMD's own format
         assert decodes == {("", True)} | fp8 - nowhere
-        flags = {"HARDWARE", "K_RAW", "V_RAW", "K_ACROSS", "V_ACROSS", "WIDE", "PLANNED", "STARTS"}
+        flags = {"HARDWARE", "K_RAW", "V_RAW", "K_ACROSS", "V_ACROSS", "ZERO_BAD_V", "WIDE", "PLANNED", "STARTS"}
         for name in flags:
             assert seen[name] == {True, False}, name
         assert seen["LANES"] == {offset_lanes(1), offset_lanes(1000)}

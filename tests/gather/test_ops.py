@@ -41,6 +41,7 @@ def test_opcheck(case: Case, backend: str, where: str) -> None:
     tensors, meaning = operands(built)
     sizes = (case.total_tokens, case.num_heads, case.k_dim, case.v_dim, case.out_dtype)
     torch.library.opcheck(ops.gather_new, (*tensors, *sizes, *meaning, backend))
+    torch.library.opcheck(ops.gather_new, (*tensors, *sizes, *meaning, backend, True))
     outs = [torch.zeros(case.total_tokens, 2, 16, dtype=case.out_dtype, device=where) for _ in range(2)]
     torch.library.opcheck(ops.gather_out, (*tensors, *outs, *meaning, backend))
 

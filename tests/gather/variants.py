@@ -59,7 +59,13 @@ BY_TABLE = (
 )
 """The engines' call, which finds its pages itself: few sequences and many, with starts and without."""
 
-VARIANTS = (*MAIN, *FLOAT_POOLS, *OTHERS, *BY_TABLE)
+FOR_ATTENTION = (
+    Variant(case(ENGINE, layout="SHUFFLE", kinds="per-token-head"), for_attention=True),
+    Variant(case(dtype=BF16, kinds="none", layout="HND"), for_attention=True),
+)
+"""What attention gathers: V decoded, and V copied as it is."""
+
+VARIANTS = (*MAIN, *FLOAT_POOLS, *OTHERS, *BY_TABLE, *FOR_ATTENTION)
 
 REFUSED = {"hip:gfx1250": ((3, 7), r"LLD failed to link")}
 """Targets that Triton refuses before a version, and in what words: 3.6 makes assembly that its own linker refuses."""

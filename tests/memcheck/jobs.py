@@ -67,6 +67,22 @@ def gathered(variant: Variant, device: str) -> None:
     assert_same(got, on_cpu(built))
 
 
+def gathered_for_attention(variant: Variant, device: str) -> None:
+    """The same with ids outside the pool in every third column: K's rows are NaN there, and V's are 0."""
+    case = smaller(variant).case
+    assert len(case.lengths) == 1 and not case.starts
+    built = build(case, device)
+    built.block_table[0, ::3] = built.cache.geometry.num_blocks
+    plan = kg.GatherPlan.build(
+        built.block_table, built.cu_seqlens_k, page_size=case.page_size, num_blocks=built.cache.geometry.num_blocks,
+        total_tokens=case.total_tokens,
+    )  # fmt: skip
+    got = built.cache.gather_for_attention(plan, case.out_dtype, backend="triton")
+    k, v = on_cpu(built)
+    v[torch.arange(case.total_tokens) // case.page_size % 3 == 0] = 0
+    assert_same(got, (k, v))
+
+
 def called(variant: Variant, device: str) -> None:
     """The engines' call over the same cache."""
     case = smaller(variant).case
@@ -135,12 +151,14 @@ def heads_outermost(variant: Variant, device: str) -> None:
 
 def _gathers() -> Iterator[Job]:
     for variant in VARIANTS:
-        case, run = smaller(variant).case, called if variant.by_table else gathered
+        case = smaller(variant).case
+        run = called if variant.by_table else gathered_for_attention if variant.for_attention else gathered
         large = case.num_blocks * case.num_heads * case.page_size * case.k_dim * case.dtype.itemsize / 1e9
         name = f"gather {variant.name}"
         yield Job(name, lambda device, v=variant, run=run: run(v, device), 0.5, large if large > 1 else 0.0)
         kinds = {case.k_kind, case.v_kind}
-        if not (variant.heads_outermost or variant.by_table) and "none" not in kinds and case.out_dtype in FLOATS:
+        differs = variant.heads_outermost or variant.by_table or variant.for_attention
+        if not differs and "none" not in kinds and case.out_dtype in FLOATS:
             yield Job(f"call {variant.name}", lambda device, v=variant: called(v, device), 0.5)
 
 
