@@ -11,9 +11,9 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from . import host
-from .calls import CALLS, EAGER, ENGINES_CALL, UPSTREAM
-from .cases import Case
+from ..cases import Case
+from ..cases.measured import CALLS, HOST
+from .calls import EAGER, ENGINES_CALL, UPSTREAM
 from .report import Row, read, slug
 
 BEGIN, END = "<!-- the engines' call: begin -->", "<!-- the engines' call: end -->"
@@ -42,7 +42,7 @@ def committed(results: Path, benchmark: str) -> list[Row]:
         results: the folder `benchmarks/results`.
         benchmark: "gather" or "host".
     """
-    names = {case.name for case in (CALLS if benchmark == "gather" else (host.CASE,))}
+    names = {case.name for case in (CALLS if benchmark == "gather" else (HOST,))}
     for path in sorted(results.glob(f"{benchmark}_*.csv")):
         rows = [row for row in read(path) if row.benchmark == benchmark and row.case in names]
         if rows:

@@ -10,20 +10,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from .cases import Case
+from ..cases.measured import CALLS
 from .implementations import Implementation, engines_call, ours, upstream_form
 from .report import Row
 from .runner import Call, Timing
 from .turns import time_eagerly, time_in_turns
 
-TOKENS = (1536, 16384, 131072)
-"""From a size at which the host's time decides to one at which the kernel's does."""
-CALLS = tuple(
-    Case(layout=layout, num_heads=heads, k_dim=dim, v_dim=dim, lengths=(tokens // 16,) * 16, starts=())
-    for heads, dim in ((8, 64), (8, 128), (1, 64))
-    for layout in ("NHD", "SHUFFLE")
-    for tokens in TOKENS
-)
 MOST_COPIES = 300
 """Inputs of the smallest case, 0.6 MB each, that three times the L2 of an H100 or H200 (50 and 60 MB) takes."""
 ENGINES_CALL, UPSTREAM, EAGER = "cp_mha_gather_cache", "upstream form", ", eager"

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cases import Built
 from ..formats.fp8 import FORMATS, dequantize
 from ..formats.layout import as_nhd
 from ..gather.compat import cp_mha_gather_cache
 from ..plan import GatherPlan
-from .cases import Built
 from .runner import Call
 
 Outputs = tuple[Tensor, Tensor]

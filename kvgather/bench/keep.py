@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+from ..files import check_replaceable
 from . import report
-from .files import check_replaceable
 from .progress import Progress
 
 STDOUT = Path("-")
@@ -20,7 +20,7 @@ class RowWriter:
     Args:
         path: the CSV file that keeps the rows, in place of older ones of the same case and device; None keeps none.
             "-" is the standard output: the CSV comes in the end, and everything else goes to the standard error.
-        progress: whose bar is cleared before rows are printed.
+        progress: prints lines without breaking its bar.
 
     Raises:
         OSError, ValueError: at once, if no rows can be kept at `path`; and in the end, after the rows were printed as
@@ -49,8 +49,7 @@ class RowWriter:
 
     def say(self, text: str) -> None:
         """Print lines for people."""
-        self._progress.clear()
-        print(text, file=sys.stderr if self._csv_to_stdout else sys.stdout, flush=True)
+        self._progress.say(text, sys.stderr if self._csv_to_stdout else sys.stdout)
 
     def _keep(self) -> None:
         """Write all rows; a disk that is full now may not be so after the next case."""

@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..cases import Built
 from ..device import interpreting
 from ..gather.kernel import Side, finish, gather_kernel, load_scale, load_tile, pointers_of, prepare, store_tile
 from ..kernels.launch import launching
-from .cases import Built
 from .runner import Call
 
 

@@ -25,10 +25,10 @@ from torch import Tensor
 
 from ..attention.dense import dense_attention
 from ..attention.prefix import prefix_attention
-from .prefix_cases import BuiltPrefix, PrefixCase, build_prefix, cases
+from ..cases.prefix import BuiltPrefix, PrefixCase, build_prefix, cases
 from .prefix_targets import crossing, summary, targets
 from .report import Row
-from .runner import Call, Timing, cache_bytes, machine, run_cases, time_calls
+from .runner import Call, Timing, copies_for, row_of, run_cases, time_calls
 from .turns import time_in_turns
 
 __all__ = ["cases", "crossing", "measure", "run", "summary", "targets"]
@@ -60,7 +60,7 @@ def token_per_program(built: BuiltPrefix) -> Attending:
     from ..lab.before_fix import cp_mha_gather_cache, token_to_batch
 
     case, cache, batch = built.case, built.cache, built.batch
-    k, v = (built.q.new_empty((batch.total_k, case.kv_heads, case.dim)) for _ in range(2))
+    k, v = (built.q.new_empty((batch.total_k, case.kv_heads, case.head_dim)) for _ in range(2))
     sequence_of_token = token_to_batch(batch.cu_seqlens_k)
     starts = torch.zeros(batch.num_sequences, dtype=torch.int32, device=batch.device)
 
@@ -93,14 +93,14 @@ def cached_part(built: BuiltPrefix) -> Attending:
     """
     case, batch = built.case, built.batch
     random = torch.Generator(batch.device).manual_seed(0)
-    shape = sum(case.cached), case.kv_heads, case.dim
+    shape = sum(case.cached), case.kv_heads, case.head_dim
     k, v = (torch.randn(shape, generator=random, device=batch.device).to(built.q.dtype) for _ in range(2))
     offsets = torch.tensor([0, *case.cached], device=batch.device).cumsum(0).int()
 
     def run(backend: str = "auto") -> Tensor:
         return dense_attention(
             built.q, k, v, batch.cu_seqlens_q, offsets, max_q=batch.max_q, max_k=max(case.cached),
-            softmax_scale=case.dim**-0.5, causal=False, seqlens_q=case.new, seqlens_k=case.cached, backend=backend,
+            softmax_scale=case.head_dim**-0.5, causal=False, seqlens_q=case.new, seqlens_k=case.cached, backend=backend,
         )[0]  # fmt: skip
 
     check("dense, no gather, cached part", case, run(), run("torch"))
@@ -113,7 +113,7 @@ def _dense(built: BuiltPrefix, k: Tensor, v: Tensor, q: Tensor | None = None, ba
     several = batch.max_q > 1  # one row sees all there is, so it needs no mask
     return dense_attention(
         built.q if q is None else q, k, v, batch.cu_seqlens_q, batch.cu_seqlens_k, max_q=batch.max_q, max_k=batch.max_k,
-        softmax_scale=case.dim**-0.5, causal=several or case.window is not None, window=case.window,
+        softmax_scale=case.head_dim**-0.5, causal=several or case.window is not None, window=case.window,
         seqlens_q=case.new, seqlens_k=case.lengths, backend=backend,
     )[0]  # fmt: skip
 
@@ -167,7 +167,8 @@ def measure(case: PrefixCase, device: torch.device, *, seconds: float = 0.1) -> 
     Raises:
         ArithmeticError: an implementation's rows are not the reference's.
     """
-    builts = [build_prefix(case, device, seed) for seed in range(case.copies(device))]
+    copies = copies_for(case.read_bytes, device)
+    builts = [build_prefix(case, device, seed) for seed in range(copies)]
     ways = {
         name: [prepare(built) for built in builts] for name, prepare in implementations(case, device).items()
     }  # fmt: skip
@@ -190,14 +191,8 @@ def measure(case: PrefixCase, device: torch.device, *, seconds: float = 0.1) -> 
     token = timings.get(TOKEN_PER_PROGRAM)
 
     def row(name: str, timing: Timing, size: int) -> Row:
-        return Row(
-            benchmark="prefix", case=case.name, implementation=name,
-            p20_us=round(timing.p20, 2), p50_us=round(timing.p50, 2), p80_us=round(timing.p80, 2),
-            samples=timing.samples, bytes=size, gb_per_s=round(size / timing.p50 / 1e3, 1) if timing.p50 else 0.0,
-            share_of_cast=0.0, against_loop=0.0,
-            against_token=round(token.p50 / timing.p50, 2) if token and timing.p50 else 0.0,
-            **machine(device.type),
-        )  # fmt: skip
+        against_token = token.p50 / timing.p50 if token and timing.p50 else 0.0
+        return row_of("prefix", case.name, name, timing, device, size=size, against_token=against_token)
 
     return [
         *(row(name, timing, case.read_bytes) for name, timing in timings.items()),
@@ -214,7 +209,7 @@ def _limits(size: int, device: torch.device, seconds: float) -> dict[str, Timing
     """
     from .limits import READ_TILES, read, read_results
 
-    copies = min(8, -(-3 * cache_bytes(device) // size))
+    copies = copies_for(size, device)
     held = [torch.randint(-(2**15), 2**15, (size // 4,), dtype=torch.int32, device=device) for _ in range(copies)]
     reads = []
     for tile in READ_TILES:
@@ -242,19 +237,5 @@ def _peak_bytes(call: Attending, device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def run(
-    device: torch.device,
-    *,
-    only: str = "",
-    seconds: float = 0.1,
-    progress: Callable[[str], None] | None = None,
-    keep: Callable[[list[Row]], None] | None = None,
-) -> list[Row]:
-    """Measure every case whose name holds `only`; arguments as in `bench.gather.run`.
-
-    Raises:
-        ValueError: no case's name holds `only`.
-    """
-    return run_cases(
-        cases(device), partial(measure, device=device, seconds=seconds), only=only, progress=progress, keep=keep
-    )
+run = partial(run_cases, cases, measure, seconds=0.1)
+"""`kvgather bench prefix`; the arguments are those of `run_cases` from `device` on."""

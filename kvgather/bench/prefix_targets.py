@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from .prefix_cases import CPU_CASES, PrefixCase, cases
+from ..cases.prefix import CPU_CASES, PrefixCase, cases
 from .report import Row
 
 REACH = {16: (200, 287), 128: (850, 1251), 512: (2800, 3624)}
@@ -43,7 +43,8 @@ def crossing(rows: Sequence[Row]) -> str:
     for case, by_name in _by_case(rows):
         if all(path in by_name for path in PATHS) and case.workspace is None:
             direct, gather = (by_name[path].p50_us for path in PATHS)
-            groups.setdefault((case.dim, case.window is not None), []).append((case.rows, direct, gather, case.name))
+            group = groups.setdefault((case.head_dim, case.window is not None), [])
+            group.append((case.rows, direct, gather, case.name))
     lines: list[str] = []
     for (dim, window), measured in sorted(groups.items()):
         measured.sort()

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from .files import replace_text
+from ..files import replace_text
 
 
 @dataclass(frozen=True)

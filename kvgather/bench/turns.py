@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from .runner import Call, Timing, _captured, _time_on_cpu
+from .runner import Call, Timing, captured, time_on_cpu
 
 EAGER_SECONDS = 0.02
 """Length of one sample of eager calls: the GPU's work after the last launch is then a small part of it."""
@@ -32,9 +32,9 @@ def time_in_turns(ways: Mapping[str, Sequence[Call]], device: torch.device, *, s
         for call in calls:
             call()
     if device.type == "cpu":
-        return {name: _time_on_cpu(calls, seconds) for name, calls in ways.items()}
+        return {name: time_on_cpu(calls, seconds) for name, calls in ways.items()}
     torch.cuda.synchronize(device)
-    replays = {name: _captured(calls) for name, calls in ways.items()}
+    replays = {name: captured(calls) for name, calls in ways.items()}
     for replay in replays.values():
         replay()
     torch.cuda.synchronize(device)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from kvgather.attention.choose import MEASURED_ON, SPEEDS, Facts, choose, explained
-from kvgather.bench.prefix_cases import cases
 from kvgather.bench.report import read
+from kvgather.cases.prefix import cases
 
 H100 = Facts(
     lengths=((16, 8208),) * 16,

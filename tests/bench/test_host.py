@@ -12,8 +12,8 @@ from kvgather import cli
 from kvgather.attention.batch import PrefixBatch
 from kvgather.attention.prefix import prefix_attention
 from kvgather.bench import host, report, turns
-from kvgather.bench.cases import Case, build
 from kvgather.bench.report import Row
+from kvgather.cases import Case, build
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 TINY = Case(num_heads=1, k_dim=16, v_dim=16, lengths=(3, 2), starts=(), out_dtype=torch.float32)

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from kvgather.bench import prefix, prefix_targets, turns
-from kvgather.bench.prefix_cases import AUTO, CPU_CASES, PrefixCase, build_prefix, cases
 from kvgather.bench.report import Row, table
+from kvgather.cases.prefix import AUTO, CPU_CASES, PrefixCase, build_prefix, cases
 from tests.where import on_each_device
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-TINY = PrefixCase("reach", q_heads=4, kv_heads=2, dim=16, new=(3, 3), cached=(16, 16))
+TINY = PrefixCase("reach", q_heads=4, kv_heads=2, head_dim=16, new=(3, 3), cached=(16, 16))
 GPU_CASES = cases(CUDA)
 PARTS = {part: [case for case in GPU_CASES if case.part == part] for part in {case.part for case in GPU_CASES}}
 
@@ -40,7 +40,7 @@ def test_the_gpus_cases_are_those_with_something_to_reach() -> None:
     assert len({case.name for case in GPU_CASES}) == len(GPU_CASES)
     assert [case.new[0] for case in PARTS["reach"]] == [1, 16, 128, 512]
     for case in PARTS["reach"]:
-        assert (case.cached, case.q_heads, case.kv_heads, case.dim) == ((8192,) * 16, 64, 8, 64)
+        assert (case.cached, case.q_heads, case.kv_heads, case.head_dim) == ((8192,) * 16, 64, 8, 64)
         assert (case.layout, case.kind, case.page_size, case.window) == ("NHD", "per-tensor", 16, None)
     assert len(PARTS["auto"]) == 30
     assert {case.new[0] for case in PARTS["auto"]} == {1, 8, 16, 32, 64, 128, 256, 512}
@@ -48,7 +48,7 @@ def test_the_gpus_cases_are_those_with_something_to_reach() -> None:
     assert {len(case.new) for case in PARTS["auto"]} == {1, 16, 64}
     assert all(len(shapes) == 10 for shapes in AUTO.values())
     for case in PARTS["auto"]:  # at 300 TFLOP/s each takes no more than 2 ms
-        assert 4 * sum(case.new) * case.cached[0] * case.q_heads * case.dim < 6e11, case.name
+        assert 4 * sum(case.new) * case.cached[0] * case.q_heads * case.head_dim < 6e11, case.name
         assert case.cached_bytes < 2e9, case.name
     assert {max(case.cached) for case in PARTS["window"]} >= {1024, 8192, 65536}
     (workspace,) = PARTS["workspace"]
@@ -167,7 +167,7 @@ def test_ways_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append("asleep"))
-    monkeypatch.setattr(turns, "_captured", lambda calls: lambda: [call() for call in calls])
+    monkeypatch.setattr(turns, "captured", lambda calls: lambda: [call() for call in calls])
     ways = {name: [partial(order.append, name)] * 2 for name in ("a", "b")}
     timings = turns.time_in_turns(ways, CUDA, seconds=1e-9)
     assert order[8:] == (["asleep"] + ["a"] * 6 + ["b"] * 6) * 2

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import kvgather as kg
-from kvgather.bench.cases import LAYOUTS, SMALL, Case, build
+from kvgather.cases import SMALL, Case, build
 from kvgather.formats.fp8 import FLOATS, FORMATS, POOL_DTYPES, decode_table
+from kvgather.formats.layout import LAYOUTS
 from kvgather.formats.scale import KINDS
 from kvgather.gather import again
 from kvgather.gather.again import forget
