@@ -96,7 +96,7 @@ def test_bench_prints_and_keeps_rows_as_they_come(monkeypatch, cases, tmp_path, 
     assert seen == [1, 2, 3]
     printed = capsys.readouterr().out.splitlines()
     assert [line for line in printed if line in ("a", "b", "c")] == ["a", "b", "c"]
-    assert printed[0].split()[0] == "median" and sum("median" in line for line in printed) == 1
+    assert sum("median" in line for line in printed) == 3, "a table for each case"
     assert printed[-3:] == ["in all: good", "", "3 rows in own.csv"]
     assert [path.name for path in tmp_path.iterdir()] == ["own.csv"]
 

@@ -21,6 +21,7 @@ from .gather import empty_rows
 from .implementations import Outputs, engines_call, ours, upstream_form
 from .report import Row
 from .runner import Call, check_rows, row_of, run_cases
+from .tables import text_table
 from .turns import time_on_host
 
 Q_HEADS, WINDOW = 64, 128
@@ -119,16 +120,15 @@ def measure(case: Case, device: torch.device, *, seconds: float = 0.2) -> list[R
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """The calls in launches, with what each has to reach."""
-    width = max(len(name) for name in TARGETS)
-    lines = [f"{'':{width}}  {'median':>10}  {'launches':>8}  to reach"]
+    """Each call's time in launches, and whether it is within its budget."""
+    cells = []
     for row in rows:
-        most = TARGETS.get(row.implementation)
-        if most is not None:
-            said = "reached" if row.launches <= most else "NOT reached"
-            time = f"{row.p50_us:.1f} µs"
-            lines.append(f"{row.implementation:{width}}  {time:>10}  {row.launches:8.2f}  ≤ {most:.1f}     {said}")
-    return "\n".join(lines)
+        budget = TARGETS.get(row.implementation)
+        if budget is not None:
+            verdict = "reached" if row.launches <= budget else "NOT reached"
+            median, launches = f"{row.p50_us:.1f} µs", f"{row.launches:.2f}"
+            cells.append((row.implementation, median, launches, f"≤ {budget:.1f}", verdict))
+    return text_table(cells, ("", "median", "launches", "to reach", ""), "lrrrl")
 
 
 run = partial(run_cases, cases, measure)

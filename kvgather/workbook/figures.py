@@ -15,6 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from tabulate import tabulate
+from tqdm.auto import tqdm
 
 __all__ = [
     "BAD",
@@ -107,21 +109,16 @@ def show(drawing: Figure, alt: str) -> None:
 
 
 def table(rows: Iterable[Sequence[Any]], headers: Sequence[str]) -> str:
-    """A plain-text table: columns of numbers to the right, everything else to the left.
+    """A plain-text table: columns of numbers are aligned to the right, all others to the left.
 
     Args:
-        rows: of cells; floats are printed with four significant digits, None as a dash.
+        rows: rows of cells; floats are printed with four significant digits, None as a dash.
         headers: one for each column.
     """
-    body = [[_cell(value) for value in row] for row in rows]
-    numeric = [all(_is_number(row[i]) for row in body) if body else False for i in range(len(headers))]
-    widths = [max([len(headers[i]), *(len(row[i]) for row in body)]) for i in range(len(headers))]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = (c.rjust(w) if right else c.ljust(w) for c, w, right in zip(cells, widths, numeric, strict=True))
-        return "  ".join(padded).rstrip()
-
-    return "\n".join([line(headers), "  ".join("-" * w for w in widths), *(line(row) for row in body)])
+    cells = [[_cell(value) for value in row] for row in rows]
+    columns = zip(*cells, strict=True)
+    aligned = ["right" if all(map(_is_number, column)) else "left" for column in columns]
+    return tabulate(cells, headers, tablefmt="simple", disable_numparse=True, colalign=aligned or None)
 
 
 def boxes(
@@ -258,16 +255,15 @@ def block_table_figure(
     return drawing
 
 
-def progress(items: Iterable[Item], label: str) -> Iterator[Item]:
-    """Go through `items` with a progress bar beside the label; use it in cells tagged nbval-ignore-output."""
-    import ipywidgets
+def progress(items: Iterable[Item], label: str, total: int | None = None) -> Iterator[Item]:
+    """Iterate over items with a progress bar; use it in cells tagged nbval-ignore-output.
 
-    listed = list(items)
-    bar = ipywidgets.IntProgress(max=len(listed), description=label, style={"description_width": "initial"})
-    display(bar)
-    for item in listed:
-        yield item
-        bar.value += 1
+    Args:
+        items: what to iterate over.
+        label: text next to the bar.
+        total: number of items, if `items` has no length.
+    """
+    yield from tqdm(items, desc=label, total=total)
 
 
 def text_color(background: str) -> str:
