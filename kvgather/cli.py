@@ -38,7 +38,7 @@ def doctor(arguments: argparse.Namespace) -> int:
 
 def crash(arguments: argparse.Namespace) -> int:
     """Run the crash cases, print what became of each, and compare with what should."""
-    from .bench.files import check_replaceable
+    from .files import check_replaceable
     from .lab import crash as lab
 
     if arguments.list:
@@ -78,14 +78,14 @@ def _list_cases(device: str) -> int:
 
 def bench(arguments: argparse.Namespace) -> int:
     """Measure, print each case's rows when they are there, and keep them in a CSV file."""
-    from .bench import runner
     from .bench.keep import RowWriter
+    from .bench.machine import COMMIT
     from .bench.progress import Progress
     from .device import resolve_device
 
     device = resolve_device(arguments.device, "--device")
     if arguments.commit:
-        os.environ[runner.COMMIT] = arguments.commit
+        os.environ[COMMIT] = arguments.commit
     what = importlib.import_module(f".bench.{arguments.what}", __package__)
     path = None if arguments.csv is None else Path(arguments.csv or _default_csv(arguments.what, device.type))
     with Progress() as progress, RowWriter(path, progress) as keep:
@@ -96,11 +96,12 @@ def bench(arguments: argparse.Namespace) -> int:
 
 
 def _default_csv(what: str, device_type: str) -> Path:
-    from .bench import report, runner
-    from .bench.files import RESULTS
+    from .bench.machine import machine
+    from .bench.report import slug
+    from .bench.results import RESULTS
 
-    slug = "cpu" if device_type == "cpu" else report.slug(runner.machine(device_type)["device"])
-    return RESULTS / f"{what}_{slug}.csv"
+    device = "cpu" if device_type == "cpu" else slug(machine(device_type)["device"])
+    return RESULTS / f"{what}_{device}.csv"
 
 
 def _add_doctor(commands: Commands) -> None:
@@ -126,7 +127,7 @@ def _add_crash(commands: Commands) -> None:
 
 
 def _add_bench(commands: Commands) -> None:
-    from .bench.files import RESULTS
+    from .bench.results import RESULTS
 
     parser = commands.add_parser(
         "bench",

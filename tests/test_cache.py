@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import kvgather as kg
-from kvgather.bench.cases import POOL_STYLES, Case, build
+from kvgather.cases import POOL_STYLES, Case, build
 from kvgather.formats.fp8 import FORMATS, POOL_DTYPES, SCALE_FLOOR, computed_scale, quantize
 from kvgather.formats.layout import LAYOUTS, element_offset
 from kvgather.formats.scale import KINDS

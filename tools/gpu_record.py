@@ -17,7 +17,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- the GPU's records: begin -->\n", "<!-- the GPU's records: end -->\n"
 _MACHINE = """
 import json, torch
-from kvgather.bench.runner import machine
+from kvgather.bench.machine import machine
 gpu = torch.cuda.is_available()
 gigabytes = torch.cuda.get_device_properties(0).total_memory / 1e9 if gpu else 0.0
 print(json.dumps([gigabytes, machine("cuda" if gpu else "cpu")]))

@@ -1,1 +1,1 @@
-"""What is tested and timed: one table of cases, shared by the tests and the benchmarks."""
+"""Benchmarks: what `kvgather bench` times, the limits it compares with, and the rows it writes."""

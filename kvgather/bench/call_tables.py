@@ -1,8 +1,8 @@
-"""What committed rows say of the engines' call, as tables: of the README and of chapter 07.
+"""Tables of the committed rows of the engines' call and of host times, for the README and for chapter 07.
 
     python -m kvgather.bench.call_tables README.md
 
-writes the README's again, between its two markers; nothing stands there while no rows are committed.
+rewrites the README's tables, between its two markers; without committed rows it leaves nothing between them.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from . import host
-from .calls import CALLS, EAGER, ENGINES_CALL, UPSTREAM
-from .cases import Case
+from ..cases import Case
+from ..cases.measured import CALLS, HOST
+from .calls import EAGER, ENGINES_CALL, UPSTREAM
 from .report import Row, read, slug
 
 BEGIN, END = "<!-- the engines' call: begin -->", "<!-- the engines' call: end -->"
@@ -30,19 +30,19 @@ IN_README = (
     ("SHUFFLE", 8, 128, 131072),
     ("SHUFFLE", 1, 64, 16384),
 )
-"""Layout, heads, head_dim and tokens; all cases are in the chapter."""
+"""Layout, heads, head_dim and tokens of the README's rows; the chapter shows all cases."""
 
 Line = tuple[str, ...]
 
 
 def committed(results: Path, benchmark: str) -> list[Row]:
-    """The rows of the engines' call, or of host times, of the first GPU whose file has them.
+    """The rows of the engines' call, or of host times, from the first file that has them.
 
     Args:
         results: the folder `benchmarks/results`.
         benchmark: "gather" or "host".
     """
-    names = {case.name for case in (CALLS if benchmark == "gather" else (host.CASE,))}
+    names = {case.name for case in (CALLS if benchmark == "gather" else (HOST,))}
     for path in sorted(results.glob(f"{benchmark}_*.csv")):
         rows = [row for row in read(path) if row.benchmark == benchmark and row.case in names]
         if rows:
@@ -51,13 +51,13 @@ def committed(results: Path, benchmark: str) -> list[Row]:
 
 
 def call_lines(rows: Sequence[Row], cases: Iterable[Case] = CALLS) -> list[Line]:
-    """A line under `CALL_HEADERS` for each case that was measured: time on the GPU, then of an eager call."""
+    """A line under `CALL_HEADERS` for each measured case: GPU times, then eager times."""
     by_name = {(row.case, row.implementation): row for row in rows}
     lines: list[Line] = []
     for case in cases:
         names = ("kvgather", ENGINES_CALL, UPSTREAM, ENGINES_CALL + EAGER, UPSTREAM + EAGER)
-        found = [by_name.get((case.name, name)) for name in names]
-        planned, call, upstream, eager_call, eager_upstream = (row and row.p50_us for row in found)
+        measured = [by_name.get((case.name, name)) for name in names]
+        planned, call, upstream, eager_call, eager_upstream = (row and row.p50_us for row in measured)
         if planned and call and upstream and eager_call and eager_upstream:
             shape = f"{case.num_heads} × {case.k_dim}, {case.layout}"
             gpu = (_time(planned), _time(call), _time(upstream), f"{upstream / call:.1f} ×")
@@ -78,7 +78,7 @@ def where(rows: Sequence[Row]) -> str:
 
 
 def readme_block(results: Path) -> str:
-    """What stands between the README's markers; empty while one of the two kinds of rows is missing."""
+    """The text between the README's markers; empty unless both kinds of rows are committed."""
     rows, times = committed(results, "gather"), committed(results, "host")
     by_key = {(case.layout, case.num_heads, case.k_dim, case.total_tokens): case for case in CALLS}
     lines = call_lines(rows, [by_key[key] for key in IN_README])
@@ -104,10 +104,10 @@ These rows, and more cases, are in {_link("gather", rows)} and {_link("host", ti
 
 
 def write_readme(path: Path, results: Path) -> None:
-    """Write the README's block again.
+    """Rewrite the README's tables.
 
     Raises:
-        ValueError: the markers are not there, once each and in order.
+        ValueError: the README does not have the two markers in order.
     """
     text = path.read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)

@@ -1,5 +1,5 @@
-"""What `kvgather bench gather` times: our gather, upstream's form of it, and what one would write in plain torch; and
-what a gather needs besides."""
+"""The implementations that `kvgather bench gather` times: our gather, upstream's form of it, plain torch; and the build
+of a plan."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cases import Built
 from ..formats.fp8 import FORMATS, dequantize
 from ..formats.layout import as_nhd
 from ..gather.compat import cp_mha_gather_cache
 from ..plan import GatherPlan
-from .cases import Built
 from .runner import Call
 
 Outputs = tuple[Tensor, Tensor]
 Implementation = Callable[[Built, Outputs], Call]
-"""From a case's tensors and the rows to fill, the call to time."""
+"""Prepares the call to time, from a case's tensors and the rows to fill."""
 
 
 def ours(built: Built, out: Outputs) -> Call:
@@ -28,26 +28,26 @@ def ours(built: Built, out: Outputs) -> Call:
 
 
 def token_per_program(built: Built, out: Outputs) -> Call:
-    """One program per (token, head): upstream's form in our rewrite, told the right kind of scale."""
+    """One program per (token, head): upstream's form in our rewrite, with the right scale kind."""
     from ..lab import before_fix
 
     return partial(before_fix.cp_mha_gather_cache, *_engines_arguments(built, out))
 
 
 def engines_call(built: Built, out: Outputs) -> Call:
-    """The gather as engines call it, with everything that `cp_mha_gather_cache` does."""
+    """`cp_mha_gather_cache`, as engines call it."""
     return partial(cp_mha_gather_cache, *_engines_arguments(built, out))
 
 
 def upstream_form(built: Built, out: Outputs) -> Call:
-    """One raw launch of upstream's form of the kernel (our rewrite), told the right kind of scale."""
+    """One raw launch of upstream's form of the kernel (our rewrite), with the right scale kind."""
     from ..lab.before_fix import raw_launch
 
     return raw_launch(*_engines_arguments(built, out))
 
 
 def _engines_arguments(built: Built, out: Outputs) -> tuple[Any, ...]:
-    """What `cp_mha_gather_cache` takes; sequences begin at 0, and the flag says what the scale is."""
+    """The arguments of `cp_mha_gather_cache`; sequences begin at 0, and the flag agrees with the scale."""
     from ..lab.before_fix import token_to_batch
 
     case, cache = built.case, built.cache
@@ -70,22 +70,22 @@ def torch_index(built: Built, out: Outputs) -> Call:
 
     def run() -> None:
         for pool, scale, target in _sides(built, out):
-            held = pool.view(torch.uint8) if pool.dtype in FORMATS else pool
+            codes = pool.view(torch.uint8) if pool.dtype in FORMATS else pool
             which = "key" if target is out[0] else "value"
             if case.layout == "SHUFFLE" and which == "value":
                 x = pool.shape[4]
-                rows = held[block, :, slot // x, :, slot % x]
+                rows = codes[block, :, slot // x, :, slot % x]
             elif case.layout == "SHUFFLE":
-                rows = held[block, :, :, slot].flatten(2, 3)
+                rows = codes[block, :, :, slot].flatten(2, 3)
             else:
-                rows = held[block, slot] if case.layout == "NHD" else held[block, :, slot]
+                rows = codes[block, slot] if case.layout == "NHD" else codes[block, :, slot]
             target.copy_(dequantize(rows.view(pool.dtype), _factor(scale, block, slot), target.dtype))
 
     return run
 
 
 def python_loop(built: Built, out: Outputs) -> Call:
-    """What an engine falls back to without a kernel: a Python loop over the blocks of every sequence."""
+    """An engine's fallback without a kernel: a Python loop over the blocks of every sequence."""
     case = built.case
     table = built.block_table.tolist()
 
@@ -104,10 +104,10 @@ def python_loop(built: Built, out: Outputs) -> Call:
 
 
 def plan_build(built: Built, out: Outputs) -> Call:
-    """Building the checked plan, which then serves every layer; nothing in it waits, so it can be captured.
+    """The build of the checked plan, which serves all layers; it does not synchronize, so it can be captured.
 
     Raises:
-        ArithmeticError: the records are not those that a CPU builds.
+        ArithmeticError: the records differ from those built on a CPU.
     """
 
     def plan_of(block_table: Tensor, cu_seqlens_k: Tensor) -> GatherPlan:

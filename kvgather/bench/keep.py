@@ -1,4 +1,4 @@
-"""Rows of a running benchmark, printed and kept as they come: what was measured is not lost with what was not."""
+"""Rows of a running benchmark, printed and written to a file case by case: an interrupted run keeps its rows."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+from ..files import check_replaceable
 from . import report
-from .files import check_replaceable
 from .progress import Progress
 
 STDOUT = Path("-")
 
 
 class RowWriter:
-    """Called with the rows of each case; used as a context.
+    """Call it with the rows of each case; use it as a context.
 
     Args:
-        path: the CSV file that keeps the rows, in place of older ones of the same case and device; None keeps none.
-            "-" is the standard output: the CSV comes in the end, and everything else goes to the standard error.
-        progress: whose bar is cleared before rows are printed.
+        path: the CSV file of the rows, which replace its rows of the same case and device; None writes no file. "-" is
+            the standard output: it gets the CSV at the end, and the standard error gets everything else.
+        progress: prints text without breaking the progress bar.
 
     Raises:
-        OSError, ValueError: at once, if no rows can be kept at `path`; and in the end, after the rows were printed as
-            CSV, if they could not be written there.
+        OSError, ValueError: at once, if the file cannot be written or is not a file of rows; at the end, after printing
+            the rows as CSV, if writing them failed.
     """
 
     def __init__(self, path: Path | None, progress: Progress) -> None:
@@ -32,7 +32,6 @@ class RowWriter:
         self._csv_to_stdout = path == STDOUT
         self._progress = progress
         self._rows: list[report.Row] = []
-        self._width = 0
         self._unkept: OSError | None = None
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,19 +40,16 @@ class RowWriter:
                 report.read(self._path)
 
     def __call__(self, rows: Sequence[report.Row]) -> None:
-        first = not self._rows
         self._rows += rows
-        self._width = max([self._width, *(len(row.implementation) for row in rows)])
         self._keep()
-        self.say(report.table(rows, width=self._width, header=first))
+        self.say(report.table(rows))
 
     def say(self, text: str) -> None:
-        """Print lines for people."""
-        self._progress.clear()
-        print(text, file=sys.stderr if self._csv_to_stdout else sys.stdout, flush=True)
+        """Print text for people."""
+        self._progress.say(text, sys.stderr if self._csv_to_stdout else sys.stdout)
 
     def _keep(self) -> None:
-        """Write all rows; a disk that is full now may not be so after the next case."""
+        """Write all rows; if that fails now, it may succeed after the next case."""
         if self._path is None:
             return
         before, self._unkept = self._unkept, None

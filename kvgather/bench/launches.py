@@ -1,7 +1,7 @@
-"""Launches beside our gather's, with its tiles: of nothing, of a decode in software, and of a gather that trusts.
+"""Variants of our gather's launch, with the same tiles: an empty kernel, a software decode, and an unchecked gather.
 
-The last reads the block table, and no checked records, so it says what they cost. With a bad id in its table it reads
-outside the pool; it stays here.
+The unchecked gather reads the block table instead of checked records, so its time shows the cost of the records. A bad
+block id makes it read outside the pool: it is for benchmarks only.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..cases import Built
 from ..device import interpreting
 from ..gather.kernel import Side, finish, gather_kernel, load_scale, load_tile, pointers_of, prepare, store_tile
 from ..kernels.launch import launching
-from .cases import Built
 from .runner import Call
 
 
@@ -90,7 +90,7 @@ def trusting_kernel(
 
 
 class _Launch:
-    """What our gather's launch on a case has, for others to launch alike."""
+    """The launch of our gather on a case: its tensors, strides, constants and grid, for the variants."""
 
     def __init__(self, built: Built, out: tuple[Tensor, Tensor]) -> None:
         case, cache, self.interpreted = built.case, built.cache, interpreting()
@@ -109,14 +109,14 @@ class _Launch:
 
 
 def empty_launch(built: Built, out: tuple[Tensor, Tensor]) -> Call:
-    """A kernel that does nothing, with as many programs and warps as our gather has."""
+    """An empty kernel with the programs and warps of our gather."""
     ours = _Launch(built, out)
     warps = ours.launch.constants["num_warps"]
     return partial(ours.run, empty_kernel, (ours.programs,), ours.records, num_warps=warps)
 
 
 def software_decode(built: Built, out: tuple[Tensor, Tensor]) -> Call:
-    """Our gather as it is where the hardware does not decode the pool's format."""
+    """Our gather as compiled for hardware that cannot decode the pool's format."""
     ours = _Launch(built, out)
     constants = ours.launch.constants | {"HARDWARE": False}
     numbers = (0, 0, 0, 0, 0, 0)
@@ -125,7 +125,7 @@ def software_decode(built: Built, out: tuple[Tensor, Tensor]) -> Call:
 
 
 def trusting(built: Built, out: tuple[Tensor, Tensor]) -> Call:
-    """The same tiles from the block table as it is; sequences that begin at 0, and nothing is checked."""
+    """The same tiles, found in the block table without a check; sequences begin at position 0."""
     ours, case, table = _Launch(built, out), built.case, built.block_table
     grid = (triton.cdiv(max(case.lengths), case.page_size) * ours.launch.page_tiles, len(case.lengths))
     arguments = (table, built.cu_seqlens_k, table.stride(0), *ours.pointers, *ours.launch.strides[1:])

@@ -1,48 +1,52 @@
-"""How far a benchmark is: a bar where a person is watching, plain lines where not."""
+"""The progress of a benchmark: tqdm's bar on a terminal, one line per case elsewhere and without tqdm."""
 
 from __future__ import annotations
 
-import re
-import shutil
 import sys
-import time
-from typing import TextIO
+from collections.abc import Iterator, Sequence
+from typing import Any, TextIO
 
-_LINE = re.compile(r"\[(\d+)/(\d+)\] (.*)")
+from .runner import AnyCase
+
+try:
+    from tqdm import tqdm
+except ImportError:  # it comes with kvgather[bench]
+    tqdm = None
 
 
 class Progress:
-    """Called with a line `[3/72] what` before each step; used as a context, it clears its bar in the end."""
+    """Iterates over cases and shows the progress; used as a context, it removes its bar at the end.
+
+    Args:
+        file: where the progress is shown; default: the standard error.
+    """
 
     def __init__(self, file: TextIO | None = None) -> None:
         self._file = sys.stderr if file is None else file
-        self._begin = time.monotonic()
-        self._bar = self._file.isatty()
+        self._bar: Any = None
 
-    def __call__(self, line: str) -> None:
-        found = _LINE.fullmatch(line)
-        if not (self._bar and found):
-            print(line, file=self._file, flush=True)
+    def __call__(self, cases: Sequence[AnyCase]) -> Iterator[AnyCase]:
+        if tqdm is not None and self._file.isatty():
+            self._bar = tqdm(cases, file=self._file, unit="case", mininterval=0, leave=False)
+            for case in self._bar:
+                self._bar.set_postfix_str(case.name)
+                yield case
             return
-        nth, count = int(found[1]), int(found[2])
-        done, passed = nth - 1, time.monotonic() - self._begin
-        left = f"{_clock(passed / done * (count - done))} left" if done else "     left"
-        bar = "█" * (20 * done // count)
-        text = f"{bar:░<20} {nth}/{count}  {left:>10}  {found[3]}"
-        width = shutil.get_terminal_size().columns - 1
-        print(f"\r\x1b[K{text[:width]}", end="", file=self._file, flush=True)
+        for nth, case in enumerate(cases, 1):
+            print(f"[{nth}/{len(cases)}] {case.name}", file=self._file, flush=True)
+            yield case
+
+    def say(self, text: str, file: TextIO) -> None:
+        """Print lines without breaking the bar."""
+        if self._bar is None:
+            print(text, file=file, flush=True)
+        else:
+            tqdm.write(text, file=file)
+            file.flush()
 
     def __enter__(self) -> Progress:
         return self
 
-    def clear(self) -> None:
-        """Take the bar away, for lines that go to the same terminal; the next step draws it again."""
-        if self._bar:
-            print("\r\x1b[K", end="", file=self._file, flush=True)
-
     def __exit__(self, *_: object) -> None:
-        self.clear()
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+        if self._bar is not None:
+            self._bar.close()

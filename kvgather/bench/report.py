@@ -1,4 +1,4 @@
-"""Rows of measurements: as CSV beside earlier ones, and as a table to read."""
+"""Rows of measurements: in CSV files, next to earlier rows, and as text tables."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import io
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import groupby
 from pathlib import Path
 
-from .files import replace_text
+from ..files import replace_text
+from .tables import text_table
 
 
 @dataclass(frozen=True)
@@ -17,19 +19,18 @@ class Row:
     """One measurement.
 
     Attributes:
-        benchmark, case, implementation: what was measured.
-        p20_us, p50_us, p80_us: percentiles of the time of one call.
-        samples: how many times were taken.
-        bytes: what has to be moved: codes and scales read once, rows written once; 0 of what gathers nothing. Of
-            attention: codes and scales read once; or a peak of memory, if the row is named so.
+        benchmark, case, implementation: names.
+        p20_us, p50_us, p80_us: percentiles of the time of one call, in µs.
+        samples: number of measured times.
+        bytes: bytes a gather has to move: codes and scales read once, rows written once; 0 for calls that gather
+            nothing. For attention: bytes of codes and scales, read once. In a row named "peak memory": that peak.
         gb_per_s: bytes over the median, in 10⁹ bytes per second.
-        share_of_cast: the contiguous cast's median per byte over this one's, measured in the same run; 0 where no cast
-            was.
-        against_loop: the Python loop's median over this one's, same run; 0 where the loop was not run.
-        against_token: the one-program-per-(token, head) kernel's median over this one's, same run; 0 likewise.
-        device, driver, torch, triton, commit, date: where and when.
-        launches: of a host time, over the median of one raw launch in the same run; 0 elsewhere. A file in which no row
-            has any has no such column.
+        share_of_cast: the contiguous cast's median per byte over this row's, from the same run; 0 without a cast.
+        against_loop: the Python loop's median over this row's, from the same run; 0 without the loop.
+        against_token: the median of one program per (token, head) over this row's, from the same run; 0 without it.
+        device, driver, torch, triton, commit, date: machine, versions and date.
+        launches: a host time over the median of one raw launch, from the same run; 0 for other times. A file without
+            host times does not have this column.
     """
 
     benchmark: str
@@ -58,18 +59,22 @@ _ALWAYS = _COLUMNS[:-1]
 
 
 def write(rows: Iterable[Row], path: Path) -> None:
-    """Write rows to a CSV file, in place of the rows it has of the same benchmark, case and device; makes its folder.
+    """Write rows to a CSV file; they replace the file's rows of the same benchmark, case and device.
+
+    Args:
+        rows: the new rows.
+        path: the file; its folder is created.
 
     Raises:
-        ValueError: the file that is there is not one of rows.
-        OSError: it cannot be written; what was there is as it was.
+        ValueError: the columns of the existing file are not a row's.
+        OSError: the file cannot be written; an existing file is unchanged.
     """
     rows = list(rows)
     replaced = {(row.benchmark, row.case, row.device) for row in rows}
     old = read(path) if path.is_file() else []
-    kept = [row for row in old if (row.benchmark, row.case, row.device) not in replaced]
+    others = [row for row in old if (row.benchmark, row.case, row.device) not in replaced]
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(path, as_csv([*kept, *rows]))
+    replace_text(path, as_csv([*others, *rows]))
 
 
 def as_csv(rows: Sequence[Row]) -> str:
@@ -98,28 +103,29 @@ def read(path: Path) -> list[Row]:
         return [Row(**{name: convert[name](line[name]) for name in columns}) for line in reader]
 
 
-def table(rows: Sequence[Row], *, width: int = 0, header: bool = True) -> str:
-    """The rows as text, one line each, cases apart; the last column is the time against the case's first row.
+def table(rows: Iterable[Row]) -> str:
+    """Rows as text, a table for each case; the last column is the time relative to the case's first row.
 
     Args:
-        rows: of one case after the other.
-        width: of the first column, at least.
-        header: whether the first line names the columns.
+        rows: rows of one case after the other.
     """
-    width = max([width, *(len(row.implementation) for row in rows)])
-    columns = f"{'median':>10}  {'20 % to 80 %':>22}  {'GB/s':>7}  {'of the cast':>11}  {'time':>8}"
-    lines = [f"{'':{width + 2}}  {columns}"] if header else []
-    case, first = "", 0.0
-    for row in rows:
-        if row.case != case:
-            case, first = row.case, row.p50_us
-            lines += ["", case]
-        spread = f"{_time(row.p20_us)} to {_time(row.p80_us)}"
-        share = f"{row.share_of_cast:11.3f}" if row.share_of_cast else f"{'':11}"
-        moved = f"{row.gb_per_s:7.1f}  {share}" if row.bytes and row.gb_per_s else f"{'':7}  {'':11}"
-        time = f"{_time(row.p50_us):>10}  {spread:>22}"
-        lines.append(f"  {row.implementation:<{width}}  {time}  {moved}  {row.p50_us / first:6.2f} ×")
-    return "\n".join(lines)
+    parts = []
+    for case, group in groupby(rows, key=lambda row: row.case):
+        lines = list(group)
+        cells = [_cells(row, lines[0]) for row in lines]
+        parts += ["", case, text_table(cells, HEADERS, "lrrrrr")]
+    return "\n".join(parts)
+
+
+HEADERS = ("", "median", "20 % to 80 %", "GB/s", "of the cast", "time")
+
+
+def _cells(row: Row, first: Row) -> tuple[str, ...]:
+    rate = f"{row.gb_per_s:.1f}" if row.bytes and row.gb_per_s else ""
+    share = f"{row.share_of_cast:.3f}" if rate and row.share_of_cast else ""
+    spread = f"{_time(row.p20_us)} to {_time(row.p80_us)}"
+    relative = f"{row.p50_us / first.p50_us:.2f} ×" if first.p50_us else ""
+    return row.implementation, _time(row.p50_us), spread, rate, share, relative
 
 
 def _time(microseconds: float) -> str:
@@ -127,7 +133,7 @@ def _time(microseconds: float) -> str:
 
 
 def slug(device: str) -> str:
-    """A device's name in the name of a file: "h100" of "NVIDIA H100 80GB HBM3", "cpu" of any CPU's."""
+    """A device's name for a file name: "h100" for "NVIDIA H100 80GB HBM3"."""
     words = [word for word in re.split(r"[^a-z0-9]+", device.lower()) if word not in _MAKERS]
     size = next((at for at, word in enumerate(words) if re.fullmatch(r"\d+gb|sxm\d*|pcie|nvl|oam", word)), len(words))
     return "_".join(words[:size])

@@ -1,27 +1,23 @@
-"""Timing: on a GPU by replaying a CUDA graph over inputs that do not fit in its cache, on a CPU by the clock."""
+"""What all benchmarks share: the timer, the comparison with the reference, rows, and the run over the cases.
+
+On a GPU a timing replays a CUDA graph over inputs that exceed the last cache; on a CPU it uses the clock.
+"""
 
 from __future__ import annotations
 
-import datetime
-import functools
-import os
-import platform
 import statistics
-import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol, TypedDict, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
-from ..device import triton_available
+from .machine import machine
 from .report import Row
 
 Call = Callable[[], object]
-COMMIT = "KVGATHER_COMMIT"
-"""The environment variable that says which commit this is, for a copy of which git does not know."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +38,38 @@ class Timing:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """The size of the last cache in front of memory: the L2 of a GPU, 64 MiB assumed for a CPU."""
+    """The size of the last cache before memory: the L2 of a GPU; 64 MiB is assumed for a CPU."""
     return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 64 * 2**20
+
+
+def copies_for(size: int, device: torch.device, most: int = 8) -> int:
+    """How many inputs to use in turn: on a GPU, enough to exceed three times its last cache.
+
+    Args:
+        size: bytes that one call moves.
+        device: where the calls run.
+        most: upper limit.
+    """
+    return 1 if device.type == "cpu" else min(most, -(-3 * cache_bytes(device) // max(size, 1)))
+
+
+def check_rows(name: str, case: str, call: Call, out: Sequence[Tensor], reference: Sequence[Tensor]) -> None:
+    """Run a call that fills `out`, and compare `out` with the reference, bit by bit.
+
+    Args:
+        name, case: names of the implementation and of the case, for the message.
+        call: the call.
+        out: tensors that the call fills; overwritten with NaN before it.
+        reference: the expected contents.
+
+    Raises:
+        ArithmeticError: `out` differs from the reference.
+    """
+    for tensor in out:
+        tensor.fill_(float("nan"))
+    call()
+    if not all(torch.equal(actual, expected) for actual, expected in zip(out, reference, strict=True)):
+        raise ArithmeticError(f"{name} is not the reference on {case}")
 
 
 def time_calls(
@@ -52,46 +78,47 @@ def time_calls(
     """Time one call, taking the given ones in turn.
 
     Args:
-        calls: the same work on different memory; as many as it takes to leave the cache.
-        device: where they run.
-        seconds: about how long to measure, after a warm-up.
-        graph: on a GPU, whether the calls can be captured in a CUDA graph, which takes the host's time out.
-        alone: on a GPU, whether each call is a graph of its own and is timed by itself, its launch included.
+        calls: the same work on different memory, see `copies_for`.
+        device: where the calls run.
+        seconds: approximate time to measure, after a warm-up.
+        graph: on a GPU, whether the calls can be captured in a CUDA graph, which excludes the host's time.
+        alone: on a GPU, whether each call has a graph of its own and is timed by itself, its launch included.
 
     Returns:
-        Percentiles over the samples; on a GPU with a graph a sample is a replay of all calls, unless each is alone.
+        Percentiles over the samples. On a GPU with a graph a sample is one replay of all calls, unless `alone`.
     """
     for call in calls:
         call()
     if device.type == "cpu":
-        return _time_on_cpu(calls, seconds)
+        return time_on_cpu(calls, seconds)
     torch.cuda.synchronize(device)
     works: list[Call]
     if not graph:
         works = [lambda: [call() for call in calls]]
     else:
-        works = [_captured([call]) for call in calls] if alone else [_captured(calls)]
+        works = [captured([call]) for call in calls] if alone else [captured(calls)]
     for work in works:
         work()
     torch.cuda.synchronize(device)
     samples: list[float] = []
     end = time.monotonic() + seconds
     while time.monotonic() < end and len(samples) < 400:
-        batch = []
-        if alone:  # the GPU waits a millisecond, so that the host's time to ask for it is not between the events
+        events = []
+        if alone:  # the GPU sleeps for a millisecond, so that the launch's host time is not between the events
             torch.cuda._sleep(2_000_000)
         for work in works * (5 if graph else 1):
             start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             work()
             stop.record()
-            batch.append((start, stop))
+            events.append((start, stop))
         torch.cuda.synchronize(device)
-        samples += [1e3 * start.elapsed_time(stop) * len(works) / len(calls) for start, stop in batch]
+        samples += [1e3 * start.elapsed_time(stop) * len(works) / len(calls) for start, stop in events]
     return Timing.of(samples)
 
 
-def _captured(calls: Sequence[Call]) -> Call:
+def captured(calls: Sequence[Call]) -> Call:
+    """Capture calls in one CUDA graph; returns its replay."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for call in calls:
@@ -99,7 +126,8 @@ def _captured(calls: Sequence[Call]) -> Call:
     return graph.replay
 
 
-def _time_on_cpu(calls: Sequence[Call], seconds: float) -> Timing:
+def time_on_cpu(calls: Sequence[Call], seconds: float) -> Timing:
+    """Time calls by the clock, at least 5 and at most about 100 of them."""
     samples: list[float] = []
     end = time.monotonic() + seconds
     while len(samples) < 5 or (time.monotonic() < end and len(samples) < 100):
@@ -110,6 +138,29 @@ def _time_on_cpu(calls: Sequence[Call], seconds: float) -> Timing:
     return Timing.of(samples)
 
 
+def row_of(
+    benchmark: str,
+    case: str,
+    implementation: str,
+    timing: Timing,
+    device: torch.device,
+    *,
+    size: int = 0,
+    share_of_cast: float = 0.0,
+    against_loop: float = 0.0,
+    against_token: float = 0.0,
+    launches: float = 0.0,
+) -> Row:
+    """A row of results; `size` is its `bytes`, the other arguments are those of `Row`."""
+    return Row(
+        benchmark=benchmark, case=case, implementation=implementation,
+        p20_us=round(timing.p20, 2), p50_us=round(timing.p50, 2), p80_us=round(timing.p80, 2), samples=timing.samples,
+        bytes=size, gb_per_s=round(size / timing.p50 / 1e3, 1) if timing.p50 else 0.0,
+        share_of_cast=round(share_of_cast, 4), against_loop=round(against_loop, 2),
+        against_token=round(against_token, 2), launches=round(launches, 3), **machine(device.type),
+    )  # fmt: skip
+
+
 class Named(Protocol):
     """A case of any benchmark."""
 
@@ -118,103 +169,43 @@ class Named(Protocol):
 
 
 AnyCase = TypeVar("AnyCase", bound=Named)
+Measure = Callable[..., list[Row]]
+"""`measure(case, device, seconds=…)`: the rows of one case."""
 
 
 def run_cases(
-    cases: Sequence[AnyCase],
-    measure: Callable[[AnyCase], list[Row]],
+    cases: Callable[[torch.device], Sequence[AnyCase]],
+    measure: Measure,
+    device: torch.device,
     *,
     only: str = "",
-    progress: Callable[[str], None] | None = None,
+    seconds: float = 0.2,
+    progress: Callable[[Sequence[AnyCase]], Iterable[AnyCase]] | None = None,
     keep: Callable[[list[Row]], None] | None = None,
 ) -> list[Row]:
-    """Measure the cases whose name holds `only`.
+    """Measure the cases of a benchmark whose name contains `only`.
 
     Args:
-        cases: all there are.
-        measure: gives a case's rows.
-        only: part of a case's name; empty is all.
-        progress: called with a line before each case, such as `[3/72] NHD-8x64-…`.
-        keep: called with each case's rows when they were measured.
+        cases: gives the cases that a device can measure.
+        measure: gives the rows of a case.
+        device: where the calls run.
+        only: part of a case's name; empty selects all cases.
+        seconds: approximate time to measure each implementation.
+        progress: iterates over the selected cases and shows the progress, see `bench.progress`.
+        keep: called with the rows of each case, once they are measured.
 
     Raises:
-        ValueError: no case's name holds `only`.
+        ValueError: no case's name contains `only`, or the device cannot run the benchmark.
+        ArithmeticError: an implementation's rows are not the reference's.
     """
-    chosen = [case for case in cases if only in case.name]
-    if not chosen:
-        raise ValueError(f"--case is {only!r}; accepted: part of one of {', '.join(case.name for case in cases)}")
+    known = cases(device)
+    selected = [case for case in known if only in case.name]
+    if not selected:
+        raise ValueError(f"--case is {only!r}; accepted: part of one of {', '.join(case.name for case in known)}")
     rows: list[Row] = []
-    for nth, case in enumerate(chosen, 1):
-        if progress is not None:
-            progress(f"[{nth}/{len(chosen)}] {case.name}")
-        measured = measure(case)
+    for case in selected if progress is None else progress(selected):
+        measured = measure(case, device, seconds=seconds)
         if keep is not None:
             keep(measured)
         rows += measured
     return rows
-
-
-class Machine(TypedDict):
-    """A row's columns about where and when."""
-
-    device: str
-    driver: str
-    torch: str
-    triton: str
-    commit: str
-    date: str
-
-
-@functools.cache
-def machine(device_type: str) -> Machine:
-    """What a row says about where it was measured: device, driver, versions, commit and date."""
-    import importlib.metadata
-
-    if device_type == "cuda":
-        name, driver = (
-            torch.cuda.get_device_name(),
-            _line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        )
-    else:
-        name, driver = f"{_cpu_name()}, {torch.get_num_threads()} threads", ""
-    return {
-        "device": name,
-        "driver": driver,
-        "torch": torch.__version__,
-        "triton": importlib.metadata.version("triton") if triton_available() else "",
-        "commit": os.environ.get(COMMIT) or _commit_of(Path(__file__).resolve()),
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def _commit_of(file: Path) -> str:
-    """The commit of a clone of this repository that a file of the package is in; nothing anywhere else.
-
-    An installed copy may be inside another repository's folder: that one does not track it, or has it deeper.
-    """
-    package = file.parents[1]
-    if not _line("git", "-C", str(package), "ls-files", "--error-unmatch", str(file)):
-        return ""
-    top = _line("git", "-C", str(package), "rev-parse", "--show-toplevel")
-    if not top or not Path(top).is_dir() or not package.parent.samefile(top):
-        return ""
-    return _line("git", "-C", str(package), "rev-parse", "--short", "HEAD")
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _line(*command: str) -> str:
-    """The first line a command prints, or nothing where there is no such command."""
-    try:
-        variables = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True, env=variables)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return (done.stdout.splitlines() or [""])[0].strip()

@@ -1,7 +1,7 @@
-"""Timing several ways to do one thing in turns, so that a GPU that slows down slows down all of them.
+"""Timing implementations in turns, so that a change of the GPU's clock affects all of them.
 
-`time_in_turns` gives GPU time, `time_eagerly` the time of a call in a loop of calls, which is the host's or the GPU's,
-whichever is longer, and `time_on_host` the time until a call returns.
+`time_in_turns` gives GPU time; `time_eagerly` the time of a call in a loop of calls, the host's or the GPU's, whichever
+is longer; `time_on_host` the time until a call returns.
 """
 
 from __future__ import annotations
@@ -11,30 +11,29 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from .runner import Call, Timing, _captured, _time_on_cpu
+from .runner import Call, Timing, captured, time_on_cpu
 
 EAGER_SECONDS = 0.02
-"""Length of one sample of eager calls: the GPU's work after the last launch is then a small part of it."""
+"""Length of one sample of eager calls: the GPU's work after the last launch is a small part of it."""
 HOST_BATCH = 8
-"""Calls between two waits for the GPU: few, so that its queue never fills and no launch waits for a place in it."""
+"""Calls between two synchronizations: few, so that the launch queue never fills and no launch blocks."""
 
 
 def time_in_turns(ways: Mapping[str, Sequence[Call]], device: torch.device, *, seconds: float) -> dict[str, Timing]:
-    """Time one call of each way, a little of every way at a time.
+    """GPU time of one call of each implementation, in turns.
 
     Args:
-        ways: by name, the same work on different memory, as in `time_calls`; each way's calls are captured in one CUDA
-            graph.
+        ways: each implementation's calls on different memory, as in `time_calls`; captured in one CUDA graph each.
         device: where they run.
-        seconds: about how long to measure each way, after a warm-up.
+        seconds: approximate time to measure each implementation, after a warm-up.
     """
     for calls in ways.values():
         for call in calls:
             call()
     if device.type == "cpu":
-        return {name: _time_on_cpu(calls, seconds) for name, calls in ways.items()}
+        return {name: time_on_cpu(calls, seconds) for name, calls in ways.items()}
     torch.cuda.synchronize(device)
-    replays = {name: _captured(calls) for name, calls in ways.items()}
+    replays = {name: captured(calls) for name, calls in ways.items()}
     for replay in replays.values():
         replay()
     torch.cuda.synchronize(device)
@@ -42,33 +41,33 @@ def time_in_turns(ways: Mapping[str, Sequence[Call]], device: torch.device, *, s
     end, rounds = time.monotonic() + seconds * len(ways), 0
     while rounds < 2 or (time.monotonic() < end and rounds < 100):
         rounds += 1
-        # The GPU waits a little, so that the host's time to ask for the first replay is not between its events.
+        # The GPU sleeps, so that the host time of the first replay's launch is not between its events.
         torch.cuda._sleep(200_000)
-        taken = []
+        events = []
         for name, replay in replays.items():
             for _ in range(3):
                 start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 start.record()
                 replay()
                 stop.record()
-                taken.append((name, start, stop))
+                events.append((name, start, stop))
         torch.cuda.synchronize(device)
-        for name, start, stop in taken:
+        for name, start, stop in events:
             samples[name].append(1e3 * start.elapsed_time(stop) / len(ways[name]))
     return {name: Timing.of(times) for name, times in samples.items()}
 
 
 def time_eagerly(ways: Mapping[str, Sequence[Call]], device: torch.device, *, seconds: float) -> dict[str, Timing]:
-    """Time one call in a host loop that launches call after call and waits for the GPU once, at the end.
+    """Time one call in a host loop that launches call after call and synchronizes once, at the end.
 
     Args:
-        ways: by name, the same work on different memory, as in `time_calls`.
+        ways: each implementation's calls on different memory, as in `time_calls`.
         device: where they run.
-        seconds: about how long to measure each way, after a warm-up.
+        seconds: approximate time to measure each implementation, after a warm-up.
 
     Returns:
-        Percentiles over loops of about `EAGER_SECONDS`, the ways in turns: per call, the host's time or the GPU's,
-        whichever is longer.
+        Percentiles over loops of about `EAGER_SECONDS`, the implementations in turns: per call, the host's time or the
+        GPU's, whichever is longer.
     """
     loops = {}
     for name, calls in ways.items():
@@ -86,21 +85,21 @@ def time_eagerly(ways: Mapping[str, Sequence[Call]], device: torch.device, *, se
 
 def _loop(calls: Sequence[Call], device: torch.device) -> float:
     """Time per call of one loop over all calls, in µs."""
-    _wait(device)
+    _synchronize(device)
     begin = time.perf_counter()
     for call in calls:
         call()
-    _wait(device)
+    _synchronize(device)
     return 1e6 * (time.perf_counter() - begin) / len(calls)
 
 
 def time_on_host(ways: Mapping[str, Call], device: torch.device, *, seconds: float) -> dict[str, Timing]:
-    """Time until one call returns; the work that it launched is not waited for.
+    """Time until one call returns, without the work that it launches.
 
     Args:
-        ways: by name, the calls; `HOST_BATCH` of one run before the next has its turn.
+        ways: each implementation's call; each runs `HOST_BATCH` times per turn.
         device: where they launch.
-        seconds: about how long to measure each way, after a warm-up.
+        seconds: approximate time to measure each implementation, after a warm-up.
     """
     for call in ways.values():
         for _ in range(HOST_BATCH):
@@ -110,15 +109,15 @@ def time_on_host(ways: Mapping[str, Call], device: torch.device, *, seconds: flo
     while rounds < 2 or time.monotonic() < end:
         rounds += 1
         for name, call in ways.items():
-            _wait(device)
+            _synchronize(device)
             for _ in range(HOST_BATCH):
                 begin = time.perf_counter_ns()
                 call()
                 samples[name].append((time.perf_counter_ns() - begin) / 1e3)
-    _wait(device)
+    _synchronize(device)
     return {name: Timing.of(times) for name, times in samples.items()}
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from ..bench.cases import Case, _pools
+from ..cases import Case, empty_pools
 from ..device import fp8_in_hardware
 from ..formats.fp8 import FORMATS
 from ..formats.layout import Which
@@ -51,7 +51,7 @@ def gpu_target(name: str) -> GPUTarget:
 
 
 def pools_of(variant: Variant) -> tuple[Tensor, Tensor]:
-    key, value = _pools(variant.case, variant.case.num_blocks, META)
+    key, value = empty_pools(variant.case, variant.case.num_blocks, META)
     if variant.heads_outermost:
         heads = 2 if variant.case.layout == "NHD" else 1
         key, value = (

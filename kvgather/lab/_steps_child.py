@@ -14,7 +14,7 @@ import torch
 import triton
 from triton.runtime.driver import driver
 
-from ..bench.cases import Case
+from ..cases import Case
 from ..device import fp8_in_hardware
 from ..gather.kernel import GatherLaunch
 from ._assembly_child import META, NoDriver, gpu_target, pools_of, side_of, warm_up, words_of

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..bench.cases import Case
+from ..cases import Case
 from .child import AnswerError, answers, check_seconds, command, environment
 
 TARGETS = (

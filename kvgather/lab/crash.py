@@ -28,8 +28,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..bench.files import replace_text
 from ..device import has_gpu
+from ..files import replace_text
 from .child import ROOT, STARTER, AnswerError, answers, check_seconds, command, environment
 
 KINDS = ("ok", "silent corruption", "segfault", "illegal access", "abort", "timeout", "failed")

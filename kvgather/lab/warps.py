@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..bench.cases import Case
+from ..cases import Case
 from .assembly import TARGETS, AssemblyError, width, widths
 from .child import AnswerError, answers, check_seconds, command, environment
 from .trace import Access, Trace
@@ -231,7 +231,7 @@ def compile_steps(jobs: Sequence[tuple[str, Case, str]], *, timeout: float = 300
     """Compile kernels of chapter 07 for targets, in a child process; needs no GPU.
 
     Args:
-        jobs: of each a name that `bench.steps.implementations` has, such as "2 tile", a case with its `num_blocks`, and
+        jobs: for each a name of chapter 07's kernels, such as "2 tile", a case with its `num_blocks`, and
             one of `assembly.TARGETS`. A name of several lines is the source of a kernel that copies a page of K in
             SHUFFLE: `(out_ptr, k_ptr, block, HEADS, PAGE, DIM)`.
         timeout: seconds that all of it may take.

@@ -1,4 +1,4 @@
-"""Pictures of what a kernel touched, drawn from a trace: the bytes of a page, and the elements of a scale."""
+"""Pictures of a kernel's loads, from a trace: the bytes of a page, and the elements of a scale."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from numpy.typing import NDArray
 from ..lab.trace import Trace
 from .figures import BAD, EMPTY, GOOD, INK, PALETTE, figure, legend
 
-__all__ = ["SECTOR", "page_picture", "scale_picture", "sectors"]
+__all__ = ["SECTOR", "byte_legend", "draw_bytes", "page_picture", "scale_picture", "sectors"]
 
 SECTOR = 32
-"""Bytes that an NVIDIA GPU moves at the least, from its cache or from memory."""
+"""The smallest number of bytes that an NVIDIA GPU moves, from its cache or from memory."""
 
 MOVED = "#B7DCF2"
 POOLS = {"key_cache_ptr": "K", "value_cache_ptr": "V"}
 
 
 def sectors(touched: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The 32-byte sectors that hold these bytes, each once."""
+    """The 32-byte sectors of these bytes, each once."""
     return np.unique(touched // SECTOR)
 
 
 def page_picture(
     traces: Mapping[str, Trace], program: tuple[int, ...], page_bytes: int, *, columns: int = 64
 ) -> Figure:
-    """The bytes of one page of K and of V that one program loads, one row of pictures per trace.
+    """The bytes of one page of K and of V that one program loads, a row of pictures for each trace.
 
     Args:
-        traces: by the name of the layout that was gathered.
-        program: whose loads to draw; they lie in one page.
+        traces: traces of a gather, by the name of the layout.
+        program: the program whose loads are drawn; they are in one page.
         page_bytes: bytes of a page, all heads.
         columns: bytes in a row of the picture.
     """
@@ -46,17 +46,22 @@ def page_picture(
         for (argument, pool), axes in zip(POOLS.items(), line, strict=True):
             touched = trace.bytes_touched(argument, program, "load")
             page = int(touched[0]) // page_bytes
-            _draw_page(axes, touched - page * page_bytes, rows, columns)
+            draw_bytes(axes, touched - page * page_bytes, rows, columns)
+            axes.set_ylabel("byte of the page", fontsize=8)
             used, moved = len(touched), SECTOR * len(sectors(touched))
             axes.set_title(f"{pool} in {layout}: {used} bytes used, {moved} moved", fontsize=10)
-    names = {"a byte the program asks for": PALETTE[0], "comes with it: the rest of the 32-byte sector": MOVED}
-    handles = [Rectangle((0, 0), 1, 1, facecolor=color) for color in names.values()]
-    drawing.legend(handles, list(names), loc="outside upper left", ncols=2, frameon=False, fontsize=9)
+    byte_legend(drawing, "byte that the program loads")
     return drawing
 
 
-def _draw_page(axes: Axes, touched: NDArray[np.int64], rows: int, columns: int) -> None:
-    """One page, coloured by what is asked for and what moves; thin lines every 16 bytes."""
+def draw_bytes(axes: Axes, touched: NDArray[np.int64], rows: int, columns: int) -> None:
+    """Draw bytes of memory in rows: those that are loaded, and the rest of their sectors; a line every 16 bytes.
+
+    Args:
+        axes: to draw into.
+        touched: offsets of the loaded bytes from the first byte of the picture.
+        rows, columns: size of the picture, in bytes.
+    """
     state = np.zeros(rows * columns, int)
     state[(sectors(touched)[:, None] * SECTOR + np.arange(SECTOR)).ravel()] = 1
     state[touched] = 2
@@ -67,21 +72,27 @@ def _draw_page(axes: Axes, touched: NDArray[np.int64], rows: int, columns: int) 
     axes.grid(axis="x", color=INK, linewidth=0.6)
     axes.tick_params(length=0, labelsize=8)
     axes.set(ylim=(rows, 0), xlim=(0, columns))
-    axes.set_ylabel("byte of the page", fontsize=8)
     for spine in axes.spines.values():
         spine.set_visible(False)
+
+
+def byte_legend(drawing: Figure, loaded: str) -> None:
+    """The legend of `draw_bytes`; `loaded` names a loaded byte."""
+    names = {loaded: PALETTE[0], "rest of the 32-byte sector, moved with it": MOVED}
+    handles = [Rectangle((0, 0), 1, 1, facecolor=color) for color in names.values()]
+    drawing.legend(handles, list(names), loc="outside upper left", ncols=2, frameon=False, fontsize=9)
 
 
 def scale_picture(
     trace: Trace, argument: str, *, num_blocks: int, num_heads: int, page_size: int, title: str = ""
 ) -> Figure:
-    """The `[block, head, slot]` grid that a kernel imagines, the elements that exist, and those it read.
+    """The `[block, head, slot]` grid that a kernel assumes, the elements that exist, and those it reads.
 
     Args:
-        trace: of a launch that reads the scale.
+        trace: trace of a launch that reads the scale.
         argument: the scale's name in the kernel, such as "k_scale_ptr".
-        num_blocks, num_heads, page_size: of the grid; a row of boxes is a block.
-        title: above the picture.
+        num_blocks, num_heads, page_size: size of the grid; a row of boxes is a block.
+        title: text above the picture.
     """
     per_block = num_heads * page_size
     accesses = list(trace.select(argument, kind="load"))
@@ -119,7 +130,7 @@ def scale_picture(
 
 
 def _mark(axes: Axes, column: int, block: int, inside: bool) -> None:
-    """A dot for a read that is allowed, a cross on red for one that is not."""
+    """A dot for a read inside the tensor, a cross on red for a read outside."""
     style: Any = {"ha": "center", "va": "center", "fontsize": 9, "color": "white", "fontweight": "bold"}
     if inside:
         axes.plot(column + 0.5, block + 0.5, marker="o", markersize=3.5, color="white")

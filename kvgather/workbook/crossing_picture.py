@@ -1,4 +1,4 @@
-"""A picture of two paths that cross: the time of each against the new tokens, and where the choice switches."""
+"""A picture of the times of both paths against the number of new tokens, and of the switch between them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ MARKS = (("o", PALETTE[0]), ("s", PALETTE[5]), ("^", PALETTE[2]), ("D", PALETTE[
 def crossing_picture(
     panels: Mapping[str, Mapping[str, Mapping[int, float]]], switches: Mapping[str, float] | None = None
 ) -> Figure:
-    """A panel for each case: time against new tokens, a line for each path, dashes where `auto` switches.
+    """A panel for each case: time against new tokens, a line for each path, a dashed line at the switch of `auto`.
 
     Args:
-        panels: by title, by the path's name, microseconds by the number of new tokens.
-        switches: by title, up to how many new tokens `auto` takes the direct path.
+        panels: by title and path, the time in µs by the number of new tokens.
+        switches: by title, the largest number of new tokens for which `auto` takes the direct path.
     """
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     styles = dict(zip(names, MARKS, strict=False))

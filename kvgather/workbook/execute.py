@@ -2,7 +2,7 @@
 
     python -m kvgather.workbook.execute [--check] notebooks/03_layouts.ipynb …
 
-A notebook that raises, that writes to stderr, or that leaves files beside itself fails and is not written.
+A notebook that raises, writes to stderr or leaves files in its folder fails, and is not written.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def run(path: Path, *, timeout: int = 120) -> Any:
         timeout: seconds a single cell may take.
 
     Raises:
-        NotebookError: a cell raised or wrote to stderr, or new files lie beside the notebook.
+        NotebookError: a cell raised or wrote to stderr, or the notebook left files in its folder.
     """
     notebook = nbformat.read(path, as_version=4)
     before = _listing(path.parent)
@@ -58,14 +58,14 @@ def run(path: Path, *, timeout: int = 120) -> Any:
         for output in cell.get("outputs", []):
             if output.output_type == "stream" and output.name == "stderr":
                 raise NotebookError(f"{path.name}: cell {number} wrote to stderr:\n{output.text}")
-    left = sorted(_listing(path.parent) - before)
-    if left:
-        raise NotebookError(f"{path.name}: left files behind: {', '.join(left)}")
+    leftovers = sorted(_listing(path.parent) - before)
+    if leftovers:
+        raise NotebookError(f"{path.name}: left files behind: {', '.join(leftovers)}")
     return notebook
 
 
 def normalise(notebook: Any) -> Any:
-    """Bring an executed notebook into the form it is committed in, so that a second run gives no diff."""
+    """Bring an executed notebook into its committed form, so that a second run gives no diff."""
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     notebook.metadata = nbformat.from_dict(
         {
@@ -104,7 +104,7 @@ def _listing(folder: Path) -> set[str]:
 
 
 def _cell_id(source: str, used: set[str]) -> str:
-    """An id made from the cell's text: inserting a cell leaves the ids of all others as they are."""
+    """An id from the hash of the cell's text: inserting a cell does not change the other ids."""
     digest = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
     name, extra = digest[:8], 0
     while name in used:
@@ -123,7 +123,7 @@ def _normal_outputs(outputs: Sequence[Any], count: int) -> list[Any]:
         if output.output_type == "execute_result":
             output.execution_count = count
         if WIDGET_VIEW in output.get("data", {}):
-            # A view without the state of its widget renders as an error; the static picture stands beside it.
+            # A view without its widget's state renders as an error; the chapter has a static picture next to it.
             output.data = nbformat.from_dict({"text/plain": WIDGET_TEXT})
             output.metadata = nbformat.from_dict({})
         result.append(output)
@@ -131,7 +131,7 @@ def _normal_outputs(outputs: Sequence[Any], count: int) -> list[Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the notebooks named on the command line; 0 when all of them ran clean."""
+    """Run the notebooks of the command line; returns 0 if all of them succeeded, else 1."""
     parser = argparse.ArgumentParser(prog="python -m kvgather.workbook.execute", description=__doc__.split("\n")[0])
     parser.add_argument("notebooks", nargs="+", type=Path, metavar="NOTEBOOK")
     parser.add_argument("--check", action="store_true", help="run only, write nothing")

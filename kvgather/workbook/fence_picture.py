@@ -1,4 +1,4 @@
-"""Where a fenced tensor lies, and which bytes a kernel asked for: drawn from the tensor and from a trace."""
+"""A picture of a fenced tensor's memory and of the bytes that a kernel loads, from the tensor and from a trace."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ __all__ = ["fence_picture"]
 
 
 def fence_picture(tensor: Tensor, traces: Mapping[str, tuple[Trace, str]], *, before: int = 192) -> Figure:
-    """The end of a tensor that is fenced after its last byte, the guard, and the loads of one or more launches.
+    """The end of a tensor that is fenced after its last byte, the guard page, and the loads of one or more launches.
 
     Args:
-        tensor: on a CPU, fenced with side "after".
-        traces: by the name of its row, a trace and the name that the tensor has in its kernel.
-        before: how many bytes of the page before the tensor to show.
+        tensor: a CPU tensor, fenced with side "after".
+        traces: by the title of a row, a trace and the tensor's name in its kernel.
+        before: bytes of the page before the tensor to show.
+
+    Raises:
+        ValueError: the tensor does not end at the end of a page.
     """
     nbytes = tensor.numel() * tensor.element_size()
     if (tensor.data_ptr() + nbytes) % mmap.PAGESIZE:
@@ -50,7 +53,7 @@ def fence_picture(tensor: Tensor, traces: Mapping[str, tuple[Trace, str]], *, be
 
 
 def _strip(axes: Axes, row: int, left: int, nbytes: int, right: int) -> None:
-    """One row: the page up to the tensor's end, the tensor, and the guard, hatched."""
+    """One row: the page up to the tensor's end, the tensor, and the guard page, hatched."""
     axes.add_patch(Rectangle((left, row + 0.15), nbytes - left, 0.7, facecolor="#DDE7EE", edgecolor="none"))
     axes.add_patch(Rectangle((0, row + 0.15), nbytes, 0.7, facecolor=INK, edgecolor="none"))
     guard = Rectangle(

@@ -1,4 +1,4 @@
-"""House style for the workbook's figures and tables: PNG with an alt text, told apart without colour."""
+"""House style of the workbook's figures and tables: PNG with an alt text, readable without color."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from tabulate import tabulate
+from tqdm.auto import tqdm
 
 __all__ = [
     "BAD",
@@ -34,7 +36,7 @@ __all__ = [
     "text_color",
 ]
 
-# Okabe and Ito's palette without its black: told apart by colour-blind readers and in grey print.
+# Okabe and Ito's palette without its black: distinct for color-blind readers and in gray print.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
 GOOD, BAD, EMPTY, INK, LINE = PALETTE[2], PALETTE[5], "#F1F1EE", "#222222", "#8A8A85"
 
@@ -72,8 +74,9 @@ def figure(
     """A figure and its axes (one, or an array of them) in the house style, without pyplot.
 
     Args:
-        width, height: in inches.
-        rows, columns: of the grid of axes; `options` go to `Figure.subplots`.
+        width, height: size in inches.
+        rows, columns: size of the grid of axes.
+        options: arguments of `Figure.subplots`.
     """
     drawing = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(drawing)
@@ -83,7 +86,7 @@ def figure(
 def png(drawing: Figure) -> bytes:
     """The figure as the bytes of a PNG file."""
     buffer = io.BytesIO()
-    # Without the software's name and version in it, the same figure gives the same bytes everywhere.
+    # Without the software's name and version in the file, the same figure gives the same bytes everywhere.
     drawing.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     return buffer.getvalue()
 
@@ -93,7 +96,7 @@ def show(drawing: Figure, alt: str) -> None:
 
     Args:
         drawing: a matplotlib figure.
-        alt: what the picture shows, in a sentence, for readers who do not see it.
+        alt: a sentence that describes the picture, for readers who cannot see it.
 
     Raises:
         ValueError: the alt text is empty.
@@ -107,21 +110,16 @@ def show(drawing: Figure, alt: str) -> None:
 
 
 def table(rows: Iterable[Sequence[Any]], headers: Sequence[str]) -> str:
-    """A plain-text table: columns of numbers to the right, everything else to the left.
+    """A plain-text table: columns of numbers are aligned to the right, all others to the left.
 
     Args:
-        rows: of cells; floats are printed with four significant digits, None as a dash.
+        rows: rows of cells; floats are printed with four significant digits, None as a dash.
         headers: one for each column.
     """
-    body = [[_cell(value) for value in row] for row in rows]
-    numeric = [all(_is_number(row[i]) for row in body) if body else False for i in range(len(headers))]
-    widths = [max([len(headers[i]), *(len(row[i]) for row in body)]) for i in range(len(headers))]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = (c.rjust(w) if right else c.ljust(w) for c, w, right in zip(cells, widths, numeric, strict=True))
-        return "  ".join(padded).rstrip()
-
-    return "\n".join([line(headers), "  ".join("-" * w for w in widths), *(line(row) for row in body)])
+    cells = [[_cell(value) for value in row] for row in rows]
+    columns = zip(*cells, strict=True)
+    aligned = ["right" if all(map(_is_number, column)) else "left" for column in columns]
+    return tabulate(cells, headers, tablefmt="simple", disable_numparse=True, colalign=aligned or None)
 
 
 def boxes(
@@ -135,17 +133,17 @@ def boxes(
     row_labels: Sequence[str] | None = None,
     label_size: float = 8.0,
 ) -> dict[str, str]:
-    """Draw memory as rows of boxes, coloured by who owns each; returns the colour of each owner.
+    """Draw memory as rows of boxes, colored by owner; returns the color of each owner.
 
     Args:
         axes: to draw into.
-        owners: one name a box, in the order of addresses; None for a free box, "" for no box at all.
+        owners: the owner of each box, in the order of addresses; None for a free box, "" for no box at all.
         columns: boxes in a row.
         labels: text in each box.
-        colors: colour of an owner; owners that are missing get the next colour of the palette.
+        colors: color of an owner; other owners get the next color of the palette.
         marked: indices of boxes with a thick outline.
         row_labels: text to the left of each row.
-        label_size: of the text in boxes, in points.
+        label_size: size of the labels, in points.
     """
     chosen = dict(colors or {})
     for owner in owners:
@@ -175,7 +173,7 @@ def boxes(
 
 
 def legend(axes: Axes, colors: Mapping[str, str], **options: Any) -> None:
-    """Put the colours of `boxes` with their owners' names above the boxes (or where `options` say)."""
+    """Draw a legend of the owners' colors above the boxes; `options` are arguments of `Axes.legend`."""
     handles = [Rectangle((0, 0), 1, 1, facecolor=color) for color in colors.values()]
     place: dict[str, Any] = {
         "loc": "lower left",
@@ -197,14 +195,14 @@ def grid_of_bytes(
     first: int = 0,
     title: str = "",
 ) -> Figure:
-    """Bytes of memory in rows, coloured by owner, with the offset of each row's first byte beside it.
+    """Bytes of memory in rows, colored by owner, with the offset of each row's first byte on the left.
 
     Args:
-        owners: one name a byte, or None.
+        owners: the owner of each byte, or None.
         columns: bytes in a row; 16 makes a row one wide load.
         labels, colors, marked: as in `boxes`.
         first: offset of the first byte.
-        title: above the figure.
+        title: text above the figure.
     """
     rows = -(-len(owners) // columns)
     drawing, axes = figure(0.9 + 0.44 * columns, 0.75 + 0.44 * rows)
@@ -219,13 +217,13 @@ def grid_of_bytes(
 def block_table_figure(
     tables: Mapping[str, Sequence[int]], num_blocks: int, *, columns: int = 16, title: str = ""
 ) -> Figure:
-    """The pool's blocks coloured by the sequence that owns them, above the block table of each sequence.
+    """The pool's blocks, colored by the sequence that owns them, above the block table of each sequence.
 
     Args:
         tables: block ids of each sequence, in order; a block in several tables is drawn as shared.
         num_blocks: size of the pool.
         columns: blocks in a row of the pool.
-        title: above the figure.
+        title: text above the figure.
     """
     users = [[name for name, table in tables.items() if block in table] for block in range(num_blocks)]
     owners = [None if not names else names[0] if len(names) == 1 else "shared" for names in users]
@@ -258,20 +256,19 @@ def block_table_figure(
     return drawing
 
 
-def progress(items: Iterable[Item], label: str) -> Iterator[Item]:
-    """Go through `items` with a progress bar beside the label; use it in cells tagged nbval-ignore-output."""
-    import ipywidgets
+def progress(items: Iterable[Item], label: str, total: int | None = None) -> Iterator[Item]:
+    """Iterate over items with a progress bar; use it in cells tagged nbval-ignore-output.
 
-    listed = list(items)
-    bar = ipywidgets.IntProgress(max=len(listed), description=label, style={"description_width": "initial"})
-    display(bar)
-    for item in listed:
-        yield item
-        bar.value += 1
+    Args:
+        items: what to iterate over.
+        label: text next to the bar.
+        total: number of items, if `items` has no length.
+    """
+    yield from tqdm(items, desc=label, total=total)
 
 
 def text_color(background: str) -> str:
-    """Dark or white, whichever is easier to read on a background given as "#RRGGBB"."""
+    """The text color with the better contrast on a background such as "#0072B2": dark or white."""
     red, green, blue = (int(background[i : i + 2], 16) / 255 for i in (1, 3, 5))
     return INK if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
 
@@ -291,7 +288,7 @@ def _is_number(text: str) -> bool:
 
 
 def _close(drawing: Figure) -> None:
-    """Forget a figure that was made through pyplot, so that a notebook does not show it twice."""
+    """Close a figure of pyplot, so that a notebook does not show it twice."""
     pyplot = sys.modules.get("matplotlib.pyplot")
     if pyplot is not None:
         pyplot.close(drawing)

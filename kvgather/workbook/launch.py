@@ -1,7 +1,7 @@
-"""What `make lab` runs: says what this machine can do, copies the notebooks for the reader, opens JupyterLab.
+"""`make lab`: print the doctor's report, copy the notebooks for the reader, open JupyterLab.
 
-The originals in notebooks/ stay as they are, so that a solved exercise never turns a test red. The copy lies
-beside them, in a folder of the same depth: a link such as ../kvgather/plan.py leads to one file from both.
+The originals in notebooks/ do not change, so a solved exercise does not fail a test. The copies are in a folder of the
+same depth, so a link such as ../kvgather/plan.py works from both.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from pathlib import Path
 
 ORIGINALS = "notebooks"
 COPIES = "my-notebooks"
-RECORD = ".originals.json"  # in the copy: the digest of each original when it was copied or last offered
+RECORD = ".originals.json"  # in the copy: digests of the originals at the time of their last copy
 
 
 class LaunchError(ValueError):
-    """JupyterLab cannot be opened from here; the message says why and what to do."""
+    """JupyterLab cannot be opened; the message gives the reason and the fix."""
 
 
 def find_root() -> Path:
     """The repository that this package was installed from.
 
     Raises:
-        LaunchError: the package lies outside a clone, so that there are no notebooks beside it.
+        LaunchError: the package is not in a clone, which has the notebooks.
     """
     root = Path(__file__).resolve().parents[2]
     if not (root / ORIGINALS).is_dir():
@@ -38,16 +38,16 @@ def find_root() -> Path:
 
 
 def copy_notebooks(root: Path) -> list[str]:
-    """Bring the reader's copy of the notebooks up to date without ever overwriting a file in it.
+    """Bring the reader's copy of the notebooks up to date without overwriting a file in it.
 
-    A chapter that the reader lacks, or deleted, is copied. One whose original changed since is put beside
-    the reader's own, as `NN_name.new.ipynb`, once for each change.
+    A missing chapter is copied. A chapter whose original changed is copied next to the reader's own, as
+    `NN_name.new.ipynb`, once for each change.
 
     Args:
-        root: the repository; `root/notebooks` is read, `root/my-notebooks` is made or added to.
+        root: the repository; reads `root/notebooks`, and creates or extends `root/my-notebooks`.
 
     Returns:
-        What was done, in sentences; empty when nothing was.
+        Sentences about the copied files; empty if no file was copied.
 
     Raises:
         LaunchError: the copy cannot be written.
@@ -65,7 +65,7 @@ def copy_notebooks(root: Path) -> list[str]:
 def _copy_changed(originals: Path, copies: Path) -> list[str]:
     record = copies / RECORD
     seen = _read_record(record)
-    done, copied = [], 0
+    messages, copied = [], 0
     for original in sorted(path for path in originals.rglob("*") if path.is_file()):
         name = original.relative_to(originals)
         if any(part.startswith((".", "__")) for part in name.parts):
@@ -78,17 +78,17 @@ def _copy_changed(originals: Path, copies: Path) -> list[str]:
             continue
         elif hashlib.sha256(copy.read_bytes()).hexdigest() != digest:
             copy = _free_name(copy)
-            done.append(f"{name.as_posix()} has a new version; it lies beside yours as {copy.name}")
+            messages.append(f"{name.as_posix()} has a new version; it is next to yours, as {copy.name}")
         if not copy.exists():
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(original, copy)
         seen[name.as_posix()] = digest
-        # After each file, so that an interrupted copy offers nothing twice.
+        # After each file, so that an interrupted copy does not repeat a file.
         record.write_text(json.dumps(seen, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     if copied:
         files = "1 file" if copied == 1 else f"{copied} files"
-        done.insert(0, f"{files} copied from {ORIGINALS}/ to {COPIES}/, which is yours to write in")
-    return done
+        messages.insert(0, f"{files} copied from {ORIGINALS}/ to {COPIES}/, which is yours to write in")
+    return messages
 
 
 def _read_record(record: Path) -> dict[str, str]:
@@ -98,21 +98,21 @@ def _read_record(record: Path) -> dict[str, str]:
         FileNotFoundError,
         TypeError,
         ValueError,
-    ):  # a damaged one only means that a chapter may be offered twice
+    ):  # a damaged record: a chapter may be copied twice
         return {}
 
 
 def _free_name(copy: Path) -> Path:
-    offered = copy.with_name(f"{copy.stem}.new{copy.suffix}")
+    free = copy.with_name(f"{copy.stem}.new{copy.suffix}")
     number = 2
-    while offered.exists():
-        offered = copy.with_name(f"{copy.stem}.new-{number}{copy.suffix}")
+    while free.exists():
+        free = copy.with_name(f"{copy.stem}.new-{number}{copy.suffix}")
         number += 1
-    return offered
+    return free
 
 
 def first_chapter(root: Path) -> str:
-    """The first chapter in the reader's copy: its path from the repository, with forward slashes."""
+    """The path of the first chapter in the reader's copy, relative to the repository, with forward slashes."""
     chapters = sorted(path.name for path in (root / ORIGINALS).glob("[0-9]*.ipynb"))
     return f"{COPIES}/{chapters[0]}" if chapters else COPIES
 
@@ -121,30 +121,30 @@ def lab_arguments(root: Path, *, browser: bool, extra: Sequence[str] = ()) -> li
     """JupyterLab's command line for the reader's copy.
 
     Args:
-        root: the repository; it becomes the server's root folder, so that links to the package's files open.
+        root: the repository; the server's root folder, so that links to the package's files open.
         browser: whether to open a browser window.
-        extra: further arguments for JupyterLab, which win over ours.
+        extra: arguments for JupyterLab that override these.
 
     Returns:
-        The arguments that follow `jupyter lab`. The port is JupyterLab's choice: 8888, or another free one.
+        The arguments of `jupyter lab`. JupyterLab chooses the port: 8888, or another free one.
     """
     arguments = [
         f"--ServerApp.root_dir={root}",
         f"--LabApp.default_url=/lab/tree/{first_chapter(root)}",
         "--LabApp.log_level=ERROR",  # the address is logged as CRITICAL
         "--ServerApp.log_level=ERROR",
-        "--ServerApp.answer_yes=True",  # one Ctrl-C ends it, with no question
+        "--ServerApp.answer_yes=True",  # one Ctrl-C ends it, without a question
     ]
     if not browser:
         arguments.append("--no-browser")
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         arguments.append("--allow-root")
-    given = {argument.split("=")[0] for argument in extra}  # JupyterLab refuses an option that it gets twice
+    given = {argument.split("=")[0] for argument in extra}  # JupyterLab refuses a repeated option
     return [argument for argument in arguments if argument.split("=")[0] not in given] + [*extra]
 
 
 def has_display() -> bool:
-    """Whether a browser window opened here would be seen: not over ssh, nor on Linux without a display."""
+    """Whether a browser window would be visible: not over ssh, and not on Linux without a display."""
     if os.environ.get("SSH_CONNECTION"):
         return False
     if sys.platform.startswith("linux"):
@@ -156,8 +156,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the doctor's report, copy the notebooks, and run JupyterLab until it is stopped.
 
     Args:
-        argv: the command line without the program's name; None is that of `sys.argv`. `--no-browser` only
-            prints the address, `--copy-only` stops before JupyterLab; everything else goes to JupyterLab.
+        argv: the command line without the program's name; None takes it from `sys.argv`. `--no-browser` only prints
+            the address, `--copy-only` stops before JupyterLab; all other arguments go to JupyterLab.
 
     Returns:
         The exit status.
@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, extra = parser.parse_known_args(argv)
     try:
         root = find_root()
-        # In a process of its own, which takes its GPU context with it when it ends.
+        # In a child process, so that its GPU context does not outlive it.
         subprocess.run([sys.executable, "-m", "kvgather.cli", "doctor"], cwd=root, check=False)
         print()
         for line in copy_notebooks(root):
@@ -186,7 +186,7 @@ def run_lab(arguments: list[str]) -> int:
     """Run JupyterLab in this process until it is stopped.
 
     Args:
-        arguments: what `lab_arguments` made.
+        arguments: from `lab_arguments`.
 
     Returns:
         The exit status.
@@ -198,13 +198,13 @@ def run_lab(arguments: list[str]) -> int:
     except ImportError:
         print("kvgather: JupyterLab is not installed; accepted: `pip install -e .[notebooks]`", file=sys.stderr)
         return 1
-    # The kernels of this environment, not a user's own of the same name.
+    # The kernels of this environment, not the user's kernels of the same name.
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
-    # One setting: JupyterLab neither asks for leave to fetch its news nor looks for its updates.
-    ours = str(Path(__file__).parent / "jupyter")
-    os.environ["JUPYTER_CONFIG_PATH"] = os.pathsep.join(filter(None, [ours, os.environ.get("JUPYTER_CONFIG_PATH")]))
+    # One setting: JupyterLab does not ask about news and does not look for updates.
+    config = str(Path(__file__).parent / "jupyter")
+    os.environ["JUPYTER_CONFIG_PATH"] = os.pathsep.join(filter(None, [config, os.environ.get("JUPYTER_CONFIG_PATH")]))
     if hasattr(KernelManager, "transport_encryption") and zmq.has("curve"):
-        # Else every kernel that starts warns that its messages on this machine are not encrypted.
+        # Otherwise every kernel warns at its start that its messages on this machine are not encrypted.
         arguments = ["--KernelManager.transport_encryption=auto", *arguments]
     LabApp.launch_instance(arguments)
     return 0
@@ -213,9 +213,9 @@ def run_lab(arguments: list[str]) -> int:
 if __name__ == "__main__":
     try:
         status = main()
-    except KeyboardInterrupt:  # while the doctor was looking
+    except KeyboardInterrupt:  # during the doctor's report
         status = 130
     sys.stdout.flush()
     sys.stderr.flush()
-    # JupyterLab is shut down by now, but a page that was open leaves a thread for which Python would wait for ever.
+    # JupyterLab is shut down here, but an open page leaves a thread that Python would wait for indefinitely.
     os._exit(status)

@@ -1,4 +1,4 @@
-"""Pictures of a small pool, byte by byte: which (block, head, slot, dim) lies where, and what a 16-byte load brings."""
+"""Pictures of a small pool, byte by byte: the address of each (block, head, slot, dim), and the elements of a load."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from kvgather.workbook.figures import BAD, INK, PALETTE, boxes, figure, legend
 
 __all__ = ["BLOCKS", "DIM", "HEADS", "PAGE", "Place", "locate", "page_bytes", "place_picture", "token_picture"]
 
-# FP8, so an element is a byte; a page of one block is 16 rows of 64 bytes in the pictures.
+# FP8: an element is a byte. A page of one block is 16 rows of 64 bytes in the pictures.
 BLOCKS, PAGE, HEADS, DIM = 3, 16, 2, 32
 PAGE_BYTES = PAGE * HEADS * DIM
 LOAD = 16  # bytes that a thread loads at once
 ROW = 64
-WEAK = ("#CFE3F1", "#FAE3BC")  # the two heads, where nothing is picked
-STRONG = (PALETTE[0], PALETTE[1])  # the bytes of the picked token in its head
+WEAK = ("#CFE3F1", "#FAE3BC")  # bytes of the two heads
+STRONG = (PALETTE[0], PALETTE[1])  # bytes of the selected token in its head
 
 
 @dataclass(frozen=True)
 class Place:
-    """An element of the small pool, and where it lies.
+    """An element of the small pool, and its address.
 
     Attributes:
-        layout, which: of the pool.
-        block, head, slot, dim: the element.
-        byte: of the pool, counted from its first.
-        load: the first byte of the 16-byte load that brings it.
+        layout, which: layout of the pool, and "key" or "value".
+        block, head, slot, dim: indices of the element.
+        byte: offset of the element from the pool's first byte.
+        load: offset of the 16-byte load that contains it.
         together: (block, head, slot, dim) of the 16 elements of that load, in the order of addresses.
     """
 
@@ -53,8 +53,8 @@ class Place:
             f"{self.which} of {self.layout}: block {self.block}, head {self.head}, slot {self.slot}, dim {self.dim}"
         )
         slots, dims = (sorted({place[axis] for place in self.together}) for axis in (2, 3))
-        brings = f"{_span('slot', slots)}, {_span('dim', dims)}"
-        return f"{element} → byte {self.byte}; its load is bytes {self.load} to {self.load + LOAD - 1}: {brings}"
+        loaded = f"{_span('slot', slots)}, {_span('dim', dims)}"
+        return f"{element} → byte {self.byte}; its load is bytes {self.load} to {self.load + LOAD - 1}: {loaded}"
 
 
 def locate(layout: str, which: Which, block: int, head: int, slot: int, dim: int) -> Place:
@@ -78,12 +78,12 @@ def page_bytes(layout: str, which: Which, block: int) -> Tensor:
 
 
 def token_picture(which: Which, head: int, slot: int, layouts: Sequence[str] = ("NHD", "HND", "SHUFFLE")) -> Figure:
-    """Where one token of one head lies in block 0, in each layout.
+    """The bytes of one token of one head in block 0, in each layout.
 
     Args:
         which: "key" or "value".
-        head, slot: the token.
-        layouts: one panel each.
+        head, slot: the head, and the slot of the token.
+        layouts: layouts, with a panel each.
     """
     drawing, panels = figure(8.6, 2.35 * len(layouts) + 0.3, rows=len(layouts), squeeze=False)
     for axes, layout in zip(panels[:, 0], layouts, strict=True):
@@ -97,7 +97,7 @@ def token_picture(which: Which, head: int, slot: int, layouts: Sequence[str] = (
 
 
 def place_picture(place: Place) -> Figure:
-    """The block of an element with its 16-byte load outlined, and that load with its two neighbours in full."""
+    """The block of an element with its 16-byte load outlined; below, that load and its two neighbours in detail."""
     drawing, (page, close) = figure(8.6, 4.5, rows=2, height_ratios=[16, 12])
     _draw_page(page, place.layout, place.which, place.block, place.head, place.slot)
     start = place.load - place.block * PAGE_BYTES
@@ -128,7 +128,7 @@ def _draw_page(axes: Axes, layout: str, which: Which, block: int, head: int, slo
     shades = torch.tensor([to_rgb(color) for color in (*WEAK, *STRONG)])
     picked = (heads == head) & (slots == slot)
     image = shades[heads + HEADS * picked]
-    # Every other token a little darker, so that one can see where a token ends.
+    # Every second token is darker, so that the tokens' ends are visible.
     image[(slots % 2 == 1) & ~picked] *= 0.93
     rows = PAGE_BYTES // ROW
     axes.imshow(image.view(rows, ROW, 3).numpy(), extent=(0, ROW, rows, 0), interpolation="nearest", aspect="equal")
@@ -142,7 +142,7 @@ def _draw_page(axes: Axes, layout: str, which: Which, block: int, head: int, slo
 
 
 def _draw_loads(axes: Axes, place: Place) -> None:
-    """The load of the element between the one before and the one after, every byte with its slot and dim."""
+    """The load of the element between its two neighbours; every byte with its slot and dim."""
     elements = _elements(place.layout, place.which)
     first = min(max(place.load - LOAD, 0), len(elements) - 3 * LOAD)
     shown = elements[first : first + 3 * LOAD].tolist()

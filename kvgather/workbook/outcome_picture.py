@@ -1,4 +1,4 @@
-"""A picture of many outcomes at once: a coloured and labelled cell for each case."""
+"""A picture of many outcomes: a colored and labelled cell for each case."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def outcome_picture(
     """One panel for each group, with a cell for each (group, row, column).
 
     Args:
-        outcomes: a word of `COLORS` for each (group, row, column).
-        groups: the panels' titles, left to right.
+        outcomes: a key of `COLORS` for each (group, row, column).
+        groups: titles of the panels, left to right.
         rows, columns: labels of the cells.
-        title: above the picture.
+        title: text above the picture.
 
     Raises:
-        ValueError: an outcome is not one of the known words.
+        ValueError: an outcome is not a key of `COLORS`.
     """
     unknown = sorted(set(outcomes.values()) - set(COLORS))
     if unknown:

@@ -1,4 +1,4 @@
-"""Pictures of a prefix hit: where gathered rows come from, and which keys each new token sees."""
+"""Pictures of a prefix hit: the slots of the gathered rows, and the keys that each new token sees."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ CACHED, NEW, UNSEEN = PALETTE[0], PALETTE[1], EMPTY
 
 
 def gathered_picture(batch: PrefixBatch, sequence: int = 0, *, columns: int = 32) -> Figure:
-    """The pool's slots with the positions of one sequence in them, above the rows that its gather makes.
+    """The pool's slots with the positions of one sequence, above the rows that its gather returns.
 
     Args:
-        batch: on any device.
-        sequence: which of the batch.
+        batch: a batch on any device.
+        sequence: index of the sequence in the batch.
         columns: slots in a row of the pool.
     """
     page, total = batch.page_size, int(batch.lens_k[sequence])
@@ -38,7 +38,7 @@ def gathered_picture(batch: PrefixBatch, sequence: int = 0, *, columns: int = 32
     drawing, (pool, below) = figure(10.5, 0.95 + 0.31 * (rows + 1), rows=2, height_ratios=[rows, 1])
     names = [f"slots {row * columns}…" for row in range(rows)]
     boxes(pool, owners, columns=columns, labels=labels, colors=colors, row_labels=names)
-    legend(pool, colors | {"of nobody here": EMPTY})
+    legend(pool, colors | {"not of this sequence": EMPTY})
     rest = columns - total
     positions = [str(position) for position in range(total)] + [""] * rest
     boxes(below, [*gathered, *[""] * rest], columns=columns, labels=positions, colors=colors, row_labels=["gathered"])
@@ -50,10 +50,10 @@ def gathered_picture(batch: PrefixBatch, sequence: int = 0, *, columns: int = 32
 
 
 def mask_picture(panels: Mapping[str, Tensor]) -> Figure:
-    """One matrix for each panel, a row for each new token, a column for each key: what it sees, from its weights.
+    """The visible keys of each new token: a matrix for each panel, with a row for each new token.
 
     Args:
-        panels: softmax weights `[new, keys]` by title; a weight above 0 is a key that was seen.
+        panels: softmax weights `[new, keys]` by title; a key is visible if its weight is above 0.
     """
     widths = [max(weights.shape[1], 5) for weights in panels.values()]
     tallest = max(weights.shape[0] for weights in panels.values())
@@ -62,10 +62,10 @@ def mask_picture(panels: Mapping[str, Tensor]) -> Figure:
     drawing, grid = figure(width, 1.1 + cell * tallest, columns=len(panels), squeeze=False, width_ratios=widths)
     for (title, weights), axes in zip(panels.items(), grid[0], strict=True):
         new, keys = weights.shape
-        seen = (weights > 0).tolist()
+        visible = (weights > 0).tolist()
         for row in range(new):
             for key in range(keys):
-                color = UNSEEN if not seen[row][key] else CACHED if key < keys - new else NEW
+                color = UNSEEN if not visible[row][key] else CACHED if key < keys - new else NEW
                 axes.add_patch(Rectangle((key, row), 1, 1, facecolor=color, edgecolor="white", linewidth=0.8))
         axes.set(xlim=(-0.05, max(keys, 5) + 0.05), ylim=(tallest + 0.05, -0.05), aspect="equal", anchor="NW")
         marks = sorted({0, keys - new, keys - 1})

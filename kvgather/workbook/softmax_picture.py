@@ -1,4 +1,4 @@
-"""Pictures of softmax rows: who gets which share, and what a sink that counts too often does to the result."""
+"""Pictures of softmax rows: the shares of the keys and of the sink, and the error of a sink that is counted twice."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ KEYS, SINK = PALETTE[0], PALETTE[3]
 
 
 def shares_picture(rows: Mapping[str, Sequence[float]]) -> Figure:
-    """One panel for each row of weights: a bar for each key, and one for what is missing to 1, the sink's share.
+    """A panel for each row of weights: a bar for each key, and one for the sink's share, the rest up to 1.
 
     Args:
-        rows: the weights of the keys, by title.
+        rows: weights of the keys, by title.
     """
     drawing, panels = figure(10.5, 2.5, columns=len(rows), squeeze=False, sharey=True)
     for (title, weights), axes in zip(rows.items(), panels[0], strict=True):
@@ -39,10 +39,10 @@ def shares_picture(rows: Mapping[str, Sequence[float]]) -> Figure:
 
 
 def sink_error_picture(errors: Mapping[str, Mapping[int, float]]) -> Figure:
-    """The relative error of the output against the number of pieces, a line for each sink.
+    """The relative error of the output against the number of pieces of the context, a line for each sink.
 
     Args:
-        errors: by the sink's name, the error by the number of pieces, each of which counted the sink.
+        errors: by the sink's name, the error by the number of pieces, each of which counts the sink.
     """
     drawing, axes = figure(8.0, 3.2)
     for (name, line), mark in zip(errors.items(), "os^Dv", strict=False):

@@ -1,4 +1,4 @@
-"""Code of the package as the notebooks show it: read from the function that runs, never pasted."""
+"""Code of the package for the notebooks, read from the function that runs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ def source_of(thing: Any, first: str | None = None, last: str | None = None) -> 
     """The source of a function, class or Triton kernel without docstrings, or a part of it.
 
     Args:
-        thing: what to show; of a decorated Triton kernel, the function under it.
-        first: text in the first line wanted; None begins at the top.
-        last: text in the last line wanted, looked for from `first` on; None goes to the end.
+        thing: a function, a class, or a Triton kernel, whose function is shown.
+        first: text in the first line to show; None begins at the top.
+        last: text in the last line to show, at or after `first`; None goes to the end.
 
     Raises:
-        ValueError: `first` or `last` is in no line.
+        ValueError: no line contains `first` or `last`.
     """
     lines = textwrap.dedent(inspect.getsource(getattr(thing, "fn", thing))).splitlines()
     hidden = {number for begin, end in _docstrings("\n".join(lines)) for number in range(begin, end + 1)}
@@ -31,12 +31,12 @@ def source_of(thing: Any, first: str | None = None, last: str | None = None) -> 
 
 def _docstrings(code: str) -> list[tuple[int, int]]:
     """First and last line of every docstring in `code`, counted from 1."""
-    found = []
+    ranges = []
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
             text = node.body[0]
-            found.append((text.lineno, text.end_lineno or text.lineno))
-    return found
+            ranges.append((text.lineno, text.end_lineno or text.lineno))
+    return ranges
 
 
 def _find(lines: list[str], text: str, start: int) -> int:

@@ -1,4 +1,4 @@
-"""Pictures of speed: predicted and measured steps, and every measurement under the memory's limit."""
+"""Pictures of speed: predicted and measured steps, and measurements below the memory's limit."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ MARKS = {
 
 
 def steps_picture(rows: Mapping[str, Sequence[Row]], predicted: Mapping[str, Mapping[str, float]]) -> Figure:
-    """A panel for each layout: a bar for each step, a diamond where the prediction is, a line at the cast.
+    """A panel for each layout: a bar for each step, a diamond at its prediction, a line at the cast.
 
     Args:
-        rows: by layout, measurements of the steps and of the limits.
-        predicted: by layout, GB/s of a step by its name; a step that is missing gets no diamond.
+        rows: measurements of the steps and of the limits, by layout.
+        predicted: predicted GB/s by layout and step; a step without a prediction gets no diamond.
     """
     drawing, panels = figure(10.5, 3.3, columns=len(rows), squeeze=False, sharey=True)
     for (layout, measured), axes in zip(rows.items(), panels[0], strict=True):
@@ -54,11 +54,11 @@ def steps_picture(rows: Mapping[str, Sequence[Row]], predicted: Mapping[str, Map
 
 
 def roofline_picture(panels: Mapping[str, Sequence[Row]]) -> Figure:
-    """Bytes moved against GB/s, a point for each measurement, the limits of the same runs as a roof.
+    """GB/s against bytes moved, a point for each measurement, below the limits of the same runs.
 
     Args:
-        panels: measurements by the panel's title, the cast and the copy of each case among them; what is neither of
-            these nor in `MARKS` is not drawn.
+        panels: measurements by the panel's title, including the cast and the copy of each case; other implementations
+            than these and those of `MARKS` are not drawn.
     """
     drawing, grid = figure(10.5 if len(panels) > 1 else 8.0, 4.0, columns=len(panels), squeeze=False)
     for (title, measured), axes in zip(panels.items(), grid[0], strict=True):
@@ -97,12 +97,12 @@ def _roof(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def _apart(sizes: Sequence[int]) -> list[int]:
-    """The largest of the sorted sizes, and those before it that have room for a label."""
-    kept: list[int] = []
+    """The largest of the sorted sizes, and the smaller ones whose labels do not overlap."""
+    labelled: list[int] = []
     for size in reversed(sizes):
-        if not kept or 1.8 * size < kept[-1]:
-            kept.append(size)
-    return kept
+        if not labelled or 1.8 * size < labelled[-1]:
+            labelled.append(size)
+    return labelled
 
 
 def _bytes(size: float) -> str:

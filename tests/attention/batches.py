@@ -12,6 +12,7 @@ import kvgather as kg
 from kvgather.attention.batch import PrefixBatch
 from kvgather.attention.reference import reference_attention
 from kvgather.blocks import cu_seqlens
+from kvgather.cases import AttentionCase
 
 
 @dataclass
@@ -146,6 +147,14 @@ def setup(
     made = Setup(cache, table, k.to(q_dtype), v.to(q_dtype), q.to(q_dtype), new_ones, all_slots, new, total, spare)
     cache.write(made.k[~new_ones], made.v[~new_ones], all_slots[~new_ones])
     return made
+
+
+def setup_of(case: AttentionCase, device: str = "cpu", seed: int = 0) -> Setup:
+    """The batch of a case of the shared table."""
+    return setup(
+        list(case.new), list(case.cached), heads=case.heads.counts, dims=case.heads.dims, page_size=case.page_size,
+        layout=case.layout, dtype=case.dtype, kind=case.kind, q_dtype=case.q_dtype, device=device, seed=seed,
+    )  # fmt: skip
 
 
 def error(got: Tensor, wanted: Tensor) -> float:

@@ -8,8 +8,8 @@ from itertools import combinations
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from kvgather.cases import SINKS, fits
 from kvgather.formats.fp8 import POOL_DTYPES
 from kvgather.formats.layout import LAYOUTS
 from kvgather.formats.scale import KINDS
@@ -24,7 +24,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "dims": ((16, 16), (24, 8), (80, 48), (48, 32)),
     "page_size": (1, 3, 16, 64),
     "window": (None, 1, 5, 128),
-    "sinks": ("off", "on", "very large", "very small"),
+    "sinks": tuple(SINKS),
     "tile": ((16, 1), (32, 1), (16, 3), None),  # keys at a time and splits; None: what the launcher chooses
 }
 MIXES = (([3, 0, 1, 5], [34, 9, 20, 0]), ([7, 1], [13, 40]), ([1, 1, 1], [32, 0, 70]))
@@ -56,8 +56,7 @@ class Case:
 
     @property
     def fits(self) -> bool:
-        x = 16 // self.dtype.itemsize
-        return self.layout != "SHUFFLE" or not (self.page_size % x or self.dims[0] % x or self.dims[1] % x)
+        return fits(self.layout, self.page_size, self.dims[0], self.dtype)
 
 
 def pairwise() -> list[Case]:
@@ -107,8 +106,3 @@ def filled(new: list[int], cached: list[int], kinds: tuple[str, str] | None = No
     ]
     cache.write(nan[0], nan[1], stale)
     return made
-
-
-def sinks_for(which: str, heads: int, device: str) -> Tensor | None:
-    value = {"off": None, "on": 0.5, "very large": 1e4, "very small": -1e4}[which]
-    return None if value is None else value + torch.randn(heads, device=device) * (which == "on")

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from kvgather.attention.dense_call import Dense
 from kvgather.attention.reference import reference_attention
-from tests.attention.cases import HEADS, relative_error
+from kvgather.cases import HEADS
+from tests.attention.batches import error as relative_error
 
 MIXES: dict[str, tuple[list[int], list[int]]] = {  # rows of q, keys
     "ragged": ([9, 1, 4, 2], [9, 34, 7, 140]),
@@ -39,7 +40,7 @@ def made(
     lengths: bool = True,
 ) -> dict[str, Any]:
     """Arguments; with `spare` rows of NaN past the sequences, and bounds that are above what is needed."""
-    (q_heads, kv_heads), (dim, v_dim) = HEADS[heads]
+    q_heads, kv_heads, dim, v_dim = HEADS[heads]
     rows = ((sum(lens_q), q_heads, dim), (sum(lens_k), kv_heads, dim), (sum(lens_k), kv_heads, v_dim))
     q, k, v = (
         torch.cat((torch.randn(shape), torch.full((spare, *shape[1:]), torch.nan))).to(device, dtype) for shape in rows

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from kvgather.attention.choose import MEASURED_ON, SPEEDS, Facts, choose, expected_times, explained
-from kvgather.bench.prefix_cases import cases
 from kvgather.bench.report import read
+from kvgather.cases.prefix import cases
 
 H100 = Facts(
     lengths=((16, 8208),) * 16,
@@ -103,8 +103,8 @@ def test_the_rule_takes_the_path_that_was_measured_to_be_faster() -> None:
     times = {(row.case, row.implementation): row.p50_us for row in rows}
     ratios = []
     for case in (case for case in cases(torch.device("cuda")) if case.part == "auto"):
-        facts = of(case.new[0], case.cached[0], len(case.new), kv_heads=case.kv_heads, head_dim=case.dim,
-                   v_head_dim=case.dim, group=case.q_heads // case.kv_heads)  # fmt: skip
+        facts = of(case.new[0], case.cached[0], len(case.new), kv_heads=case.kv_heads, head_dim=case.head_dim,
+                   v_head_dim=case.head_dim, group=case.q_heads // case.kv_heads)  # fmt: skip
         better = min(times[case.name, path] for path in ("direct", "gather", "hybrid"))
         ratios.append(times[case.name, choose(facts).path] / better)
     assert len(ratios) == 30

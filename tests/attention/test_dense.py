@@ -14,7 +14,7 @@ import torch
 
 from kvgather.attention import dense_cudnn, dense_flash, dense_torch
 from kvgather.attention.dense import choose_backend, dense_attention, possible
-from tests.attention.cases import MODELS
+from kvgather.cases import MODELS
 from tests.attention.rows import MIXES, assert_right, bound, cudnn, flash, made, offsets, wanted
 
 MASKS = [(True, None), (True, 1), (True, 3), (True, 128), (False, None)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvgather.attention.dense import dense_attention, possible
-from tests.attention.cases import MODELS
+from kvgather.cases import MODELS
 from tests.attention.rows import MIXES, assert_right, bound, made, wanted
 from tests.where import nothing_waits
 

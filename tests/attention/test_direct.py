@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 import kvgather as kg
+from kvgather.cases import sinks_of
 from tests.attention.batches import Setup, assert_close, error
-from tests.attention.direct_cases import MIXES, Case, filled, pairwise, sinks_for
+from tests.attention.direct_cases import MIXES, Case, filled, pairwise
 from tests.where import on_each_device
 
 pytestmark = pytest.mark.triton
@@ -42,7 +43,7 @@ def test_any_two_of_what_it_compiles_for(case: Case, where: str) -> None:
         layout=case.layout, dtype=case.dtype, device=where, spare=2,
         q_dtype=torch.float32 if where == "cpu" else torch.bfloat16,
     )  # fmt: skip
-    sinks = sinks_for(case.sinks, case.heads[0], where)
+    sinks = sinks_of(case.sinks, case.heads[0], where)
     got = attend(made, case.tile, window=case.window, sinks=sinks)
     assert_close(got, made.wanted(window=case.window, sinks=sinks), made.rows)
     assert_spare_rows_are_empty(made, got, sinks)
@@ -97,7 +98,7 @@ def test_going_on_from_a_state_gives_the_whole(begins: list[int], tile: tuple[in
         state = tuple(t.contiguous() for t in attend(made))
     else:
         state = state_before(made, begins)
-    sinks = sinks_for("on", 4, where)
+    sinks = sinks_of("on", 4, where)
     got = attend(made, tile, begin=begin, state=state, sinks=sinks)
     assert_close(got, made.wanted(sinks=sinks), made.rows)
     assert_spare_rows_are_empty(made, got, sinks)

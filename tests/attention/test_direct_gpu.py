@@ -7,37 +7,45 @@ from itertools import groupby
 import pytest
 import torch
 
-from tests.attention.batches import assert_close
-from tests.attention.cases import GRID, HEADS, Case, build, relative_error, sinks_of, wanted
+from kvgather.cases import GRID, HEADS, MODELS, AttentionCase, sinks_of
+from tests.attention.batches import assert_close, setup_of
+from tests.attention.batches import error as relative_error
 from tests.attention.direct_cases import filled
 from tests.attention.test_direct import attend
 
 pytestmark = [pytest.mark.gpu, pytest.mark.triton]
 
-BY_SHAPE = {shape: list(cases) for shape, cases in groupby(GRID, lambda case: f"{case.heads}-page{case.page_size}")}
+NAMES = {shape: name for name, shape in HEADS.items()}
+BY_SHAPE = {
+    shape: list(cases) for shape, cases in groupby(GRID, lambda case: f"{NAMES[case.heads]}-page{case.page_size}")
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("shape", BY_SHAPE)
 def test_the_grid(shape: str) -> None:
     wrong = []
     for case in BY_SHAPE[shape]:
-        made = build(case, "cuda")
+        made = setup_of(case, "cuda")
+        sinks = sinks_of(case.sinks, case.q_heads, "cuda")
         made.cache.write(made.k[made.is_new], made.v[made.is_new], made.all_slots[made.is_new])
-        got = attend(made, None, window=case.window, sinks=sinks_of(case, "cuda"))
+        got = attend(made, None, window=case.window, sinks=sinks)
+        wanted = made.wanted(window=case.window, sinks=sinks)
         try:
-            assert_close(got, wanted(case, made), made.rows)
+            assert_close(got, wanted, made.rows)
             assert case.sinks != "very large" or got[0].eq(0).all()
         except AssertionError:
-            wrong.append(f"{case}: {relative_error(got[0][: made.rows], wanted(case, made)[0]):.2e}")
+            wrong.append(f"{case.name}: {relative_error(got[0][: made.rows], wanted[0]):.2e}")
     assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 8, 9, 64])
-@pytest.mark.parametrize("heads", list(HEADS)[:5])
+@pytest.mark.parametrize("heads", MODELS)
 def test_every_tile_that_the_launcher_chooses(heads: str, rows: int) -> None:
     """One sequence alone, too: 1 is a constant to Triton's compiler."""
     for sequences in (1, 5):
-        made = build(Case((rows,) * sequences, (3000,) * sequences, heads), "cuda")
+        made = setup_of(
+            AttentionCase(**HEADS[heads]._asdict(), new=(rows,) * sequences, cached=(3000,) * sequences), "cuda"
+        )
         made.cache.write(made.k[made.is_new], made.v[made.is_new], made.all_slots[made.is_new])
         assert_close(attend(made, None), made.wanted())
 

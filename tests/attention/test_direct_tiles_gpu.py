@@ -13,7 +13,7 @@ from kvgather.formats.fp8 import POOL_DTYPES
 from kvgather.formats.layout import LAYOUTS
 from kvgather.formats.scale import KINDS
 from tests.attention.batches import assert_close
-from tests.attention.cases import relative_error
+from tests.attention.batches import error as relative_error
 from tests.attention.direct_cases import filled
 from tests.attention.test_direct import assert_spare_rows_are_empty
 

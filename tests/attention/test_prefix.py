@@ -16,11 +16,11 @@ import kvgather as kg
 from kvgather.attention.prefix import _common_part_first
 from kvgather.attention.route import common_of
 from kvgather.blocks import cu_seqlens
+from kvgather.cases import HEADS, MODELS, PAGES, SINKS, WINDOWS, sinks_of
 from kvgather.formats.fp8 import POOL_DTYPES
 from kvgather.formats.layout import LAYOUTS
 from kvgather.formats.scale import KINDS
 from tests.attention.batches import Setup, assert_close, error, setup
-from tests.attention.cases import HEADS, MODELS, PAGES, SINKS, WINDOWS
 from tests.where import on_each_device
 
 MIXES: dict[str, tuple[list[int], list[int]]] = {  # new tokens, cached tokens
@@ -34,15 +34,6 @@ MIXES: dict[str, tuple[list[int], list[int]]] = {  # new tokens, cached tokens
     "no tokens": ([0, 0], [0, 0]),
     "nothing new at all": ([0, 0], [7, 3]),
 }
-
-
-def sinks_of(which: str, heads: int, device: str = "cpu") -> Tensor | None:
-    """None, or a sink for each head around the value; the large and the small ones are all alike."""
-    value = SINKS[which]
-    if value is None:
-        return None
-    spread = torch.linspace(-1, 1, heads, device=device) if abs(value) < 100 else torch.zeros(heads, device=device)
-    return value + spread
 
 
 @pytest.mark.parametrize("lengths", [True, False], ids=["lengths", "bounds"])
@@ -65,8 +56,8 @@ def test_mixed_batches(mix: str, lengths: bool) -> None:
 @pytest.mark.parametrize("page_size", PAGES)
 @pytest.mark.parametrize("heads", MODELS)
 def test_every_shape(heads: str, page_size: int, window: int | None, sinks: str) -> None:
-    made = setup([3, 1, 2], [128, 0, 17], heads=HEADS[heads][0], dims=HEADS[heads][1], page_size=page_size)
-    logits = sinks_of(sinks, HEADS[heads][0][0])
+    made = setup([3, 1, 2], [128, 0, 17], heads=HEADS[heads].counts, dims=HEADS[heads].dims, page_size=page_size)
+    logits = sinks_of(sinks, HEADS[heads].q_heads)
     out, lse = made.attend(made.batch(), window=window, sinks=logits)
     assert_close((out, lse), made.wanted(raw=True, window=window, sinks=logits))
     if sinks == "very large":

@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 
 import kvgather as kg
+from kvgather.cases import HEADS, MODELS, PAGES, SINKS, WINDOWS, Heads, sinks_of
 from tests.attention.batches import Setup, assert_close, error, setup
-from tests.attention.cases import HEADS, MODELS, PAGES, SINKS, WINDOWS
-from tests.attention.test_prefix import sinks_of
 from tests.where import nothing_waits
 
 pytestmark = [pytest.mark.gpu, pytest.mark.triton]
 
 NEW, CACHED = [1, 16, 512, 100, 0, 128], [8192, 4099, 0, 1500, 33, 1]
-SHAPES = HEADS | {"8/2x64": ((8, 2), (64, 64))}
+SHAPES = HEADS | {"8/2x64": Heads(8, 2, 64, 64)}
 COMMON = ([16, 1, 200], [3000, 2048, 1025])  # at least 1,024 cached in each
 WAYS: dict[str, tuple[bool, dict[str, Any]]] = {  # whether the host knows the lengths, and the call
     "gather": (True, {"path": "gather"}),
@@ -39,7 +38,7 @@ def layout_for(page_size: int, dim: int, dtype: torch.dtype, turn: int) -> str:
 
 def on_gpu(new: list[int], cached: list[int], heads: str = "64/8x64", **more: Any) -> Setup:
     shape = {"dtype": torch.float8_e4m3fn, "q_dtype": torch.bfloat16, "page_size": 16, **more}
-    return setup(new, cached, heads=SHAPES[heads][0], dims=SHAPES[heads][1], device="cuda", **shape)
+    return setup(new, cached, heads=SHAPES[heads].counts, dims=SHAPES[heads].dims, device="cuda", **shape)
 
 
 @pytest.mark.parametrize("page_size", PAGES)
@@ -47,7 +46,7 @@ def on_gpu(new: list[int], cached: list[int], heads: str = "64/8x64", **more: An
 def test_every_shape_on_every_path(heads: str, page_size: int) -> None:
     turn = MODELS.index(heads) + PAGES.index(page_size)
     dtype = (torch.float8_e4m3fn, torch.bfloat16)[turn % 2]
-    layout = layout_for(page_size, HEADS[heads][1][0], dtype, turn)
+    layout = layout_for(page_size, HEADS[heads].head_dim, dtype, turn)
     for new, cached in ((NEW, CACHED), COMMON):
         made = on_gpu(new, cached, heads, page_size=page_size, dtype=dtype, layout=layout, spare=3)
         batches = {lengths: made.batch(lengths, max_q=max(new), max_k=max(made.total)) for lengths in (True, False)}
@@ -56,7 +55,7 @@ def test_every_shape_on_every_path(heads: str, page_size: int) -> None:
         made.attend(batches[True])
         for window in WINDOWS:
             for which in SINKS:
-                sinks = sinks_of(which, HEADS[heads][0][0], "cuda")
+                sinks = sinks_of(which, HEADS[heads].q_heads, "cuda")
                 wanted = made.wanted(window=window, sinks=sinks)
                 for way, (lengths, call) in WAYS.items():
                     if "direct" in way and (window == 1 or sinks is None):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from kvgather.bench import call_tables, host, report
-from kvgather.bench.calls import CALLS
 from kvgather.bench.report import Row
+from kvgather.cases.measured import CALLS
 
 TIMES = {
     "kvgather": 100.04,

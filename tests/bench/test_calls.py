@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -10,10 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kvgather.bench import calls, gather, turns
-from kvgather.bench.cases import Case, build
+from kvgather.bench import calls, gather, runner, turns
 from kvgather.bench.implementations import engines_call, upstream_form
 from kvgather.bench.report import Row
+from kvgather.cases import Case, build
+from kvgather.cases.measured import CALLS
 from tests.where import on_each_device
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -21,25 +21,18 @@ TINY = Case(num_heads=1, k_dim=16, v_dim=16, lengths=(3, 2), starts=(), out_dtyp
 NAMES = ["kvgather", "cp_mha_gather_cache", "upstream form"]
 
 
-def test_the_cases_are_those_with_something_to_reach() -> None:
-    found = [case for case in gather.cases(CUDA) if case in calls.CALLS]
-    wanted = itertools.product(("NHD", "SHUFFLE"), ((8, 64), (8, 128), (1, 64)), (1536, 16384, 131072))
-    assert {(case.layout, (case.num_heads, case.k_dim), case.total_tokens) for case in found} == set(wanted)
-    for case in calls.CALLS:
-        assert case.lengths == (case.total_tokens // 16,) * 16 and case.k_dim == case.v_dim
-        assert (case.page_size, case.k_kind, case.v_kind) == (16, "per-tensor", "per-tensor")
-        assert (case.dtype, case.out_dtype) == (torch.float8_e4m3fn, torch.bfloat16)
+def test_the_engines_calls_have_their_own_implementations() -> None:
+    for case in CALLS:
         assert not gather.is_timed_alone(case, CUDA)
         assert list(gather._implementations(case, CUDA)) == NAMES
-    assert not set(calls.CALLS) & set(gather.cases(CPU))
 
 
 @pytest.mark.parametrize("megabytes", [50, 60])
 def test_the_inputs_do_not_fit_in_the_cache(megabytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gather, "cache_bytes", lambda device: megabytes * 2**20)
-    for case in calls.CALLS:
+    monkeypatch.setattr(runner, "cache_bytes", lambda device: megabytes * 2**20)
+    for case in CALLS:
         moved = gather.moved_bytes(case)
-        assert gather._copies(case, moved, CUDA) * moved > 2.5 * megabytes * 2**20
+        assert runner.copies_for(moved, CUDA, calls.MOST_COPIES) * moved > 2.5 * megabytes * 2**20
 
 
 @pytest.mark.triton
@@ -85,7 +78,7 @@ def test_the_summary_says_what_is_reached() -> None:
         "kvgather": 14.0, "cp_mha_gather_cache": 16.1, "upstream form": 83.0, "cp_mha_gather_cache, eager": 41.5,
         "upstream form, eager": 83.0,
     }  # fmt: skip
-    (case,) = (each for each in calls.CALLS if each.name.startswith("NHD-8x64") and each.total_tokens == 16384)
+    (case,) = (each for each in CALLS if each.name.startswith("NHD-8x64") and each.total_tokens == 16384)
     rows = [
         Row("gather", case.name, name, time, time, time, 9, 1, 1, 1, 0, 1, "d", "", "2", "3", "c", "2026-11-27")
         for name, time in times.items()
@@ -96,7 +89,7 @@ def test_the_summary_says_what_is_reached() -> None:
         "  GPU 5.16 × (≥ 4 ×): reached",
         "  GPU 16.1 µs, planned 14.0 (≤ 16.0): NOT reached",
     ]
-    other = [replace(row, case=calls.CALLS[-2].name) for row in rows]  # nothing is to be reached eagerly
+    other = [replace(row, case=CALLS[-2].name) for row in rows]  # nothing is to be reached eagerly
     assert calls.summary(other).splitlines()[2:4] == ["  eager 2.00 ×", "  GPU 5.16 × (≥ 1 ×): reached"]
     assert calls.summary(rows[:-1]) == "" and gather.summary is calls.summary
 
@@ -110,7 +103,7 @@ class Clock:
             perf_counter=lambda: self.now, monotonic=lambda: self.now, perf_counter_ns=lambda: round(1e9 * self.now)
         )
         monkeypatch.setattr(turns, "time", clock)
-        monkeypatch.setattr(turns, "_wait", lambda device: self.order.append("wait"))
+        monkeypatch.setattr(turns, "_synchronize", lambda device: self.order.append("wait"))
 
     def run(self, name: str, seconds: float) -> None:
         self.now += seconds
@@ -142,7 +135,7 @@ def test_host_times_end_when_the_call_returns(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.gpu
 def test_a_gpu_times_both_ways() -> None:
-    rows = {row.implementation: row for row in gather.measure(calls.CALLS[0], CUDA, seconds=0.02)}
+    rows = {row.implementation: row for row in gather.measure(CALLS[0], CUDA, seconds=0.02)}
     eager = [name + ", eager" for name in NAMES[1:]]
     assert {*NAMES, *eager} <= set(rows)
     assert all(rows[name].p50_us > 0 for name in rows)

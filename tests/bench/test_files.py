@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from kvgather.bench import files, runner
+from kvgather import files
+from kvgather.bench import machine, results
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -23,7 +24,7 @@ def test_the_commit_is_that_of_a_clone_and_of_no_other_repository(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def copy(folder: Path) -> Path:
-        file = folder / "kvgather" / "bench" / "runner.py"
+        file = folder / "kvgather" / "bench" / "machine.py"
         file.parent.mkdir(parents=True)
         file.write_text("x = 1\n")
         return file
@@ -34,21 +35,21 @@ def test_the_commit_is_that_of_a_clone_and_of_no_other_repository(
     (other / "own.txt").write_text("x")
     git(other, "add", "own.txt")
     git(other, "commit", "-qm", "own")
-    assert runner._commit_of(copy(tmp_path / "nowhere")) == ""
-    assert runner._commit_of(copy(other / ".venv" / "site-packages")) == ""  # an installed wheel
+    assert machine._commit_of(copy(tmp_path / "nowhere")) == ""
+    assert machine._commit_of(copy(other / ".venv" / "site-packages")) == ""  # an installed wheel
     at_top = copy(other)
-    assert runner._commit_of(at_top) == ""  # an unpacked one: nothing of it is tracked
+    assert machine._commit_of(at_top) == ""  # an unpacked one: nothing of it is tracked
     vendored = copy(other / "third_party")
     git(other, "add", str(vendored))
     git(other, "commit", "-qm", "vendored")
-    assert runner._commit_of(vendored) == ""
+    assert machine._commit_of(vendored) == ""
     clone = tmp_path / "clone"
     file = copy(clone)
     git(clone, "init", "-q")
     git(clone, "add", ".")
     git(clone, "commit", "-qm", "all")
     monkeypatch.setenv("GIT_DIR", str(other / ".git"))  # as in a hook of the other one
-    assert runner._commit_of(file) == git(clone, "rev-parse", "--short", "HEAD")
+    assert machine._commit_of(file) == git(clone, "rev-parse", "--short", "HEAD")
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,9 +81,9 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
 def test_committed_results_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     committed = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
     monkeypatch.chdir(tmp_path)
-    assert files.find_results() == committed
-    monkeypatch.setattr(files, "ROOT", tmp_path / "site-packages")  # an installed copy, and a notebook of a clone
+    assert results.find_results() == committed
+    monkeypatch.setattr(results, "ROOT", tmp_path / "site-packages")  # an installed copy, and a notebook of a clone
     with pytest.raises(FileNotFoundError, match=r"no folder benchmarks.results in .*; accepted: a clone of the repos"):
-        files.find_results()
+        results.find_results()
     monkeypatch.chdir(committed.parents[1] / "notebooks")
-    assert files.find_results() == committed
+    assert results.find_results() == committed

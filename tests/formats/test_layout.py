@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvgather.bench.cases import POOL_STYLES, Case, build
+from kvgather.cases import POOL_STYLES, Case, build
 from kvgather.formats.layout import (
     LAYOUTS,
     Geometry,

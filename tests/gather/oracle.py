@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from kvgather.bench.cases import Built
+from kvgather.cases import Built
 from kvgather.formats.fp8 import FORMATS
 from kvgather.formats.layout import Geometry, element_offset
 

@@ -12,7 +12,8 @@ import sys
 import torch
 
 import kvgather as kg
-from kvgather.bench.cases import LAYOUTS, Case, build
+from kvgather.cases import Case, build
+from kvgather.formats.layout import LAYOUTS
 from tests.gather.oracle import assert_same, untouched
 
 PAST = 2**31 - 1

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 import kvgather as kg
-from kvgather.bench.cases import LAYOUTS, Built, Case, build
+from kvgather.cases import Built, Case, build
 from kvgather.device import has_gpu, interpreting
+from kvgather.formats.layout import LAYOUTS
 from kvgather.formats.scale import KINDS
 from kvgather.lab.fence import SIDES, fenced
 from kvgather.lab.trace import trace

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import kvgather as kg
-from kvgather.bench.cases import Case, build
+from kvgather.cases import Case, build
 from kvgather.formats.layout import LAYOUTS
 from tests.gather.oracle import assert_same, first_difference, untouched
 

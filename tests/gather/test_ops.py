@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import kvgather as kg
-from kvgather.bench.cases import Built, Case, build
+from kvgather.cases import Built, Case, build
 from kvgather.formats.checks import dtype_name
 from kvgather.gather import ops
 from tests.gather.oracle import assert_same

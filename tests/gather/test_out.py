@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kvgather as kg
-from kvgather.bench.cases import LAYOUTS, Case, build
+from kvgather.cases import Case, build
 from kvgather.device import interpreting
-from kvgather.formats.layout import Geometry, as_nhd
+from kvgather.formats.layout import LAYOUTS, Geometry, as_nhd
 from tests.gather.oracle import assert_same, first_difference, untouched
 from tests.where import on_each_device
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import kvgather as kg
-from kvgather.bench.cases import POOL_STYLES, Case, build
+from kvgather.cases import POOL_STYLES, Case, build
 from kvgather.device import interpreting
 from kvgather.formats.fp8 import FLOATS, POOL_DTYPES
 from kvgather.formats.layout import LAYOUTS, Geometry, group

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kvgather as kg
-from kvgather.bench.cases import SMALL, Case, build
+from kvgather.cases import SMALL, Case, build
 from kvgather.formats.fp8 import FORMATS
 from kvgather.formats.layout import LAYOUTS
 from kvgather.gather import reference

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from kvgather.bench.cases import Case
+from kvgather.cases import Case
 from kvgather.formats.fp8 import FLOATS
 from kvgather.formats.layout import LAYOUTS
 from kvgather.lab.assembly import Variant

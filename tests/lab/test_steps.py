@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvgather.bench import steps as bench
-from kvgather.bench.cases import Case, build
+from kvgather.cases import Case, build
 from kvgather.lab import steps
 from kvgather.plan import GatherPlan, PlanError
 from tests.where import on_each_device

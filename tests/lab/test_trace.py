@@ -242,7 +242,7 @@ def test_a_traced_gather_that_was_compiled_for_a_gpu_still_gives_the_reference()
     """The interpreter neither rounds nor decodes as hardware does, and the launcher has to know where it runs."""
     code = """
 import torch
-from kvgather.bench.cases import Case, build
+from kvgather.cases import Case, build
 from kvgather.device import interpreting
 from kvgather.lab.trace import trace
 built = build(Case(num_heads=2, k_dim=16, v_dim=16, lengths=(19,), starts=()), torch.device("cpu"), values="normal")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvgather.bench.cases import Case, build
+from kvgather.cases import Case, build
 from kvgather.lab import steps, warps
 from kvgather.lab.assembly import AssemblyError
 from kvgather.lab.trace import Access, trace

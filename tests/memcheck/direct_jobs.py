@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from kvgather.attention.reference import reference_attention
+from kvgather.cases import fits as layout_fits
 from kvgather.formats.checks import dtype_name
 from kvgather.formats.fp8 import POOL_DTYPES
 from kvgather.formats.layout import LAYOUTS
@@ -103,8 +104,7 @@ def operand_bytes(dtype: torch.dtype, q_dtype: torch.dtype) -> int:
 
 
 def fits(job: Direct) -> bool:
-    x = 16 // job.dtype.itemsize
-    return job.layout != "SHUFFLE" or not (job.page_size % x or job.dims[0] % x or job.dims[1] % x)
+    return layout_fits(job.layout, job.page_size, job.dims[0], job.dtype)
 
 
 def _squares() -> Iterator[Direct]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import kvgather as kg
-from kvgather.bench.cases import Built, build
+from kvgather.cases import Built, build
 from kvgather.formats.checks import dtype_name
 from kvgather.formats.fp8 import FLOATS, POOL_DTYPES
 from kvgather.formats.layout import LAYOUTS

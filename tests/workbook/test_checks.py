@@ -55,7 +55,7 @@ def test_not_yet_says_what_to_do(capsys):
 def test_right_and_wrong(capsys):
     assert verdict(capsys, "99.1", lambda number: 2 * number) == "correct: it doubles"
     assert verdict(capsys, "99.1", lambda number: number**2 + 1) == (
-        "wrong: double of 1 and 2: at index 1: expected 4, got 5"
+        "wrong: double of 1 and 2: answer[1]: expected 4, got 5"
     )
     assert verdict(capsys, "99.2", 1, 2) == "correct: well done"
     assert verdict(capsys, "99.2", 2, 1) == "wrong: 2 is not below 1"
@@ -123,19 +123,19 @@ def test_equal_values_have_no_difference(expected, got):
         (
             torch.tensor([[1.0, 2.0], [3.0, 4.0]]),
             torch.tensor([[1.0, 2.0], [NAN, 5.0]]),
-            "the first difference is at index [1, 0]: expected 3, got nan (2 of 4 differ)",
+            "answer[1, 0]: expected 3, got nan (2 of 4 differ)",
         ),
-        (FP8, torch.tensor([1.0, 4.0, NAN]).to(torch.float8_e4m3fn), "at index [1]: expected 2, got 4 (1 of 3 differ)"),
+        (FP8, torch.tensor([1.0, 4.0, NAN]).to(torch.float8_e4m3fn), "answer[1]: expected 2, got 4 (1 of 3 differ)"),
         (torch.zeros(2, 3), torch.zeros(3, 2), "expected shape [2, 3], got [3, 2]"),
         (torch.zeros(2), torch.zeros(2).half(), "expected dtype torch.float32, got torch.float16"),
         (torch.zeros(2), [0.0, 0.0], "expected a tensor of shape [2], got a list, [0.0, 0.0]"),
         (torch.tensor(2**60 + 1), torch.tensor(2**60), "expected 1152921504606846977, got 1152921504606846976"),
         ([1, 2, 3], [1, 2], "expected 3 values, got 2"),
-        ([1, [2, 3]], [1, [2, 4]], "at index 1: at index 1: expected 3, got 4"),
+        ([1, [2, 3]], [1, [2, 4]], "answer[1][1]: expected 3, got 4"),
         ([1], "1", "expected 1 values, got a str, '1'"),
         ({"a": 1}, {}, "the key 'a' is missing"),
-        ({}, {"a": 1}, "the key 'a' is one too many"),
-        ({"a": [1]}, {"a": [2]}, "at key 'a': at index 0: expected 1, got 2"),
+        ({}, {"a": 1}, "the key 'a' is unexpected"),
+        ({"a": [1]}, {"a": [2]}, "answer['a'][0]: expected 1, got 2"),
         (1, True, "expected 1, got a bool, True"),
         (True, 1, "expected True, got 1"),
         (0.5, NAN, "expected 0.5, got nan"),

@@ -6,6 +6,7 @@ import base64
 
 import pytest
 from matplotlib.colors import to_hex
+from tqdm import tqdm
 
 from kvgather.workbook import figures
 
@@ -52,9 +53,9 @@ def test_the_same_figure_is_the_same_bytes():
 
 def test_a_table_aligns_numbers_to_the_right():
     assert figures.table([("a", 1, 0.123456), ("long", 100, None)], ["name", "n", "error"]) == (
-        "name    n   error\n----  ---  ------\na       1  0.1235\nlong  100       –"
+        "name      n    error\n------  ---  -------\na         1   0.1235\nlong    100        –"
     )
-    assert figures.table([], ["a", "bc"]) == "a  bc\n-  --"
+    assert figures.table([], ["a", "bc"]) == "a    bc\n---  ----"
 
 
 def test_boxes_are_colored_by_owner_and_marked():
@@ -85,7 +86,9 @@ def test_text_is_readable_on_every_color_of_the_palette():
     assert figures.text_color(figures.PALETTE[0]) == "white" and figures.text_color(figures.PALETTE[6]) == figures.INK
 
 
-def test_progress_yields_everything_and_fills_its_bar(displayed):
-    assert list(figures.progress((i for i in range(3)), "work")) == [0, 1, 2]
-    ((bar,), _) = displayed[0]
-    assert (bar.value, bar.max, bar.description) == (3, 3, "work")
+@pytest.mark.parametrize("total", [None, 3])
+def test_progress_yields_everything_and_fills_its_bar(monkeypatch, capsys, total):
+    monkeypatch.setattr(figures, "tqdm", tqdm)  # the bar for terminals, on stderr
+    items = range(3) if total is None else iter(range(3))
+    assert list(figures.progress(items, "work", total)) == [0, 1, 2]
+    assert capsys.readouterr().err.split("\r")[-1].startswith("work: 100%")

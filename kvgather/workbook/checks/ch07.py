@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kvgather.bench.cases import Case
+from kvgather.cases import Case
 from kvgather.formats.layout import as_nhd, byte_offset, key_shape, value_shape
 from kvgather.lab.assembly import width
 from kvgather.lab.trace import trace

@@ -1,4 +1,4 @@
-"""The first difference between two values, said in one line."""
+"""The first difference between two values, in one line."""
 
 from __future__ import annotations
 
@@ -12,33 +12,41 @@ __all__ = ["first_difference"]
 
 
 def first_difference(expected: Any, got: Any, *, tolerance: float = 0.0) -> str | None:
-    """Say where `got` first differs from `expected`, or return None when it does not; NaN equals NaN.
+    """The first place at which `got` differs from `expected`, such as "answer[0][1]: expected 8, got 0".
 
     Args:
         expected: tensor (any shape and dtype), number, string, or a list, tuple or dict of these.
-        got: what to compare with it; a list may be a tuple, and a number may be a 0-d tensor.
+        got: the value to compare; a tuple may stand for a list, and a 0-d tensor for a number.
         tolerance: largest accepted difference of two floats, relative to the expected one (absolute below 1).
+
+    Returns:
+        The message, or None if the values are equal; NaN equals NaN.
     """
     return _difference(expected, got, "", tolerance)
 
 
-def _difference(expected: Any, got: Any, where: str, tolerance: float) -> str | None:
+def _at(path: str) -> str:
+    """The beginning of a message: the indices that lead to the difference."""
+    return f"answer{path}: " if path else ""
+
+
+def _difference(expected: Any, got: Any, path: str, tolerance: float) -> str | None:
     if isinstance(expected, torch.Tensor):
-        return _tensor_difference(expected, got, where, tolerance)
+        return _tensor_difference(expected, got, path, tolerance)
     if isinstance(expected, Mapping):
-        return _mapping_difference(expected, got, where, tolerance)
+        return _mapping_difference(expected, got, path, tolerance)
     if isinstance(expected, Sequence) and not isinstance(expected, str | bytes):
-        return _sequence_difference(expected, got, where, tolerance)
-    return _scalar_difference(expected, got, where, tolerance)
+        return _sequence_difference(expected, got, path, tolerance)
+    return _scalar_difference(expected, got, path, tolerance)
 
 
-def _tensor_difference(expected: torch.Tensor, got: Any, where: str, tolerance: float) -> str | None:
+def _tensor_difference(expected: torch.Tensor, got: Any, path: str, tolerance: float) -> str | None:
     if not isinstance(got, torch.Tensor):
-        return f"{where}expected a tensor of shape {list(expected.shape)}, got {_kind(got)}"
+        return f"{_at(path)}expected a tensor of shape {list(expected.shape)}, got {_kind(got)}"
     if got.shape != expected.shape:
-        return f"{where}expected shape {list(expected.shape)}, got {list(got.shape)}"
+        return f"{_at(path)}expected shape {list(expected.shape)}, got {list(got.shape)}"
     if got.dtype != expected.dtype:
-        return f"{where}expected dtype {expected.dtype}, got {got.dtype}"
+        return f"{_at(path)}expected dtype {expected.dtype}, got {got.dtype}"
     left, right = _comparable(expected), _comparable(got)
     same = (left == right) | (left.isnan() & right.isnan())
     if tolerance and expected.dtype.is_floating_point:
@@ -47,55 +55,54 @@ def _tensor_difference(expected: torch.Tensor, got: Any, where: str, tolerance: 
         return None
     index = [int(i) for i in (~same).nonzero()[0]]
     values = f"expected {_number(left[tuple(index)].item())}, got {_number(right[tuple(index)].item())}"
-    place = f"the first difference is at index {index}: " if index else ""
-    return f"{where}{place}{values} ({int((~same).sum())} of {same.numel()} differ)"
+    return f"{_at(f'{path}{index}' if index else path)}{values} ({int((~same).sum())} of {same.numel()} differ)"
 
 
 def _comparable(tensor: torch.Tensor) -> torch.Tensor:
-    """Float64 holds every value of the dtypes used here, FP8 included, except integers above 2^53."""
+    """Float64 represents every value of the dtypes used here, FP8 included; integers stay int64."""
     tensor = tensor.detach().cpu()
     if tensor.dtype.is_floating_point and tensor.dtype != torch.float64:
         tensor = tensor.to(torch.float32)
     return tensor.to(torch.float64) if tensor.dtype.is_floating_point else tensor.to(torch.int64)
 
 
-def _mapping_difference(expected: Mapping[Any, Any], got: Any, where: str, tolerance: float) -> str | None:
+def _mapping_difference(expected: Mapping[Any, Any], got: Any, path: str, tolerance: float) -> str | None:
     if not isinstance(got, Mapping):
-        return f"{where}expected a dict with the keys {list(expected)}, got {_kind(got)}"
+        return f"{_at(path)}expected a dict with the keys {list(expected)}, got {_kind(got)}"
     for key in expected:
         if key not in got:
-            return f"{where}the key {key!r} is missing"
+            return f"{_at(path)}the key {key!r} is missing"
     for key in got:
         if key not in expected:
-            return f"{where}the key {key!r} is one too many"
-    parts = (_difference(value, got[key], f"{where}at key {key!r}: ", tolerance) for key, value in expected.items())
+            return f"{_at(path)}the key {key!r} is unexpected"
+    parts = (_difference(value, got[key], f"{path}[{key!r}]", tolerance) for key, value in expected.items())
     return next((part for part in parts if part is not None), None)
 
 
-def _sequence_difference(expected: Sequence[Any], got: Any, where: str, tolerance: float) -> str | None:
+def _sequence_difference(expected: Sequence[Any], got: Any, path: str, tolerance: float) -> str | None:
     if isinstance(got, torch.Tensor) and got.dim():
         got = got.tolist()
     if not isinstance(got, Sequence) or isinstance(got, str | bytes):
-        return f"{where}expected {len(expected)} values, got {_kind(got)}"
+        return f"{_at(path)}expected {len(expected)} values, got {_kind(got)}"
     for index, (left, right) in enumerate(zip(expected, got, strict=False)):
-        part = _difference(left, right, f"{where}at index {index}: ", tolerance)
+        part = _difference(left, right, f"{path}[{index}]", tolerance)
         if part is not None:
             return part
     if len(expected) != len(got):
-        return f"{where}expected {len(expected)} values, got {len(got)}"
+        return f"{_at(path)}expected {len(expected)} values, got {len(got)}"
     return None
 
 
-def _scalar_difference(expected: Any, got: Any, where: str, tolerance: float) -> str | None:
+def _scalar_difference(expected: Any, got: Any, path: str, tolerance: float) -> str | None:
     plain = got.item() if hasattr(got, "item") and getattr(got, "size", None) is not None and _single(got) else got
     if isinstance(expected, str | bytes | bool) or expected is None:
         equal = type(plain) is type(expected) and plain == expected
     elif isinstance(plain, bool) or not isinstance(plain, int | float):
-        return f"{where}expected {_number(expected)}, got {_kind(got)}"
+        return f"{_at(path)}expected {_number(expected)}, got {_kind(got)}"
     else:
         both_nan = math.isnan(expected) and math.isnan(plain)
         equal = both_nan or plain == expected or abs(plain - expected) <= tolerance * max(1.0, abs(expected))
-    return None if equal else f"{where}expected {_number(expected)}, got {_number(plain)}"
+    return None if equal else f"{_at(path)}expected {_number(expected)}, got {_number(plain)}"
 
 
 def _single(value: Any) -> bool:

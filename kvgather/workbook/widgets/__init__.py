@@ -1,1 +1,1 @@
-"""Interactive views of the workbook, one module each; its chapter has a static picture beside each."""
+"""Interactive views of the workbook, one module each; the chapters have static pictures of the same views."""

@@ -1,4 +1,4 @@
-"""Pick a layout and an element; see its byte, its neighbours and the 16-byte load it belongs to."""
+"""Select a layout and an element; see its byte, its neighbours and its 16-byte load."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["layout_explorer"]
 def layout_explorer(
     layout: str = "SHUFFLE", which: str = "key", block: int = 1, head: int = 1, slot: int = 5, dim: int = 20
 ) -> ipywidgets.Widget:
-    """The widget: a choice of layout and of K or V, a slider for each index, a sentence and the picture below.
+    """The widget: buttons for the layout and for K or V, a slider for each index, a sentence and a picture.
 
     Args:
         layout: "NHD", "HND" or "SHUFFLE".
@@ -29,7 +29,7 @@ def layout_explorer(
     pools = ipywidgets.ToggleButtons(options=[("K", "key"), ("V", "value")], value=first.which, description="pool")
     sizes = {"block": (block, BLOCKS), "head": (head, HEADS), "slot": (slot, PAGE), "dim": (dim, DIM)}
     sliders = {
-        # Drawn when the slider is let go: a picture for each pixel of its way would queue up.
+        # Drawn when the slider is released: pictures for all values on the way would queue up.
         name: ipywidgets.IntSlider(value=value, max=size - 1, description=name, continuous_update=False)
         for name, (value, size) in sizes.items()
     }

@@ -1,4 +1,4 @@
-"""Type prompts and watch a small BlockPool share, keep and evict their blocks. A token is a word here."""
+"""Run prompts and watch a small BlockPool share, keep and evict their blocks; a word is a token."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROMPTS = {
 
 
 class Story:
-    """A pool, the prompts that live in it by name, and the words behind their token ids."""
+    """A pool, its running prompts by name, and the words of their token ids."""
 
     def __init__(self, num_blocks: int = 10, page_size: int = 4) -> None:
         self.pool = BlockPool(num_blocks, page_size)
@@ -30,7 +30,7 @@ class Story:
         self._ids: dict[str, int] = {}
 
     def run(self, name: str, text: str) -> str:
-        """Allocate a prompt, pretend that its K and V were computed, commit it, and say what was found."""
+        """Allocate a prompt, commit it as if its K and V were computed, and return a sentence about its hits."""
         if name in self.live:
             self.free(name)
         evictions = self.pool.stats.evictions
@@ -41,21 +41,21 @@ class Story:
             return f"{name}: {error}"
         self.pool.commit(seq)
         self.live[name] = seq
-        found = f"{seq.num_cached_tokens} of its {seq.num_tokens} tokens were in the cache"
+        hits = f"{seq.num_cached_tokens} of its {seq.num_tokens} tokens were in the cache"
         evicted = self.pool.stats.evictions - evictions
-        return f"run {name}: {found}, {evicted} cached block{'s' if evicted != 1 else ''} evicted"
+        return f"run {name}: {hits}, {evicted} cached block{'s' if evicted != 1 else ''} evicted"
 
     def free(self, name: str) -> str:
-        """End a prompt; its published blocks stay findable until somebody needs the room."""
+        """Free a prompt; its published blocks can be found until they are evicted."""
         seq = self.live.pop(name, None)
         if seq is None:
             return f"{name} is not running"
         self.pool.free(seq)
-        kept = sum(self.pool.block(block_id).state == "cached" for block_id in seq.block_ids)
-        return f"free {name}: {kept} block{'s' if kept != 1 else ''} that nobody uses any more can still be found"
+        cached = sum(self.pool.block(block_id).state == "cached" for block_id in seq.block_ids)
+        return f"free {name}: {cached} unused block{'s' if cached != 1 else ''} can still be found"
 
     def words(self, block_id: int) -> list[str]:
-        """The words that a block holds; none for a blank one."""
+        """The words of a block; an empty list for a blank block."""
         token_ids = self.pool.block(block_id).token_ids
         for seq in self.live.values():
             if token_ids is None and block_id in seq.block_ids:
@@ -65,14 +65,14 @@ class Story:
         return [words[token] for token in token_ids or ()]
 
     def users(self, block_id: int) -> list[str]:
-        """Names of the prompts whose block table holds a block."""
+        """Names of the prompts whose block table contains a block."""
         return [name for name, seq in sorted(self.live.items()) if block_id in seq.block_ids]
 
 
 def draw(axes: Axes, story: Story, caption: str) -> None:
-    """Draw the pool as a row of blocks: id above, words inside, who uses it below.
+    """Draw the pool as a row of blocks: id above, words inside, users below.
 
-    A thick outline marks a block that can be found by its content, a dashed one a block that is free.
+    A thick outline marks a block that can be found by its content; a dashed outline marks a free block.
     """
     for block_id in range(story.pool.num_blocks):
         _draw_block(axes, story, block_id)
@@ -86,7 +86,7 @@ def storyboard(*steps: tuple[str, ...], num_blocks: int = 10, page_size: int = 4
 
     Args:
         steps: `("run", name, text)` or `("free", name)`.
-        num_blocks, page_size: of the pool.
+        num_blocks, page_size: size of the pool.
     """
     story = Story(num_blocks, page_size)
     drawing, frames = figure(0.86 * num_blocks, 1.65 * len(steps), rows=len(steps), squeeze=False)
@@ -96,7 +96,7 @@ def storyboard(*steps: tuple[str, ...], num_blocks: int = 10, page_size: int = 4
 
 
 def prefix_sharing(num_blocks: int = 10, page_size: int = 4) -> ipywidgets.Widget:
-    """The widget: a box of text, run and free for each of three prompts, the pool below them."""
+    """The widget: a text box, a run and a free button for each of three prompts, and the pool below."""
     story = Story(num_blocks, page_size)
     picture = ipywidgets.Image(format="png", layout=ipywidgets.Layout(max_width="100%"))
 

@@ -69,12 +69,12 @@ WRONG: dict[str, list[tuple[str, str]]] = {
     ],
     "01.4": [
         # step 4 forgotten
-        ("evicted = [2, 1, 0]", "at index 1: expected 3, got 1"),
+        ("evicted = [2, 1, 0]", "answer[1]: expected 3, got 1"),
         # a chain from its beginning
-        ("evicted = [2, 3, 0]", "at index 2: expected 1, got 0"),
+        ("evicted = [2, 3, 0]", "answer[2]: expected 1, got 0"),
         # everything that W takes, blank or not
-        ("evicted = [6, 7, 4, 5, 2, 3, 1]", "at index 0: expected 2, got 6"),
+        ("evicted = [6, 7, 4, 5, 2, 3, 1]", "answer[0]: expected 2, got 6"),
         # the block that was never full
-        ("evicted = [2, 4, 3]", "at index 1: expected 3, got 4"),
+        ("evicted = [2, 4, 3]", "answer[1]: expected 3, got 4"),
     ],
 }

@@ -34,12 +34,12 @@ WRONG = {
         # seq_starts left out
         (
             SLOTS.format(position="position = token - tl.load(cu_seqlens_ptr + batch)", block=BLOCK, slot=SLOT),
-            "seq_starts [3, 0, 6], lengths [5, 0, 6]): at index 0: expected 31, got 28",
+            "seq_starts [3, 0, 6], lengths [5, 0, 6]): answer[0]: expected 31, got 28",
         ),
         # the block's own page forgotten
         (
             SLOTS.format(position=POSITION, block=BLOCK, slot="slot = block + position % page_size"),
-            "at index 0: expected 31, got 10",
+            "answer[0]: expected 31, got 10",
         ),
         # the token's row instead of its position
         (
@@ -63,7 +63,7 @@ WRONG = {
     "04.2": [
         (ROWS.format(inside="dim < LANES"), "a load of pool_ptr at element 144; it has 144"),
         (ROWS.format(inside="dim <= DIM"), "a load of pool_ptr at element 144; it has 144"),
-        (ROWS.format(inside="dim < DIM - 1"), "rows: the first difference is at index [0, 23]"),
+        (ROWS.format(inside="dim < DIM - 1"), "rows: answer[0, 23]"),
     ],
     "04.3": [
         # the formula of NHD
@@ -71,14 +71,14 @@ WRONG = {
             BYTES.format(
                 bytes="[((block * page_size + slot) * num_heads + head) * head_dim + d for d in range(head_dim)]"
             ),
-            "block 0, head 0, slot 0 of 2 heads, page 16, head_dim 32: at index 1: expected 16, got 1",
+            "block 0, head 0, slot 0 of 2 heads, page 16, head_dim 32: answer[1]: expected 16, got 1",
         ),
         # the group of the slot forgotten: right for pages of 16
         (
             BYTES.format(
                 bytes="[(block * num_heads + head) * page_size * head_dim + d * 16 + slot for d in range(head_dim)]"
             ),
-            "block 1, head 2, slot 30 of 3 heads, page 32, head_dim 16: at index 0",
+            "block 1, head 2, slot 30 of 3 heads, page 32, head_dim 16: answer[0]",
         ),
         # only the first byte
         (

@@ -36,7 +36,7 @@ WRONG = {
         # one lane too few
         (
             KERNEL.format(mask="inside & (i > 1)", store="inside & (i > 1)"),
-            "lengths of the sequences that begin at [0, 3, 3, 7, 8]: at index 0: expected 3, got -1",
+            "lengths of the sequences that begin at [0, 3, 3, 7, 8]: answer[0]: expected 3, got -1",
         ),
         # the load is mended and the store is not
         (KERNEL.format(mask="inside & (i > 0)", store="inside"), "a store of lengths_ptr at element -1; it has 5"),

@@ -44,7 +44,7 @@ WRONG = {
         # the strides of a contiguous [blocks, heads, page], whatever came: the bug
         (
             STRIDES + "    return num_heads * page_size, page_size, 1\n",
-            "a scale of one element, [1]: at index 0: expected 0, got 32",
+            "a scale of one element, [1]: answer[0]: expected 0, got 32",
         ),
         # right shapes, contiguous strides assumed
         (
@@ -56,7 +56,7 @@ WRONG = {
             + "    if tuple(scale.shape) not in known:\n"
             + "        raise ValueError('unknown')\n"
             + "    return known[tuple(scale.shape)]\n",
-            "a scale of [2], every third of a longer tensor: at index 1: expected 3, got 1",
+            "a scale of [2], every third of a longer tensor: answer[1]: expected 3, got 1",
         ),
         # the rank decides, and the sizes are not looked at
         (

@@ -10,7 +10,7 @@ WRONG = {
         # aligned to the upper left
         (
             MASK + "    return torch.ones(len_q, len_k).tril().bool()\n",
-            "2 new of 5, window None: the first difference is at index [0, 1]: expected 1, got 0",
+            "2 new of 5, window None: answer[0, 1]: expected 1, got 0",
         ),
         # a window of w keys and the token itself
         (
@@ -19,7 +19,7 @@ WRONG = {
             + "    key = torch.arange(len_k)\n"
             + "    seen = key <= position\n"
             + "    return seen if window is None else seen & (key >= position - window)\n",
-            "3 new of 6, window 1: the first difference is at index [0, 2]: expected 0, got 1",
+            "3 new of 6, window 1: answer[0, 2]: expected 0, got 1",
         ),
         # the window of the last token for all
         (
@@ -28,21 +28,21 @@ WRONG = {
             + "    key = torch.arange(len_k)\n"
             + "    seen = key <= position\n"
             + "    return seen if window is None else seen & (key >= len_k - window)\n",
-            "3 new of 6, window 1: the first difference is at index [0, 3]: expected 1, got 0",
+            "3 new of 6, window 1: answer[0, 3]: expected 1, got 0",
         ),
         # what may not be seen, as some masks say it
         (
             MASK
             + "    position = torch.arange(len_k - len_q, len_k)[:, None]\n"
             + "    return torch.arange(len_k) > position\n",
-            "1 new of 1, window None: the first difference is at index [0, 0]: expected 1, got 0",
+            "1 new of 1, window None: answer[0, 0]: expected 1, got 0",
         ),
     ],
     "08.2": [
         # the plain mean
         (
             MERGE + "    return (out_a + out_b) / 2, torch.logaddexp(lse_a, lse_b)\n",
-            "out, lse 1 and 2: the first difference is at index [0, 0",
+            "out, lse 1 and 2: answer[0, 0",
         ),
         # the formula as it stands
         (
@@ -50,7 +50,7 @@ WRONG = {
             + "    a, b = lse_a.exp(), lse_b.exp()\n"
             + "    out = (a[..., None] * out_a + b[..., None] * out_b) / (a + b)[..., None]\n"
             + "    return out, torch.log(a + b)\n",
-            "out, lse 200 and 199: the first difference is at index [0, 0, 0]",
+            "out, lse 200 and 199: answer[0, 0, 0]",
         ),
         # stable, but 0 times NaN is NaN
         (
@@ -58,7 +58,7 @@ WRONG = {
             + "    lse = torch.logaddexp(lse_a, lse_b)\n"
             + "    a, b = (lse_a - lse).exp(), (lse_b - lse).exp()\n"
             + "    return a[..., None] * out_a + b[..., None] * out_b, lse\n",
-            "out, lse 3 and -inf: the first difference is at index [0, 0, 0]",
+            "out, lse 3 and -inf: answer[0, 0, 0]",
         ),
         # each side alone is right, both empty is not
         (
@@ -68,7 +68,7 @@ WRONG = {
             + "    out = a[..., None] * out_a + b[..., None] * out_b\n"
             + "    out = torch.where((lse_a == -math.inf)[..., None], out_b, out)\n"
             + "    return torch.where((lse_b == -math.inf)[..., None], out_a, out), lse\n",
-            "out, lse -inf and -inf: the first difference is at index [0, 0, 0]",
+            "out, lse -inf and -inf: answer[0, 0, 0]",
         ),
     ],
     "08.3": [
@@ -82,7 +82,7 @@ WRONG = {
             + "        state = part, with_sink\n"
             + "        out, lse = state if out is None else kg.merge_states(out, lse, *state)\n"
             + "    return out, lse\n",
-            "out, three parts: the first difference is at index [0, 0",
+            "out, three parts: answer[0, 0",
         ),
         # never
         (
@@ -91,7 +91,7 @@ WRONG = {
             + "    for part in parts[1:]:\n"
             + "        out, lse = kg.merge_states(out, lse, *part)\n"
             + "    return out, lse\n",
-            "out, one part: the first difference is at index [0, 0",
+            "out, one part: answer[0, 0",
         ),
         # in the log-sum-exp alone
         (
@@ -100,7 +100,7 @@ WRONG = {
             + "    for part in parts[1:]:\n"
             + "        out, lse = kg.merge_states(out, lse, *part)\n"
             + "    return out, torch.logaddexp(lse, sinks.expand_as(lse))\n",
-            "out, one part: the first difference is at index [0, 0",
+            "out, one part: answer[0, 0",
         ),
         # in the output alone
         (
@@ -109,7 +109,7 @@ WRONG = {
             + "    for part in parts[1:]:\n"
             + "        out, lse = kg.merge_states(out, lse, *part)\n"
             + "    return out * torch.sigmoid(lse - sinks)[..., None], lse\n",
-            "lse, one part: the first difference is at index [0, 0",
+            "lse, one part: answer[0, 0",
         ),
     ],
     "08.4": [
@@ -118,28 +118,28 @@ WRONG = {
             WINDOW
             + "    starts = [max(0, total - window) for total in lens_k]\n"
             + "    return starts, [total - start for total, start in zip(lens_k, starts)]\n",
-            "lengths, new [7] of [23], window 6: at index 0: expected 12, got 6",
+            "lengths, new [7] of [23], window 6: answer[0]: expected 12, got 6",
         ),
         # a window of w keys and the token itself
         (
             WINDOW
             + "    starts = [max(0, k - q - window) for q, k in zip(lens_q, lens_k)]\n"
             + "    return starts, [total - start for total, start in zip(lens_k, starts)]\n",
-            "lengths, new [7] of [23], window 6: at index 0: expected 12, got 13",
+            "lengths, new [7] of [23], window 6: answer[0]: expected 12, got 13",
         ),
         # the sequence may be shorter than the window
         (
             WINDOW
             + "    starts = [k - q - window + 1 for q, k in zip(lens_q, lens_k)]\n"
             + "    return starts, [total - start for total, start in zip(lens_k, starts)]\n",
-            "lengths, new [3, 2] of [3, 20], window 10: at index 0: expected 3, got 12",
+            "lengths, new [3, 2] of [3, 20], window 10: answer[0]: expected 3, got 12",
         ),
         # where nothing is new
         (
             WINDOW
             + "    starts = [max(0, k - q - window + 1) for q, k in zip(lens_q, lens_k)]\n"
             + "    return starts, [total - start for total, start in zip(lens_k, starts)]\n",
-            "lengths, new [0, 2] of [9, 9], window 4: at index 0: expected 0, got 3",
+            "lengths, new [0, 2] of [9, 9], window 4: answer[0]: expected 0, got 3",
         ),
     ],
 }

@@ -1,0 +1,51 @@
+"""Text files of results, replaced atomically: a full disk or Ctrl-C never leaves a truncated file."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8; replaces the file at `path`.
+
+    Raises:
+        OSError: the file cannot be written; the file at `path` is unchanged.
+    """
+    target = path.resolve()  # writes through a symbolic link
+    if target.exists() and not target.is_file():  # a pipe or a device cannot be renamed over
+        target.write_text(text, encoding="utf-8", newline="")
+        return
+    temporary = _temporary(target)
+    try:
+        with temporary.open("x", encoding="utf-8", newline="") as file:
+            file.write(text)
+        if target.exists():
+            shutil.copymode(target, temporary)
+        os.replace(temporary, target)
+    except BaseException:  # Ctrl-C too
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise early, before a long run, the errors that `replace_text` would raise after it.
+
+    Raises:
+        OSError: no file can be written at `path`.
+    """
+    target = path.resolve()
+    if target.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; accepted: the name of a file")
+    if target.exists() and not target.is_file():
+        return
+    temporary = _temporary(target)
+    try:
+        temporary.touch(exist_ok=False)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _temporary(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{os.getpid()}")
