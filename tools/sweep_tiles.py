@@ -123,9 +123,7 @@ def build(shape: Shape, seed: int) -> tuple[Any, Any, Any]:
         total_k=tokens * shape.sequences, max_q=shape.new, max_k=tokens,
         seqlens_q=[shape.new] * shape.sequences, seqlens_k=[tokens] * shape.sequences,
     )  # fmt: skip
-    q = torch.randn(
-        shape.new * shape.sequences, shape.q_heads, shape.dim, generator=random, device="cuda"
-    ).bfloat16()
+    q = torch.randn(shape.new * shape.sequences, shape.q_heads, shape.dim, generator=random, device="cuda").bfloat16()
     return q, cache, batch
 
 
@@ -196,8 +194,9 @@ def main() -> None:
     chosen = {}
     for shape in shapes():
         if arguments.case in shape.name:
-            from kvgather.attention.direct import choose_tile
             from triton import next_power_of_2
+
+            from kvgather.attention.direct import choose_tile
 
             rows = shape.new * shape.q_heads // shape.kv_heads
             padded = next_power_of_2(shape.dim)
@@ -218,7 +217,7 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     processes = os.cpu_count() or 1
     with context.Pool(processes) as pool:
-        chunks = [jobs[i::4 * processes] for i in range(4 * processes)]
+        chunks = [jobs[i :: 4 * processes] for i in range(4 * processes)]
         failed = {(s, t): why for part in pool.imap_unordered(compile_some, chunks) for s, t, why in part}
     for (shape, tile), why in failed.items():
         print(f"  {shape.name} {tile}: {why}")

@@ -1,8 +1,8 @@
-"""`kvgather bench prefix`: both paths and the choice between them, one program per (token, head), and the limits.
+"""`kvgather bench prefix`: the paths and the choice between them, one program per (token, head), and the limits.
 
 Every call writes the new tokens and attends to cached + new ones, as one layer does. The rows of a case:
 
-    direct, gather, auto             `prefix_attention` by its path
+    direct, gather, hybrid, auto     `prefix_attention` by its path; in a window hybrid is direct, and has no row
     token per program, dense         the gather of `lab.before_fix`, upstream's form in our rewrite, then one dense
                                      attention to all tokens
     dense, no gather                 that dense attention alone, over contiguous K and V
@@ -138,8 +138,10 @@ def check(name: str, case: PrefixCase, actual: Tensor, expected: Tensor) -> None
 def implementations(case: PrefixCase, device: torch.device) -> dict[str, Implementation]:
     """By name and in order; on a CPU without Triton's kernels: the interpreter's times say nothing about them."""
     gpu = device.type == "cuda"
-    chosen: dict[str, Implementation] = {"direct": partial(by_path, path="direct")} if gpu else {}
-    chosen["gather"] = partial(by_path, path="gather")
+    paths = ["gather"]
+    if gpu:
+        paths = ["direct", *paths] if case.window is not None else ["direct", *paths, "hybrid"]
+    chosen: dict[str, Implementation] = {path: partial(by_path, path=path) for path in paths}
     if case.workspace is not None:
         chosen[f"gather, workspace {case.workspace}"] = partial(
             by_path, path="gather", workspace_tokens=case.workspace

@@ -17,7 +17,7 @@ DECODE, WINDOW, WORKSPACE = 0.70, 0.10, 1.15
 cached tokens; largest time of a bounded workspace, relative to an unbounded one."""
 AUTO = ((1.05, 27), (1.10, 30))
 """Largest time relative to the faster path, and the least number of the 30 cases within it."""
-PATHS = ("direct", "gather")
+PATHS = ("direct", "gather", "hybrid")
 
 Target = tuple[str, str, str, bool | None]
 """Name, target, measurement, and whether the target is reached; None if it was not measured."""
@@ -35,15 +35,16 @@ def targets(rows: Sequence[Row]) -> str:
 
 
 def crossing(rows: Sequence[Row]) -> str:
-    """The direct path's times next to the gather path's, by head dim and rows, with the best rule for each head dim.
+    """The direct path's times next to the faster one's of those that gather, by head dim and rows, and the best rule.
 
-    A rule chooses the direct path up to a number of rows (new tokens × query heads per KV head) and the gather path
-    above it; these rules fill the table of `kvgather.attention.choose`.
+    A rule chooses the direct path up to a number of rows (new tokens × query heads per KV head), and above it the
+    faster one of the gather path and the hybrid path.
     """
     groups: dict[tuple[int, bool], list[tuple[int, float, float, str]]] = {}
     for case, by_name in _by_case(rows):
-        if all(path in by_name for path in PATHS) and case.workspace is None:
-            direct, gather = (by_name[path].p50_us for path in PATHS)
+        if "direct" in by_name and "gather" in by_name and case.workspace is None:
+            direct = by_name["direct"].p50_us
+            gather = min(by_name[path].p50_us for path in PATHS[1:] if path in by_name)
             group = groups.setdefault((case.head_dim, case.window is not None), [])
             group.append((case.rows, direct, gather, case.name))
     parts: list[str] = []
@@ -60,7 +61,7 @@ def crossing(rows: Sequence[Row]) -> str:
             (f"{num_rows}", f"{direct:.1f} µs", f"{gather:.1f} µs", f"{gather / direct:.2f}", name)
             for num_rows, direct, gather, name in times
         ]
-        parts.append(text_table(cells, ("rows", "direct", "gather", "gather / direct", "case"), "rrrrl"))
+        parts.append(text_table(cells, ("rows", "direct", "gathered", "gathered / direct", "case"), "rrrrl"))
     return "\n".join(parts)
 
 
@@ -68,7 +69,7 @@ def best_rule(times: Iterable[tuple[int, float, float]]) -> tuple[int, int, floa
     """The rule that is most often within 5 % of the faster path; among equals, the one with the smallest worst ratio.
 
     Args:
-        times: for each case, its rows, the direct path's time and the gather path's time.
+        times: for each case, its rows, the direct path's time and the time of the best path that gathers.
 
     Returns:
         The number of rows up to which the rule chooses the direct path; the number of cases within 5 %; the worst ratio

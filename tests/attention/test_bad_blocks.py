@@ -18,8 +18,9 @@ from kvgather.attention.batch import PrefixBatch
 from kvgather.attention.prefix import _common_part_first
 from kvgather.attention.reference import reference_attention
 from kvgather.attention.route import common_of
+from kvgather.cases.attention import sinks_of
 from tests.attention.batches import Setup, error, setup
-from tests.attention.direct_cases import filled, sinks_for
+from tests.attention.direct_cases import filled
 from tests.attention.rows import cudnn, short_flash
 from tests.attention.test_direct import attend
 from tests.where import CPU, GPU, on_each_device
@@ -152,7 +153,7 @@ def drawn(seed: int, where: str, **more: Any) -> Drawn:
             if draw.random() < share:
                 made.block_table[sequence, column] = draw.choice((-1, -7, blocks, 2**31 - 1))
     case = Drawn(
-        made, draw.choice(WINDOWS), sinks_for(draw.choice(("off", "on", "very large")), heads[0], where),
+        made, draw.choice(WINDOWS), sinks_of(draw.choice(("off", "on", "very large")), heads[0], where),
         lengths=draw.random() < 0.5,
     )  # fmt: skip
     if not case.lengths:
@@ -226,7 +227,7 @@ def test_what_is_cached_in_all_first(column: int, which: str, where: str) -> Non
     """A bad block in the gathered part, in the cached tokens behind it, and in the new tokens."""
     made = filled([3, 0, 6], [9, 3, 20], heads=(2, 1), dims=(16, 16), spare=2, device=where, q_dtype=BF16, dtype=FN)
     made.block_table[2, column] = made.cache.geometry.num_blocks
-    case = Drawn(made, sinks=sinks_for(which, 2, where))
+    case = Drawn(made, sinks=sinks_of(which, 2, where))
     batch = case.batch()
     for length in (4, 9):
         got = _common_part_first(made.q, made.cache, batch, common_of(batch, length), 16**-0.5, case.sinks)
@@ -256,7 +257,7 @@ def test_more_new_tokens_than_a_sequence_may_have_at_all(short: str, window: int
 @pytest.mark.parametrize("mix", [([3, 0, 1], [18, 5, 16]), ([1, 1], [40, 0]), ([0, 0], [5, 3]), ([], [])], ids=str)
 def test_rows_of_no_sequence_are_the_same_to_the_bit(mix: tuple[list[int], list[int]], which: str, where: str) -> None:
     made = setup(*mix, heads=(3, 1), dims=(16, 16), spare=5, device=where, q_dtype=BF16)
-    sinks = sinks_for("off" if which == "off" else "on", 3, where)
+    sinks = sinks_of("off" if which == "off" else "on", 3, where)
     if sinks is not None and which == "bfloat16":
         sinks = sinks.bfloat16()
     for lengths in (True, False):

@@ -83,7 +83,8 @@ def test_what_a_gpu_times_is_the_reference_too(which: int, where: str) -> None:
     wanted = prefix.reference(built)
     found = prefix.implementations(case, CUDA)
     assert list(found) == [
-        "direct", "gather", "auto", "token per program, dense", "dense, no gather", "dense, no gather, cached part"
+        "direct", "gather", "hybrid", "auto", "token per program, dense", "dense, no gather",
+        "dense, no gather, cached part",
     ]  # fmt: skip
     for name, prepare in found.items():
         call = prepare(built)  # the cached part is checked here
@@ -190,7 +191,7 @@ def test_the_crossing_is_told_for_each_head_dim() -> None:
     rows = [
         row(case, name, time)
         for case in (*PARTS["auto"], *PARTS["window"], *PARTS["reach"])
-        for name, time in (("direct", case.rows), ("gather", 150))
+        for name, time in (("direct", case.rows), ("gather", 170), ("hybrid", 150))
     ]
     text = prefix.crossing(rows)
     assert "6.67" not in text
@@ -210,7 +211,7 @@ def test_a_gpu_measures_with_limits_and_peaks(part: str) -> None:
     }[part]
     rows = {each.implementation: each for each in prefix.measure(case, CUDA, seconds=0.01)}
     if part == "reach":
-        assert {"direct", "gather", "auto", "token per program, dense", "read limit", "contiguous copy"} <= set(rows)
+        assert {"direct", "gather", "hybrid", "auto", "read limit", "contiguous copy"} <= set(rows)
         assert rows["read limit"].bytes == case.cached_bytes and rows["token per program, dense"].against_token == 1
     else:
         peak = partial("{}: peak memory".format)

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 import kvgather as kg
-from kvgather.bench.cases import LAYOUTS, Built, Case, build
+from kvgather.cases.case import Case
+from kvgather.cases.tensors import Built, build
+from kvgather.formats.layout import LAYOUTS
 from kvgather.formats.scale import KINDS
 from tests.gather.oracle import assert_same, oracle, untouched
 from tests.where import CPU, GPU, on_each_device
