@@ -119,9 +119,7 @@ def test_the_variants_of_the_launch_gather_the_same_rows(which: str, layout: str
 def test_rows_survive_a_file_and_replace_their_case(tmp_path: Path) -> None:
     path = tmp_path / "results" / "gather.csv"
     report.write([ROW, replace(ROW, implementation="x"), replace(ROW, case="other")], path)
-    report.write(
-        [replace(ROW, p50_us=1.5), replace(ROW, device="another")], path
-    )  # the first replaces rows
+    report.write([replace(ROW, p50_us=1.5), replace(ROW, device="another")], path)  # the first replaces rows
     assert report.read(path) == [replace(ROW, case="other"), replace(ROW, p50_us=1.5), replace(ROW, device="another")]
     path.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match=r"gather.csv has columns \['a', 'b'\]; accepted: \['benchmark'"):

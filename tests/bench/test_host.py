@@ -30,10 +30,8 @@ def test_the_budgets_are_those_of_the_design() -> None:
 
 def test_a_cpu_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "host", "--device", "cpu"]) == cli.USAGE
-    assert (
-        capsys.readouterr().err
-        == "kvgather: --device is cpu; accepted with host: cuda, for the yardstick is a launch on a GPU\n"
-    )
+    error = capsys.readouterr().err
+    assert error == "kvgather: --device is cpu; accepted with host: cuda, for the yardstick is a launch on a GPU\n"
 
 
 @pytest.mark.triton
