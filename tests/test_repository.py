@@ -150,6 +150,12 @@ def test_pins_install_on_every_python(python: str) -> None:
     assert not unfit
 
 
+def test_the_notebooks_extra_contains_what_bench_prints_with() -> None:
+    """`make` installs the extras notebooks and test alone."""
+    extras = PROJECT["optional-dependencies"]
+    assert set(extras["bench"]) <= set(extras["notebooks"])
+
+
 def test_environment_yml_installs_the_same() -> None:
     environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
     assert environment["name"] == PROJECT["name"]
@@ -291,6 +297,19 @@ def test_imports_point_down(path: Path) -> None:
             assert part(module) in TOOLS, f"{module} imports the public face, which imports it"
             continue
         assert part(name) == part(module) or layer(name) < layer(module), f"{module} imports {name}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=[str(path.relative_to(ROOT)) for path in MODULES])
+def test_no_private_name_is_imported(path: Path) -> None:
+    modules = {module_name(other).split(".")[-1] for other in MODULES}
+    private = [
+        alias.name
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == "kvgather")
+        for alias in node.names
+        if alias.name.startswith("_") and alias.name not in modules
+    ]
+    assert not private, f"{module_name(path)} imports {', '.join(private)}; accepted: public names"
 
 
 def test_no_import_goes_in_a_circle() -> None:

@@ -1,4 +1,4 @@
-"""The benchmark: what it times is what it says, and its rows come back from the file as they went in."""
+"""The gather benchmark: implementations are compared with the reference, and rows survive the CSV file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def outputs(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("layout", ["NHD", "SHUFFLE"])
-def test_a_cpu_times_what_it_can_and_checks_it_first(monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
+def test_a_cpu_compares_and_times_every_implementation_for_cpus(monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
     monkeypatch.setenv(COMMIT, "given")
     case = replace(CASE, layout=layout, k_kind="per-token-head")
     rows = gather.measure(case, CPU, seconds=0.001)
@@ -48,7 +48,7 @@ def test_a_cpu_times_what_it_can_and_checks_it_first(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.triton
-def test_what_gathers_nothing_has_a_row_without_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overheads_have_rows_without_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     from kvgather.bench.launches import empty_launch
 
     monkeypatch.setattr(gather, "_overheads", lambda *_: {"empty launch": empty_launch, "plan build": plan_build})
@@ -58,7 +58,7 @@ def test_what_gathers_nothing_has_a_row_without_bytes(monkeypatch: pytest.Monkey
         assert (row.bytes, row.gb_per_s, row.share_of_cast) == (0, 0, 0) and row.p50_us > 0
 
 
-def test_an_implementation_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_implementation_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gather, "torch_index", lambda built, out: lambda: out[0].zero_() + out[1].zero_())
     with pytest.raises(ArithmeticError, match=rf"torch index is not the reference on {CASE.name}"):
         gather.measure(CASE, CPU, seconds=0.001)
@@ -75,7 +75,7 @@ def test_short_gathers_are_timed_alone_and_long_ones_with_their_plan() -> None:
     assert {case.layout for case in planned} == {"NHD", "HND", "SHUFFLE"}
 
 
-def test_the_plan_that_is_timed_is_the_cases() -> None:
+def test_the_timed_plan_is_the_cases_plan() -> None:
     built = build(CASE)
     plan = plan_build(built, outputs(CASE))()
     assert isinstance(plan, GatherPlan)
@@ -83,7 +83,7 @@ def test_the_plan_that_is_timed_is_the_cases() -> None:
 
 
 @pytest.mark.triton
-def test_the_empty_launch_has_the_gathers_programs() -> None:
+def test_the_empty_launch_has_as_many_programs_as_the_gather() -> None:
     from kvgather.bench.launches import empty_launch
 
     built = build(replace(CASE, num_heads=16, k_dim=64, v_dim=64, page_size=32))
@@ -101,7 +101,7 @@ def test_the_empty_launch_has_the_gathers_programs() -> None:
 @on_each_device
 @pytest.mark.parametrize("layout", ["NHD", "HND", "SHUFFLE"])
 @pytest.mark.parametrize("which", ["trusting", "software_decode"])
-def test_what_is_launched_beside_the_gather_gathers_the_same(which: str, layout: str, where: str) -> None:
+def test_the_variants_of_the_launch_gather_the_same_rows(which: str, layout: str, where: str) -> None:
     from kvgather.bench import launches
 
     for case in (
@@ -110,30 +110,30 @@ def test_what_is_launched_beside_the_gather_gathers_the_same(which: str, layout:
         replace(CASE, layout=layout, dtype=torch.bfloat16, k_kind="none", v_kind="none"),
     ):
         built = build(case, where)
-        wanted = built.cache.gather(built.plan, backend="triton")
-        got = torch.full_like(wanted[0], -7), torch.full_like(wanted[1], -7)
-        getattr(launches, which)(built, got)()
-        assert_same(got, wanted)
+        expected = built.cache.gather(built.plan, backend="triton")
+        out = torch.full_like(expected[0], -7), torch.full_like(expected[1], -7)
+        getattr(launches, which)(built, out)()
+        assert_same(out, expected)
 
 
-def test_rows_go_into_a_file_and_come_back(tmp_path: Path) -> None:
+def test_rows_survive_a_file_and_replace_their_case(tmp_path: Path) -> None:
     path = tmp_path / "results" / "gather.csv"
     report.write([ROW, replace(ROW, implementation="x"), replace(ROW, case="other")], path)
-    report.write([replace(ROW, p50_us=1.5), replace(ROW, device="another")], path)  # of its case and device, in place
+    report.write([replace(ROW, p50_us=1.5), replace(ROW, device="another")], path)  # the first replaces rows
     assert report.read(path) == [replace(ROW, case="other"), replace(ROW, p50_us=1.5), replace(ROW, device="another")]
     path.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match=r"gather.csv has columns \['a', 'b'\]; accepted: \['benchmark'"):
         report.read(path)
 
 
-def test_committed_rows_say_where_and_when() -> None:
+def test_committed_rows_have_a_device_and_a_date() -> None:
     for path in (Path(__file__).parents[2] / "benchmarks" / "results").glob("*.csv"):
         for row in report.read(path):
             assert row.device and row.torch and len(row.date) == 10, (path.name, row)
             assert row.p20_us <= row.p50_us <= row.p80_us, (path.name, row)
 
 
-def test_the_table_is_for_people() -> None:
+def test_a_table_has_a_part_for_each_case() -> None:
     text = report.table([ROW, replace(ROW, implementation="empty launch", p50_us=0.5, bytes=0), replace(ROW, case="b")])
     lines = text.splitlines()
     assert [lines[at] for at in (0, 1, 5, 6)] == ["", "a case", "", "b"]
@@ -158,7 +158,7 @@ def test_slugs(device: str, slug: str) -> None:
     assert report.slug(device) == slug
 
 
-def test_every_field_of_a_row_is_explained() -> None:
+def test_every_field_of_a_row_is_documented() -> None:
     assert Row.__doc__ is not None
     for field in fields(Row):
         assert field.name in Row.__doc__
@@ -166,7 +166,7 @@ def test_every_field_of_a_row_is_explained() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("lengths", [(1500,), measured.LONGER], ids=["one_launch", "plan"])
-def test_a_gpu_times_what_is_no_gather(lengths: tuple[int, ...]) -> None:
+def test_a_gpu_times_the_overheads(lengths: tuple[int, ...]) -> None:
     case = replace(measured.GPU_BASE, lengths=lengths)
     rows = {row.implementation: row for row in gather.measure(case, CUDA, seconds=0.02)}
     other = rows["empty launch" if lengths == (1500,) else "plan build"]

@@ -1,4 +1,4 @@
-"""The tables of the engines' call say what the rows say, and nothing where there are none."""
+"""The tables of the engines' call: one line for each measured case, empty without rows."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_the_readmes_block_is_written_between_its_markers(results: Path) -> None
         assert (readme.parent / link).exists(), link
 
 
-def test_without_rows_nothing_is_said(results: Path) -> None:
+def test_without_rows_there_is_no_table(results: Path) -> None:
     (results / "host_h200.csv").unlink()
     assert call_tables.readme_block(results) == ""
     assert call_tables.committed(results, "host") == []

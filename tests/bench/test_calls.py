@@ -1,4 +1,4 @@
-"""The engines' call next to upstream's form: both checked first, each timed as it says."""
+"""The engines' call next to upstream's form: both are compared with the reference, then timed."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def test_the_inputs_do_not_fit_in_the_cache(megabytes: int, monkeypatch: pytest.
 
 @pytest.mark.triton
 @pytest.mark.parametrize("layout", ["NHD", "SHUFFLE"])
-def test_rows_are_held_against_upstreams_form(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU, in the interpreter: everything but what the times say."""
+def test_rows_are_compared_with_upstreams_form(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, in the interpreter: everything except the times."""
     case = replace(TINY, layout=layout)
     monkeypatch.setattr(gather, "CALLS", (case,))
     monkeypatch.setattr(turns, "EAGER_SECONDS", 1e-6)
@@ -55,16 +55,16 @@ def test_rows_are_held_against_upstreams_form(layout: str, monkeypatch: pytest.M
 @on_each_device
 @pytest.mark.parametrize("kind", ["per-tensor", "per-token-head"])
 @pytest.mark.parametrize("prepare", [engines_call, upstream_form])
-def test_both_gather_what_the_cache_holds(prepare, kind: str, where: str) -> None:
+def test_both_gather_the_reference(prepare, kind: str, where: str) -> None:
     built = build(replace(TINY, layout="SHUFFLE", k_kind=kind, v_kind=kind), where, values="normal")
-    wanted = built.cache.gather(built.plan, out_dtype=torch.float32, backend="torch")
-    got = torch.full_like(wanted[0], -7), torch.full_like(wanted[1], -7)
-    prepare(built, got)()
-    assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
+    expected = built.cache.gather(built.plan, out_dtype=torch.float32, backend="torch")
+    out = torch.full_like(expected[0], -7), torch.full_like(expected[1], -7)
+    prepare(built, out)()
+    assert torch.equal(out[0], expected[0]) and torch.equal(out[1], expected[1])
 
 
 @pytest.mark.triton
-def test_a_call_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_call_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gather, "CALLS", (TINY,))
     wrong = dict(calls.IMPLEMENTATIONS) | {"upstream form": lambda built, out: lambda: out[0].zero_()}
     monkeypatch.setattr(gather, "IMPLEMENTATIONS", wrong)
@@ -73,7 +73,7 @@ def test_a_call_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> N
         gather.measure(TINY, CPU, seconds=1e-6)
 
 
-def test_the_summary_says_what_is_reached() -> None:
+def test_the_summary_compares_with_the_targets() -> None:
     times = {
         "kvgather": 14.0, "cp_mha_gather_cache": 16.1, "upstream form": 83.0, "cp_mha_gather_cache, eager": 41.5,
         "upstream form, eager": 83.0,
@@ -89,13 +89,13 @@ def test_the_summary_says_what_is_reached() -> None:
         "  GPU 5.16 × (≥ 4 ×): reached",
         "  GPU 16.1 µs, planned 14.0 (≤ 16.0): NOT reached",
     ]
-    other = [replace(row, case=CALLS[-2].name) for row in rows]  # nothing is to be reached eagerly
+    other = [replace(row, case=CALLS[-2].name) for row in rows]  # without an eager target
     assert calls.summary(other).splitlines()[2:4] == ["  eager 2.00 ×", "  GPU 5.16 × (≥ 1 ×): reached"]
     assert calls.summary(rows[:-1]) == "" and gather.summary is calls.summary
 
 
 class Clock:
-    """Time that goes by only while calls run, and a record of what ran."""
+    """A clock that advances only during calls, and the order of the calls."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.order = 0.0, []

@@ -1,4 +1,4 @@
-"""Files of results, and the commit that their rows name: whole files, and no other repository's commit."""
+"""Files of results are replaced atomically, and rows name the commit of this repository only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The host benchmark: it times the calls that it names, against one raw launch."""
+"""The host benchmark: eager calls, in raw launches."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def test_the_budgets_are_those_of_the_design() -> None:
 
 def test_a_cpu_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "host", "--device", "cpu"]) == cli.USAGE
-    said = capsys.readouterr().err
-    assert said == "kvgather: --device is cpu; accepted with host: cuda, for the yardstick is a launch on a GPU\n"
+    error = capsys.readouterr().err
+    assert error == "kvgather: --device is cpu; accepted with host: cuda, for the yardstick is a launch on a GPU\n"
 
 
 @pytest.mark.triton
@@ -60,7 +60,7 @@ def test_each_call_does_what_its_name_says(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.triton
-def test_a_gather_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_gather_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "ours", lambda built, out: lambda: out[0].zero_())
     monkeypatch.setattr(host, "time_on_host", lambda *_, **__: pytest.fail("timed"))
     with pytest.raises(ArithmeticError, match=r"cache.gather is not the reference on NHD-1x16-"):
@@ -79,7 +79,7 @@ def test_rows_are_in_launches(monkeypatch: pytest.MonkeyPatch) -> None:
         assert row.launches == pytest.approx(row.p50_us / rows[0].p50_us, rel=0.01, abs=0.001)
 
 
-def test_the_summary_says_what_is_reached() -> None:
+def test_the_summary_compares_with_the_budgets() -> None:
     rows = [
         replace(ROW, implementation=host.YARDSTICK, launches=1.0),
         replace(ROW, implementation="cache.gather", launches=1.0),
@@ -93,7 +93,7 @@ def test_the_summary_says_what_is_reached() -> None:
     ]
 
 
-def test_launches_are_a_column_only_where_there_are_some(tmp_path: Path) -> None:
+def test_only_files_with_host_times_have_the_column_launches(tmp_path: Path) -> None:
     path = tmp_path / "host.csv"
     plain = replace(ROW, launches=0.0)
     report.write([plain], path)

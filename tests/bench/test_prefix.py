@@ -1,4 +1,4 @@
-"""The prefix benchmark: it times what it says, checks it first, and says what its rows mean."""
+"""The prefix benchmark: implementations are compared with the reference, and rows with the targets."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def rows_of(part: Sequence[PrefixCase], **microseconds: float) -> list[Row]:
 
 
 def line(text: str, beginning: str) -> str:
-    (found,) = (each for each in text.splitlines() if each.startswith(beginning))
-    return found
+    (matching,) = (each for each in text.splitlines() if each.startswith(beginning))
+    return matching
 
 
 @pytest.mark.parametrize("case", CPU_CASES, ids=lambda case: case.name)
-def test_a_cpu_times_tiny_batches_and_checks_them_first(case: PrefixCase) -> None:
+def test_a_cpu_compares_and_times_tiny_batches(case: PrefixCase) -> None:
     assert case in cases(CPU)
     rows = prefix.measure(case, CPU, seconds=0.001)
     names = [row.implementation for row in rows]
@@ -53,7 +53,7 @@ def test_a_cpu_times_tiny_batches_and_checks_them_first(case: PrefixCase) -> Non
 
 
 @pytest.mark.parametrize("which", ["no_gather", "cached_part"])
-def test_an_implementation_that_is_wrong_is_not_timed(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_implementation_is_not_timed(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = prefix.dense_attention
 
     def wrong(*tensors: torch.Tensor, backend: str, causal: bool, **more: object) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,31 +65,31 @@ def test_an_implementation_that_is_wrong_is_not_timed(which: str, monkeypatch: p
         prefix.measure(TINY, CPU, seconds=0.001)
 
 
-def test_an_error_that_is_no_number_is_an_error() -> None:
+def test_nan_is_an_error() -> None:
     rows = torch.ones(3, 2, 4)
     prefix.check("x", TINY, rows * 1.009, rows)
-    for got in (rows * 1.011, rows * torch.nan):
+    for actual in (rows * 1.011, rows * torch.nan):
         with pytest.raises(ArithmeticError, match="x is not the reference on reach-"):
-            prefix.check("x", TINY, got, rows)
+            prefix.check("x", TINY, actual, rows)
 
 
 @pytest.mark.triton
 @on_each_device
 @pytest.mark.parametrize("which", [0, 1])
-def test_what_a_gpu_times_is_the_reference_too(which: int, where: str) -> None:
-    """In the interpreter: everything but the timing."""
+def test_the_implementations_for_gpus_are_the_reference_too(which: int, where: str) -> None:
+    """In the interpreter: everything except the times."""
     case = (TINY, replace(TINY, new=(2,), cached=(9,), kind="per-token-head", layout="SHUFFLE"))[which]
     built = build_prefix(case, torch.device(where), 0)
-    wanted = prefix.reference(built)
-    found = prefix.implementations(case, CUDA)
-    assert list(found) == [
+    expected = prefix.reference(built)
+    implementations = prefix.implementations(case, CUDA)
+    assert list(implementations) == [
         "direct", "gather", "hybrid", "auto", "token per program, dense", "dense, no gather",
         "dense, no gather, cached part",
     ]  # fmt: skip
-    for name, prepare in found.items():
-        call = prepare(built)  # the cached part is checked here
+    for name, prepare in implementations.items():
+        call = prepare(built)  # compares the cached part with plain torch
         if not name.endswith("cached part"):
-            prefix.check(name, case, call(), wanted)
+            prefix.check(name, case, call(), expected)
 
 
 @pytest.mark.triton
@@ -104,8 +104,8 @@ def test_the_read_limit_reads_everything(where: str) -> None:
     assert out.tolist() == [int(part.sum()) for part in words.split(256)]
 
 
-def test_ways_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a clock of our own in place of a GPU."""
+def test_implementations_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a fake clock in place of a GPU."""
     order: list[str] = []
 
     class Event:
@@ -130,7 +130,7 @@ def test_ways_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
         assert timing.samples == 6 and timing.p20 == timing.p50 == timing.p80 == pytest.approx(12)
 
 
-def test_targets_that_are_reached_and_not() -> None:
+def test_reached_and_missed_targets() -> None:
     decode, sixteen, more, most = PARTS["reach"]
     (workspace,) = PARTS["workspace"]
     bounded = f"gather, workspace {workspace.workspace}"
@@ -147,7 +147,7 @@ def test_targets_that_are_reached_and_not() -> None:
         row(workspace, "gather: peak memory", 0, 2**30),
     ]
     text = prefix.targets(rows)
-    for beginning, said, measured in (
+    for beginning, verdict, measurement in (
         ("1 new", "  reached", "0.70: direct 100.0 µs, limit 70.0 µs"),
         ("16 new", "  reached", "190.0 µs, 0.66 of the best peer (direct 190.0, gather 400.0, auto 190.0)"),
         ("128 new", "  NOT reached", "851.0 µs"),
@@ -159,7 +159,7 @@ def test_targets_that_are_reached_and_not() -> None:
         ("workspace 32,768", "  NOT reached", "1.160 (116.0 against 100.0 µs)"),
         ("its peak memory", "  reached", "(gather 1024.00)"),
     ):
-        assert said in line(text, beginning) and measured in line(text, beginning), beginning
+        assert verdict in line(text, beginning) and measurement in line(text, beginning), beginning
     worse = [replace(each, p50_us=22.1) if each.p50_us == 21.9 else each for each in rows]
     worse += rows_of(PARTS["auto"][3:4], direct=10, gather=20, auto=10.6)
     worse += rows_of([case for case in PARTS["window"] if case.cached[0] == 65536], direct=11.1, gather=18.1)
@@ -170,7 +170,7 @@ def test_targets_that_are_reached_and_not() -> None:
     assert "-9.5% to +0.0%" in line(text, "window 128, 1 new, gather")
 
 
-def test_what_was_not_measured_is_not_reached() -> None:
+def test_a_target_without_measurements_is_not_reached() -> None:
     text = prefix.targets(rows_of(PARTS["auto"][:2], direct=1, gather=2, auto=1))
     assert "reached" not in text
     assert "2 of 2" in line(text, "auto within 5%")
@@ -179,7 +179,7 @@ def test_what_was_not_measured_is_not_reached() -> None:
     assert all("not measured" in each for each in lines if not each.startswith("auto"))
 
 
-def test_the_rule_that_fits_best() -> None:
+def test_the_best_rule() -> None:
     rule = prefix_targets.best_rule
     assert rule([(8, 1, 2), (16, 1, 2), (32, 3, 2)]) == (16, 3, 1)
     assert rule([(8, 3, 2), (16, 3, 2)]) == (0, 2, 1)
@@ -187,7 +187,7 @@ def test_the_rule_that_fits_best() -> None:
     assert rule([(8, 1, 2), (8, 3, 2), (8, 1, 2)]) == (8, 2, 1.5)
 
 
-def test_the_crossing_is_told_for_each_head_dim() -> None:
+def test_the_crossing_of_each_head_dim() -> None:
     rows = [
         row(case, name, time)
         for case in (*PARTS["auto"], *PARTS["window"], *PARTS["reach"])

@@ -1,13 +1,13 @@
 """Checks for the exercises: one verdict per answer, `not yet`, `wrong` or `correct`.
 
-A chapter's checks live in `chNN.py` beside this file, loaded when the first of its exercises is checked:
+A chapter's checks are in `chNN.py` next to this file, imported with the first check of an exercise:
 
     @exercise("03.1", correct="that is the byte the kernel loads first")
     def key_byte(answer):
         expect(384, answer(1, 0, 0, 0), "the byte of block 1, head 0, slot 0, dim 0")
 
-A check receives what the reader handed in. A plain function arrives wrapped, so that calling it reports a
-skeleton that nobody filled in and an exception in the reader's code as verdicts, never as a traceback.
+A check receives the reader's answers. A plain function is wrapped: an unchanged skeleton and an exception in the
+reader's code become verdicts, never a traceback.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ __all__ = ["NotYet", "Wrong", "check", "exercise", "exercises", "expect", "first
 
 
 class NotYet(Exception):
-    """The reader has not written an answer so far."""
+    """The reader has not written an answer yet."""
 
 
 class Wrong(Exception):
-    """The reader's answer differs from what was asked; the message says where."""
+    """The reader's answer is wrong; the message names the difference."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ def exercise(
 
     Args:
         name: chapter and number, such as "03.1".
-        correct: what a reader who is right gets to read after "correct: ".
-        not_yet: what a reader who has not started gets to read after "not yet: ".
+        correct: message after "correct: " for a right answer.
+        not_yet: message after "not yet: " for an unchanged skeleton.
     """
 
     def register(judge: Callable[..., str | None]) -> Callable[..., str | None]:
@@ -77,7 +77,7 @@ def check(name: str, *answers: Any) -> None:
 
     Args:
         name: chapter and number, such as "03.1".
-        answers: the reader's value or function (an exercise may ask for several).
+        answers: the reader's values or functions.
 
     Raises:
         ValueError: no exercise has this name.
@@ -90,20 +90,20 @@ def check(name: str, *answers: Any) -> None:
     print(_verdict(_REGISTRY[name], answers))
 
 
-def expect(expected: Any, got: Any, what: str = "your answer", *, tolerance: float = 0.0) -> None:
+def expect(expected: Any, got: Any, name: str = "your answer", *, tolerance: float = 0.0) -> None:
     """Raise `Wrong` with the first difference between `expected` and `got`, if there is one.
 
     Args:
         expected: the right answer (tensor, number, string, list, tuple or dict).
         got: the reader's answer.
-        what: how the message calls the thing compared.
+        name: name of the answer in the message.
         tolerance: largest accepted difference of two floats, relative to the expected one (absolute below 1).
     """
     if _unfilled(got):
         raise NotYet
     difference = first_difference(expected, got, tolerance=tolerance)
     if difference is not None:
-        raise Wrong(f"{what}: {difference}")
+        raise Wrong(f"{name}: {difference}")
 
 
 def _verdict(entry: _Exercise, answers: tuple[Any, ...]) -> str:
@@ -121,7 +121,7 @@ def _verdict(entry: _Exercise, answers: tuple[Any, ...]) -> str:
 
 
 def _guarded(answer: Any) -> Any:
-    """Wrap a plain function so that an unfilled result ends the check; leave everything else alone."""
+    """Wrap a plain function so that an unfilled result ends the check; return any other value unchanged."""
     if not isinstance(answer, types.FunctionType):
         return answer
 
@@ -144,7 +144,7 @@ def _unfilled(value: Any) -> bool:
 
 
 def _one_line(error: Exception) -> str:
-    """The exception, and the innermost line of the reader's own cell that it went through."""
+    """The exception, and the innermost line of the reader's cell in its traceback."""
     text = str(error).strip().split("\n")[0]
     message = f"your code raised {type(error).__name__}" + (f": {text}" if text else "")
     # The file of a cell is a path with "ipykernel" in it, or "<ipython-input-…>".

@@ -13,7 +13,7 @@ from kvgather.workbook.checks import Wrong, exercise, expect
 DTYPES = {1: torch.float8_e4m3fn, 2: torch.bfloat16}
 
 
-@exercise("03.1", correct="and without the number of blocks: an address cannot tell that a block id is too large")
+@exercise("03.1", correct="the formula has no number of blocks: an address does not show that a block id is too large")
 def hnd_byte(answer: Callable[..., int]) -> None:
     # (blocks, page, heads, dim), then elements of such a pool
     for sizes, itemsize in (((3, 16, 2, 32), 1), ((3, 16, 2, 32), 2), ((4, 10, 3, 24), 2)):
@@ -27,7 +27,7 @@ def hnd_byte(answer: Callable[..., int]) -> None:
             expect(byte_offset(pool, "HND", "key", *place), got, f"{element} ({pool_text})")
 
 
-@exercise("03.2", correct="K brings dims of a token, V brings tokens of a dim, and in BF16 a load holds only 8 of them")
+@exercise("03.2", correct="a load of K has dims of one token, a load of V tokens of one dim; 8 elements in BF16")
 def elements_of_load(answer: Callable[..., list[tuple[int, int]]]) -> None:
     page, dims = 32, 64
     index = torch.cartesian_prod(torch.arange(page), torch.arange(dims))
@@ -39,7 +39,7 @@ def elements_of_load(answer: Callable[..., list[tuple[int, int]]]) -> None:
         ("key", 5, 12, 2),
         ("value", 12, 5, 2),
     ):
-        # The load is read off a pool whose elements are numbered, so that no formula is trusted twice.
+        # The expected load comes from a pool of numbered elements, not from the formula under test.
         side: Which = "key" if which == "key" else "value"
         numbers = torch.arange(page * dims, dtype=torch.float32).view(1, page, 1, dims)
         x = 16 // itemsize
@@ -52,20 +52,20 @@ def elements_of_load(answer: Callable[..., list[tuple[int, int]]]) -> None:
         expect(expected, got, f"{which}, slot {slot}, dim {dim}, itemsize {itemsize}")
 
 
-@exercise("03.3", correct="one view, one permute, and not a number has changed")
+@exercise("03.3", correct="one view, one permute, and no value changed")
 def shuffle_key(answer: Callable[[Tensor], Tensor]) -> None:
     generator = torch.Generator().manual_seed(3)
     for dtype, sizes in ((torch.float8_e4m3fn, (3, 16, 2, 32)), (torch.bfloat16, (2, 24, 3, 40))):
         shape = key_shape("NHD", sizes[0], sizes[1], sizes[2], sizes[3], dtype.itemsize)
         nhd = torch.randn(shape, generator=generator).to(dtype)
         got = answer(nhd.clone())
-        what = f"{str(dtype).removeprefix('torch.')} {list(shape)}"
-        expect(convert(nhd, "NHD", "SHUFFLE", "key"), got, what)
+        name = f"{str(dtype).removeprefix('torch.')} {list(shape)}"
+        expect(convert(nhd, "NHD", "SHUFFLE", "key"), got, name)
         if not got.is_contiguous():
-            raise Wrong(f"{what}: right values, but the strides are {got.stride()}; the pool must be contiguous")
+            raise Wrong(f"{name}: right values, but the strides are {got.stride()}; the pool must be contiguous")
 
 
-@exercise("03.4", correct="two pools, and not a byte was copied")
+@exercise("03.4", correct="two pools, without a copy")
 def unpack(answer: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
     blocks, heads, page, dim = 3, 2, 16, 32
     packed = torch.arange(blocks * heads * 2 * page * dim, dtype=torch.float32).view(blocks, heads, 2, page, dim)

@@ -16,33 +16,33 @@ PAGE = 4
 
 @exercise(
     "04.1",
-    correct="every token found its slot, and nothing outside a tensor was read",
-    not_yet="every token gets slot −1; replace the line",
+    correct="every token has its slot, and no read is outside a tensor",
+    not_yet="every token gets slot −1; replace this line",
 )
 def slots_kernel(kernel: Any) -> None:
     lengths, starts = [5, 0, 6], [3, 0, 6]
     block_table = torch.tensor([[7, 2, 5], [1, 4, 8], [9, 3, 6]], dtype=torch.int32)
     cu_seqlens = torch.tensor([0, 5, 5, 11], dtype=torch.int32)
     batch = torch.tensor([0] * 5 + [2] * 6, dtype=torch.int32)
-    want = [
+    expected = [
         int(block_table[b, (starts[b] + i) // PAGE]) * PAGE + (starts[b] + i) % PAGE
         for b, n in enumerate(lengths)
         for i in range(n)
     ]
-    slots = torch.full((len(want),), -1, dtype=torch.int32)
+    slots = torch.full((len(expected),), -1, dtype=torch.int32)
     seq_starts = torch.tensor(starts, dtype=torch.int32)
     with trace() as t:
-        kernel[(len(want),)](slots, batch, cu_seqlens, seq_starts, block_table, block_table.stride(0), PAGE)
+        kernel[(len(expected),)](slots, batch, cu_seqlens, seq_starts, block_table, block_table.stride(0), PAGE)
     if bool((slots == -1).all()) and not list(t.select("block_tables_ptr")):
         raise NotYet
     _no_violation(t)
-    expect(want, slots, f"slots (page {PAGE}, seq_starts {starts}, lengths {lengths})")
+    expect(expected, slots, f"slots (page {PAGE}, seq_starts {starts}, lengths {lengths})")
 
 
 @exercise(
     "04.2",
-    correct="24 lanes work, 8 rest, and every row ends where the next begins",
-    not_yet="no lane is switched on; which ones hold a number of the row?",
+    correct="24 lanes are active, 8 are masked off, and no row overwrites the next",
+    not_yet="no lane is active; which lanes have an element of the row?",
 )
 def rows_kernel(kernel: Any) -> None:
     dim, lanes = 24, 32
@@ -59,19 +59,21 @@ def rows_kernel(kernel: Any) -> None:
         if int(access.mask.sum()) > dim:
             raise Wrong(
                 f"program {access.program[0]}: a {access.kind} of {access.argument} has {int(access.mask.sum())} "
-                f"lanes switched on; a row has {dim} numbers, and the rest belong to its neighbour"
+                f"active lanes; a row has {dim} elements, and the others belong to the next row"
             )
     expect(pool[slots.long()], out, "rows")
 
 
-@exercise("04.3", correct="those are the bytes that the trace shows")
+@exercise("04.3", correct="these are the bytes in the trace")
 def value_bytes(answer: Callable[..., Any]) -> None:
     for blocks, heads, page, dim in ((3, 2, 16, 32), (2, 3, 32, 16)):
         pool = torch.empty(value_shape("SHUFFLE", blocks, page, heads, dim, 1), dtype=torch.uint8)
         for block, head, slot in ((0, 0, 0), (1, 1, 3), (blocks - 1, heads - 1, page - 2)):
-            want = [byte_offset(pool, "SHUFFLE", "value", block, head, slot, d) for d in range(dim)]
+            expected = [byte_offset(pool, "SHUFFLE", "value", block, head, slot, d) for d in range(dim)]
             got = answer(block, head, slot, heads, page, dim)
-            expect(want, got, f"block {block}, head {head}, slot {slot} of {heads} heads, page {page}, head_dim {dim}")
+            expect(
+                expected, got, f"block {block}, head {head}, slot {slot} of {heads} heads, page {page}, head_dim {dim}"
+            )
 
 
 def _no_violation(t: Any) -> None:

@@ -1,4 +1,4 @@
-"""Checks of chapter 05: the element that is read, the fence that proves it, and the mended kernel."""
+"""Checks of chapter 05: the element that the kernel reads, the fence that proves it, and the fixed kernel."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from kvgather.lab.trace import Violation, trace
 from kvgather.workbook.checks import NotYet, Wrong, exercise, expect
 
 
-@exercise("05.1", correct="that is where the kernel looks, whatever the scale is")
+@exercise("05.1", correct="the kernel reads this element, whatever the scale's shape")
 def element_read(answer: Callable[..., Any]) -> None:
     for heads, page in ((2, 16), (5, 8)):
         for block, head, slot in ((0, 0, 0), (4, 1, 3), (3, 0, 2), (6, 1, 7)):
-            want = (block * heads + head) * page + slot
-            expect(want, answer(block, head, slot, heads, page), f"block {block}, head {head}, slot {slot}, "
+            expected = (block * heads + head) * page + slot
+            expect(expected, answer(block, head, slot, heads, page), f"block {block}, head {head}, slot {slot}, "
                    f"{heads} heads, page {page}")  # fmt: skip
 
 
@@ -36,15 +36,15 @@ def fence_it(argument: Any, side: Any) -> None:
     if outcome.kind == "ok":
         raise Wrong(f"the child ended with exit 0: the kernel touched nothing {side} {argument}")
     if outcome.kind != "segfault":
-        raise Wrong(f"the child could not tell: {outcome}")
+        raise Wrong(f"the child failed for another reason: {outcome}")
 
 
 @exercise(
     "05.3",
-    correct="right lengths, and not one access outside",
-    not_yet="the lengths are right, and it still reads cu_seqlens_ptr at element -1",
+    correct="right lengths, and no access outside a tensor",
+    not_yet="the lengths are right, but the kernel still reads cu_seqlens_ptr at element -1",
 )
-def mended(kernel: Any) -> None:
+def fixed_kernel(kernel: Any) -> None:
     lengths = [3, 0, 4, 1, 2]
     got = torch.full((5,), -1, dtype=torch.int32)
     cu_seqlens = torch.tensor([0, 3, 3, 7, 8, 10], dtype=torch.int32)

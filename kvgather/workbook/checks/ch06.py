@@ -19,7 +19,7 @@ BLOCKS, HEADS, PAGE, DIM = 6, 2, 16, 16
 BAD_SHAPES = ((7,), (HEADS, BLOCKS), (PAGE, HEADS, BLOCKS), (BLOCKS * HEADS * PAGE,), (1, HEADS, 1))
 
 
-@exercise("06.1", correct="the kernel is told the truth, or is not called")
+@exercise("06.1", correct="the flag agrees with the shape, or the kernel is not called")
 def honest_flag(answer: Callable[..., Any]) -> None:
     one, token = torch.ones(1), torch.ones(BLOCKS, HEADS, PAGE)
     expect(False, answer(one, one.view(1, 1, 1), BLOCKS, HEADS, PAGE), "one element each")
@@ -28,11 +28,11 @@ def honest_flag(answer: Callable[..., Any]) -> None:
     refused += [(bad, bad) for bad in map(torch.ones, ((HEADS,), (BLOCKS, HEADS), *BAD_SHAPES))]
     refused += [(token, torch.ones(HEADS)), (torch.ones(HEADS), token)]
     for k_scale, v_scale in refused:
-        given = f"K {list(k_scale.shape)} and V {list(v_scale.shape)}"
-        _must_refuse(answer, k_scale, v_scale, BLOCKS, HEADS, PAGE, given=given)
+        name = f"K {list(k_scale.shape)} and V {list(v_scale.shape)}"
+        _must_refuse(answer, k_scale, v_scale, BLOCKS, HEADS, PAGE, name=name)
 
 
-@exercise("06.2", correct="one formula, and 0 along every axis that is not there")
+@exercise("06.2", correct="one formula, with stride 0 along every missing axis")
 def strides_of(answer: Callable[..., Any]) -> None:
     wide = torch.ones(BLOCKS, PAGE, HEADS)
     scales = {
@@ -51,40 +51,39 @@ def strides_of(answer: Callable[..., Any]) -> None:
         got = answer(scale, BLOCKS, HEADS, PAGE)
         expect((s.stride_block, s.stride_head, s.stride_slot), got, f"a scale of {name}")
     for shape in BAD_SHAPES:
-        _must_refuse(answer, torch.ones(shape), BLOCKS, HEADS, PAGE, given=f"a scale of shape {list(shape)}")
+        _must_refuse(answer, torch.ones(shape), BLOCKS, HEADS, PAGE, name=f"a scale of shape {list(shape)}")
 
 
 @exercise(
     "06.3",
-    correct="it passes the rule, and the kernel reads outside it: a rank is not a shape",
+    correct="the shape passes the rule, and the kernel reads outside the tensor: a rank is not a shape",
     not_yet="give a tuple of ints, such as (6, 2, 16)",
 )
 def escaping_shape(shape: Any) -> None:
     if not isinstance(shape, list | tuple) or not all(type(n) is int and n > 0 for n in shape):
         raise Wrong(f"expected a tuple of positive ints, got {shape!r:.60}")
     if math.prod(shape) > 2**20:
-        raise Wrong(f"{tuple(shape)} has {math.prod(shape)} elements; think smaller, not larger")
+        raise Wrong(f"{tuple(shape)} has {math.prod(shape)} elements; use fewer, not more")
     if math.prod(shape) == 1:
-        raise Wrong(f"{tuple(shape)} has one element: the rule answers False, and element 0 is there")
+        raise Wrong(f"{tuple(shape)} has one element: the rule returns False, and element 0 exists")
     if len(shape) != 3:
         raise Wrong(f"{tuple(shape)} has {len(shape)} axes: the rule refuses it")
-    found = _run_old_kernel(torch.ones(tuple(shape))).violations
-    if not found:
+    if not _run_old_kernel(torch.ones(tuple(shape))).violations:
         raise Wrong(
-            f"{tuple(shape)} passes the rule, and the kernel read nothing outside its {math.prod(shape)} elements"
+            f"{tuple(shape)} passes the rule, but the kernel read nothing outside its {math.prod(shape)} elements"
         )
 
 
-def _must_refuse(answer: Callable[..., Any], *arguments: Any, given: str) -> None:
+def _must_refuse(answer: Callable[..., Any], *arguments: Any, name: str) -> None:
     try:
         got = answer(*arguments)
     except ValueError:
         return
-    raise Wrong(f"{given}: expected a ValueError, got {got!r}")
+    raise Wrong(f"{name}: expected a ValueError, got {got!r}")
 
 
 def _run_old_kernel(scale: Tensor) -> Trace:
-    """The old kernel on the last slot of every block, told that the scale is per token."""
+    """A trace of the old kernel on the last slot of every block, with the flag of a scale per token."""
     device = "cuda" if has_gpu() else "cpu"  # the launcher refuses CPU tensors where kernels are compiled
     scale, pool = scale.to(device), torch.zeros(BLOCKS, PAGE, HEADS, DIM, device=device)
     key, value = torch.zeros(2, BLOCKS, HEADS, DIM, device=device)

@@ -1,4 +1,4 @@
-"""Checks of chapter 07: the sectors of a load, bytes in flight, lanes along V of SHUFFLE, and a load made wide."""
+"""Checks of chapter 07: the sectors of a load, bytes in flight, lanes along V of SHUFFLE, and a wide load."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kvgather.workbook.checks import NotYet, Wrong, exercise, expect
 PAGE = 16
 
 
-@exercise("07.1", correct="so many sectors does the GPU move for it")
+@exercise("07.1", correct="the GPU moves this many sectors for the load")
 def sectors_of(answer: Callable[..., Any]) -> None:
     loads: dict[str, tuple[list[int], int, int]] = {
         "32 lanes, one byte each, side by side from byte 64": (list(range(64, 96)), 1, 1),
@@ -30,18 +30,18 @@ def sectors_of(answer: Callable[..., Any]) -> None:
         "32 lanes, all at byte 100": ([100] * 32, 1, 1),
         "32 lanes, 16 bytes each, 256 apart": (list(range(0, 8192, 256)), 16, 32),
     }
-    for what, (addresses, size, want) in loads.items():
-        expect(want, answer(addresses, size), what)
+    for name, (addresses, size, count) in loads.items():
+        expect(count, answer(addresses, size), name)
 
 
-@exercise("07.2", correct="and that times the rounds per second is the speed")
+@exercise("07.2", correct="times the round trips per second, this is the bandwidth")
 def in_flight(answer: Callable[..., Any]) -> None:
     sizes = ((128, 4, 2048), (2048, 2, 65536), (16384, 16, 65536), (2048, 1, 65536), (300, 5, 3600), (4096, 64, 4096))
-    for codes, warps, want in sizes:
-        expect(want, answer(codes, warps), f"programs of {warps} warps that ask for {codes} bytes each")
+    for codes, warps, expected in sizes:
+        expect(expected, answer(codes, warps), f"programs of {warps} warps that load {codes} bytes each")
 
 
-@exercise("07.3", correct="32 lanes, one sector: neighbouring lanes walk the slots")
+@exercise("07.3", correct="32 lanes, one sector: neighbouring lanes read neighbouring slots")
 def place(answer: Callable[..., Any]) -> None:
     pool = torch.empty(value_shape("SHUFFLE", 1, PAGE, 1, 64, 1), dtype=torch.uint8)
     for lane in range(32):
@@ -69,12 +69,12 @@ def copy_page_kernel(kernel: Any) -> None:
     with trace() as t:
         kernel[(1,)](out, pool, 1, HEADS=heads, PAGE=PAGE, DIM=dim)
     if t.violations:
-        raise Wrong(f"it leaves a tensor: {t.violations[0].argument}, element {t.violations[0].element}")
+        raise Wrong(f"an access outside a tensor: {t.violations[0].argument}, element {t.violations[0].element}")
     expect(as_nhd(pool, "SHUFFLE", "key")[1], out, "the page [slot, head, dim]")
     case = Case(layout="SHUFFLE", num_heads=8, k_dim=64, v_dim=64, lengths=(PAGE,), starts=(), num_blocks=4)
     (compiled,) = compile_steps([(inspect.getsource(kernel.fn), case, "cuda:90")])
     if compiled.error:
-        raise Wrong(f"it does not compile: {compiled.error:.200}")
+        raise Wrong(f"the kernel does not compile: {compiled.error:.200}")
     narrow = [name for name in compiled.loads if width(name) < 16]
     if narrow and [a.bytes.shape for a in t.select("k_ptr")] == [(PAGE, heads * dim)]:
         raise NotYet

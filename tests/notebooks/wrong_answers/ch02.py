@@ -45,7 +45,7 @@ WRONG: dict[str, list[tuple[str, str]]] = {
     ],
     "02.2": [
         # only the scale
-        (FNUZ.format(start="codes.clone()", steps="pass", scale="scale * 2"), "the meaning of 0x7f"),
+        (FNUZ.format(start="codes.clone()", steps="pass", scale="scale * 2"), "the value of 0x7f"),
         # −0 only: a NaN becomes a number
         (FNUZ.format(start="codes.clone()", steps=MINUS_ZERO, scale="scale * 2"), "0x7f: expected nan, got 240"),
         # NaN first and −0 after it, on the converted codes
@@ -55,11 +55,11 @@ WRONG: dict[str, list[tuple[str, str]]] = {
                 steps=f"{NANS}; {MINUS_ZERO.replace('codes ==', 'converted ==')}",
                 scale="scale * 2",
             ),
-            "the meaning of 0x7f, which became 0x00: expected nan, got 0",
+            "the value of 0x7f, which became 0x00: expected nan, got 0",
         ),
         # the scale forgotten, halved
-        (FNUZ.format(start="codes.clone()", steps=f"{MINUS_ZERO}; {NANS}", scale="scale"), "the meaning of 0x01"),
-        (FNUZ.format(start="codes.clone()", steps=f"{MINUS_ZERO}; {NANS}", scale="scale / 2"), "the meaning of 0x01"),
+        (FNUZ.format(start="codes.clone()", steps=f"{MINUS_ZERO}; {NANS}", scale="scale"), "the value of 0x01"),
+        (FNUZ.format(start="codes.clone()", steps=f"{MINUS_ZERO}; {NANS}", scale="scale / 2"), "the value of 0x01"),
         # the given codes overwritten
         (
             FNUZ.format(
@@ -67,7 +67,7 @@ WRONG: dict[str, list[tuple[str, str]]] = {
                 steps="nan = (codes & 0x7F) == 0x7F; codes[codes == 0x80] = 0; codes[nan] = 0x80",
                 scale="scale * 2",
             ),
-            "the codes you were given",
+            "the argument, which must not change",
         ),
     ],
     "02.3": [

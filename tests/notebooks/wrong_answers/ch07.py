@@ -39,7 +39,7 @@ WRONG = {
     ],
     "07.2": [
         # the limit of 32 programs forgotten
-        (IN_FLIGHT.format(answer="64 // warps * codes"), "programs of 1 warps that ask for 2048 bytes each: expected"),
+        (IN_FLIGHT.format(answer="64 // warps * codes"), "programs of 1 warps that load 2048 bytes each: expected"),
         # the limit of 64 warps forgotten
         (IN_FLIGHT.format(answer="32 * codes"), "expected 2048, got 4096"),
         # programs are whole
