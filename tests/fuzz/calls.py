@@ -4,13 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.fuzz import gathers
+from tests.fuzz import attentions, batches, blocks, caches, gathers, histories
 from tests.fuzz.case import Case, Draw
 
 MAKERS: list[tuple[Callable[[Draw], Case], int]] = [
     (gathers.build_plan, 10),
     (gathers.gather, 18),
     (gathers.engines_call, 14),
+    (caches.constructor, 6),
+    (caches.from_tensors, 6),
+    (caches.write, 14),
+    (caches.cache_gather, 8),
+    (caches.cache_check, 2),
+    (blocks.cu_seqlens, 3),
+    (blocks.pool_of, 1),
+    (histories.history, 10),
+    (batches.build_batch, 8),
+    (batches.check_batch, 4),
+    (batches.check_plan, 3),
+    (batches.equality, 1),
+    (batches.explain, 4),
+    (attentions.prefix_attention, 22),
+    (attentions.merge_states, 5),
 ]
 
 

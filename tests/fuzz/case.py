@@ -132,6 +132,7 @@ class Case:
         check: of its result.
         writes: expressions of the tensors whose elements it may change; of the arguments, or of the scope.
         large: whether so much memory is requested that there may be too little.
+        after_refusal: raises `Wrong` where a refused call changed something, seen in the scope.
     """
 
     function: str
@@ -143,6 +144,7 @@ class Case:
     check: Check
     writes: tuple[str, ...] = ()
     large: bool = False
+    after_refusal: Callable[[dict[str, Any]], None] | None = None
 
     @property
     def call(self) -> str:

@@ -56,22 +56,25 @@ def _finite(name: str) -> list[tuple[float, int]]:
 
 
 @lru_cache(maxsize=1 << 16)
-def encode(value: float, name: str) -> int | None:
-    """The byte of the nearest value, ties to the even code, magnitudes past the largest clamped; None for NaN."""
-    if math.isnan(value):
-        return None
+def _nearest(magnitude: float, name: str) -> int:
+    """The code of the nearest value that is not negative, ties to the even code."""
     table = _finite(name)
-    magnitude = min(abs(value), FP8[name].largest)
     low, high = 0, len(table) - 1
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if table[middle][0] <= magnitude else (low, middle)
     under, over = magnitude - table[low][0], table[high][0] - magnitude
-    code = table[low][1] if under < over or (under == over and table[low][1] % 2 == 0) else table[high][1]
-    negative = math.copysign(1.0, value) < 0
+    return table[low][1] if under < over or (under == over and table[low][1] % 2 == 0) else table[high][1]
+
+
+def encode(value: float, name: str) -> int | None:
+    """The byte of the nearest value, magnitudes past the largest clamped; None for NaN."""
+    if math.isnan(value):
+        return None
+    code = _nearest(min(abs(value), FP8[name].largest), name)
     if name == "float8_e4m3fnuz" and code == 0:
         return 0  # this format has no negative zero
-    return code | (0x80 if negative else 0)
+    return code | (0x80 if math.copysign(1.0, value) < 0 else 0)
 
 
 def to_float32(value: float) -> float:

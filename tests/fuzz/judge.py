@@ -86,6 +86,8 @@ def run(case: Case) -> str:
         except Exception as error:
             check_error(error, case)
             memory.check()
+            if case.after_refusal is not None:
+                case.after_refusal(scope)
             return "refused"
         if case.verdict == BAD:
             raise Wrong(f"accepted, and should name one of {', '.join(sorted(case.names))}; gave {result!r:.100}")

@@ -68,11 +68,22 @@ class Memory:
 
     def check(self, written: Iterable[Tensor] = ()) -> None:
         """Raise if a byte changed that belongs to none of the elements of `written`."""
-        with torch.no_grad():
-            for tensor in written:
-                if has_memory(tensor) and tensor.numel() and tensor.untyped_storage().data_ptr() in self._copies:
-                    self.before(tensor).copy_(tensor.detach())
+        for tensor in written:
+            address = tensor.untyped_storage().data_ptr()
+            if tensor.numel() and address in self._copies:
+                _, now, copy = self._copies[address]
+                at = bytes_of(tensor)
+                copy[at] = now[at]
         for name, now, copy in self._copies.values():
             if now.numel() and not torch.equal(now, copy):
                 at = int((now != copy).nonzero()[0])
                 raise Wrong(f"byte {at} of the memory of {name} changed")
+
+
+def bytes_of(tensor: Tensor) -> Tensor:
+    """Where the bytes of a tensor's elements are in its storage."""
+    at = torch.tensor([tensor.storage_offset()])
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        at = (at[:, None] + torch.arange(size) * stride).flatten()
+    width = tensor.element_size()
+    return (at[:, None] * width + torch.arange(width)).flatten().unique()
