@@ -104,14 +104,13 @@ def gather_checked(
         k_out = key_cache.new_empty((rows, heads, geometry.head_dim), dtype=out_dtype)
         v_out = value_cache.new_empty((rows, heads, geometry.v_head_dim), dtype=out_dtype)
 
-    if backend == "triton" and not compiling:  # an operator costs more than a launch
-        if geometry.num_blocks:
-            from .kernel import Side, addresses_of, pointers_of, prepare
+    if backend == "triton" and geometry.num_blocks and not compiling:  # an operator costs more than a launch
+        from .kernel import Side, addresses_of, pointers_of, prepare
 
-            sides = Side("key", key_cache, scales[0], k_out), Side("value", value_cache, scales[1], v_out)
-            launch, pointers = prepare(*sides, geometry.layout), pointers_of(*sides)
-            launch.from_records(plan.records, pointers, addresses_of(pointers))
-            remember(meaning, launch, geometry, source, scales, (k_out, v_out), out is not None)
+        sides = Side("key", key_cache, scales[0], k_out), Side("value", value_cache, scales[1], v_out)
+        launch, pointers = prepare(*sides, geometry.layout), pointers_of(*sides)
+        launch.from_records(plan.records, pointers, addresses_of(pointers))
+        remember(meaning, launch, geometry, source, scales, (k_out, v_out), out is not None)
         return k_out, v_out
     k, v = (scale.in_memory(geometry.device) for scale in scales)
     pools = ops.as_operand(key_cache), ops.as_operand(value_cache)
