@@ -23,7 +23,8 @@ def prefix_attention(draw: Draw) -> Case:
     given = prefix(draw, of, most_new=3 if direct else 5, most_cached=8 if direct else 16)
     kinds = draw.choice(KINDS), draw.choice(KINDS)
     function = "prefix_attention (direct)" if direct else "prefix_attention"
-    lines = [*cache_lines(draw, of, kinds, False, tame=True, finite=True), *batch_lines(draw, given)]
+    overlapping = draw.chance(0.1)
+    lines = [*cache_lines(draw, of, kinds, overlapping, tame=True, finite=True), *batch_lines(draw, given)]
     build = Builder(draw, function, "kg.prefix_attention", [*lines, f"batch = {build_call(given, of)}"])
     rows, q_heads = given.total_q, of.heads * draw.one(1, 1, 2, 3)
     q_dtype = draw.choice(FLOATS)
@@ -63,7 +64,12 @@ def prefix_attention(draw: Draw) -> Case:
     slots = checked.slots(rows)
     written = [slot for slot in slots if slot >= 0]
     if writes and len(set(written)) < len(written):
-        verdict, names = BAD, (*names, "batch")
+        verdict, names = BAD, (*names, "batch", *(["cache"] if overlapping else []))
+    elif writes and overlapping:
+        verdict, names = EITHER, (*names, "cache")
+    if draw.chance(0.02):
+        build.late.append("shrunk(cache)")
+        verdict, names = BAD if of.blocks else EITHER, (*names, "cache")
 
     def check(facts: Facts, result: Any) -> None:
         args, cache = facts.args, facts.scope["cache"]
@@ -80,8 +86,6 @@ def prefix_attention(draw: Draw) -> Case:
         check_all(out, lse, want)
 
     written_too = tuple(f"cache.{name}" for name in ("key_cache", "value_cache", "k_scale", "v_scale"))
-    if draw.chance(0.1):
-        build.args, build.forms = dict(build.args), build.forms
     return build.finish(check, written_too if writes else (), verdict, names)
 
 
@@ -108,7 +112,7 @@ def rows_of_attention(
     sinks = None if args.get("sinks") is None else args["sinks"].float().tolist()
     window = args.get("window")
     q = args["q"].float().tolist()
-    empty = [Row([0.0] * of.v_dim, -math.inf if sinks is None else sinks[h]) for h in range(q_heads)]
+    empty = [Row([0.0] * of.v_dim, -math.inf if sinks is None else sinks[h], spare=True) for h in range(q_heads)]
     want = [list(empty) for _ in range(rows)]
     pools = [
         (Pool.of(getattr(cache, f"{which}_cache"), of.layout, which), Scales(getattr(cache, f"{which[0]}_scale")))

@@ -188,6 +188,9 @@ def write(draw: Draw) -> Case:
 
     of_scope = tuple(f"cache.{name}" for name in ("key_cache", "value_cache", "k_scale", "v_scale"))
     names = ("key_cache", "value_cache", "k_scale", "v_scale")  # those whose elements overlap
+    if draw.chance(0.03):
+        build.late.append("shrunk(cache)")
+        return build.finish(check, of_scope, BAD if of.blocks else EITHER, names)
     return build.finish(check, of_scope, EITHER if overlapping else GOOD, names if overlapping else ())
 
 
@@ -245,7 +248,11 @@ def cache_gather(draw: Draw) -> Case:
             scale = Scales(getattr(cache, f"{which[0]}_scale"), kinds[i] if kinds[i] != "none" else None)
             check_rows(f"result[{i}]", result[i], None if out is None else facts.before(out[i]), pool, scale, rows)
 
-    return build.finish(check, writes=("args['out'][0]", "args['out'][1]"))
+    writes = ("args['out'][0]", "args['out'][1]")
+    if draw.chance(0.03):
+        build.late.append("shrunk(cache)")
+        return build.finish(check, writes, BAD if of.blocks else EITHER, ("key_cache", "value_cache"))
+    return build.finish(check, writes)
 
 
 def cache_check(draw: Draw) -> Case:

@@ -47,6 +47,10 @@ def without_memory(x):
     x = x.clone()
     x.untyped_storage().resize_(max(0, x.untyped_storage().nbytes() - 1))
     return x
+
+def shrunk(cache):
+    cache.key_cache.untyped_storage().resize_(0)
+    return cache
 """
 """What the code of calls may use; `tests.fuzz.snippet` prints the part of it that a call needs."""
 
@@ -161,7 +165,8 @@ class Builder:
     lines: list[str] = field(default_factory=list)
     args: dict[str, str] = field(default_factory=dict)
     forms: dict[str, list[Form]] = field(default_factory=dict)
-    warm: float = 0.3  # how often the good call comes first
+    late: list[str] = field(default_factory=list)  # lines after the good call that may come first
+    warm: float = 0.3  # how often it does
     spoils: Sequence[float] = (0.45, 0.43, 0.12)  # how often no argument, one, and two take another form
 
     def line(self, text: str) -> None:
@@ -185,6 +190,7 @@ class Builder:
         draw, args, blamed, verdicts = self.draw, dict(self.args), set(names), {verdict}
         if verdict == GOOD and draw.chance(self.warm):
             self.lines.append(f"{self.callee}({', '.join(f'{name}={code}' for name, code in args.items())})")
+        self.lines += self.late
         able = [name for name, forms in self.forms.items() if forms]
         count = draw.choices(range(len(self.spoils)), self.spoils)[0]
         for name in draw.sample(able, min(count, len(able))):

@@ -52,7 +52,7 @@ class Pool:
             blocks, heads, page, dim = shape[0], shape[1], shape[3], shape[2] * shape[4]
         else:
             blocks, heads, page, dim = shape[0], shape[1], shape[2] * shape[4], shape[3]
-        elements = listed(tensor.reshape(blocks, -1) if flat else tensor)
+        elements = listed(tensor.flatten(1) if flat else tensor)
         return cls(elements, layout, which, dtype, blocks, page, heads, dim, flat)
 
     @property
@@ -215,7 +215,7 @@ def write_row(pool: Pool, scale: Scales, row: list[list[float]], block: int, slo
 
 def check_pool(name: str, got: Tensor, pool: Pool) -> None:
     """Raise unless a pool's tensor has the elements of `pool`; NaN among FP8's is any of its codes."""
-    have = torch.tensor(listed(got.reshape(pool.blocks, -1) if pool.flat else got), dtype=torch.float64)
+    have = torch.tensor(listed(got.flatten(1) if pool.flat else got), dtype=torch.float64)
     want = torch.tensor(pool.elements, dtype=torch.float64)
     if have.shape != want.shape:
         want = want.reshape(have.shape)

@@ -121,6 +121,7 @@ def prefix(draw: Draw, of: Sizes, most_new: int = 4, most_cached: int = 14, sick
     if is_sick:
         for _ in range(draw.randint(1, 2)):
             colliding |= _spoil(draw, table, cu_q, cu_k, of)
+        cu_q, cu_k = ([max(min(n, MOST), -MOST - 1) for n in cu] for cu in (cu_q, cu_k))
     total_q, total_k = (max(0, min(cu[-1], 60)) for cu in (cu_q, cu_k))
     spare = [None if not is_sick else 0, 0, 0, draw.randint(1, 3)]
     numbers: dict[str, int | None] = {}

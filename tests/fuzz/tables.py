@@ -64,6 +64,8 @@ def batch(draw: Draw, of: Sizes, most: int = 24, sick: float = 0.3) -> Batch:
     if draw.chance(sick):
         for _ in range(draw.randint(1, 3)):
             _spoil(draw, table, cu, starts, dtypes, of)
+            for numbers, dtype in ((cu, dtypes[1]), (starts or [], dtypes[2])):
+                numbers[:] = [min(max(number, WIDE[dtype][1]), WIDE[dtype][0]) for number in numbers]
     total = max(0, min(cu[-1], 300))
     given = draw.choice([None, total, total, total + draw.randint(0, 5), max(0, total - 3)])
     if given is None and total != cu[-1]:
