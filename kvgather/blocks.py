@@ -220,8 +220,8 @@ class BlockPool:
         if not isinstance(seqs, Iterable):
             raise TypeError(f"seqs is {described(seqs)}; accepted: sequences of this pool")
         seqs = list(seqs)
-        for seq in seqs:
-            self._check_live(seq)
+        for i, seq in enumerate(seqs):
+            self._check_live(seq, f"seqs[{i}]")
         width = max((len(seq.block_ids) for seq in seqs), default=0)
         rows = [seq.block_ids + [-1] * (width - len(seq.block_ids)) for seq in seqs]
         return torch.tensor(rows, dtype=torch.int32, device=where).reshape(len(seqs), width)
@@ -232,7 +232,7 @@ class BlockPool:
         Raises:
             ValueError, TypeError: block_id is not in [0, num_blocks).
         """
-        check_int(block_id, "block_id", maximum=self.num_blocks - 1)
+        block_id = check_int(block_id, "block_id", maximum=self.num_blocks - 1)
         key, ref_count = self._keys[block_id], self._ref_counts[block_id]
         return BlockView(block_id, ref_count, None if key is None else key.token_ids)
 
@@ -309,13 +309,13 @@ class BlockPool:
         self._ref_counts[block_id] = 1
         return block_id
 
-    def _check_live(self, seq: PooledSequence) -> None:
+    def _check_live(self, seq: PooledSequence, name: str = "seq") -> None:
         if not isinstance(seq, PooledSequence):
-            raise TypeError(f"seq is a {type(seq).__name__}; accepted: what BlockPool.allocate returned")
+            raise TypeError(f"{name} is a {type(seq).__name__}; accepted: what BlockPool.allocate returned")
         if seq.pool is not self:
-            raise ValueError("seq belongs to another pool; accepted: a sequence that this pool allocated")
+            raise ValueError(f"{name} belongs to another pool; accepted: a sequence that this pool allocated")
         if seq not in self._live:
-            raise ValueError("seq was freed already; accepted: a sequence that is still in use")
+            raise ValueError(f"{name} was freed already; accepted: a sequence that is still in use")
 
 
 @dataclass(eq=False)

@@ -22,7 +22,7 @@ from .formats.fp8 import FLOATS, check_pool_dtype
 from .formats.layout import Geometry, key_shape, value_shape
 from .formats.scale import KINDS, Scale, check_values, kind_shape, resolve
 from .gather.again import KEPT, NOT_TENSORS, gather_again
-from .gather.dispatch import gather_checked
+from .gather.dispatch import choose_backend, gather_checked
 from .kernels.guards import Likeness
 from .plan import GatherPlan
 from .scatter import SlotError, check_duplicates, check_slots, scatter
@@ -234,6 +234,7 @@ class PagedKVCache:
                 f"k, v and slots have {len(k)}, {len(v)} and {len(slots)} tokens; accepted: as many of each"
             )
         self._check_writable()
+        choose_backend(backend, g.device)  # raises, without tokens too
         if len(slots) == 0:
             return
         pools = self.key_cache, self.value_cache

@@ -160,9 +160,10 @@ def check_table(
     """
     check_tensor(block_table, names[0], ndim=2, dtypes=INDEX_DTYPES, device=device)
     device, batch = block_table.device, block_table.shape[0]
-    for name, tensor, length in ((names[1], cu_seqlens_k, batch + 1), (names[2], seq_starts, batch)):
-        if tensor is None:
-            continue
+    given = [(names[1], cu_seqlens_k, batch + 1)]
+    if seq_starts is not None:
+        given.append((names[2], seq_starts, batch))
+    for name, tensor, length in given:
         check_tensor(tensor, name, ndim=1, dtypes=INDEX_DTYPES, device=device)
         if tensor.shape[0] != length:
             raise ValueError(f"{name} has shape {list(tensor.shape)}; accepted for {batch} sequences: [{length}]")

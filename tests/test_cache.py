@@ -350,8 +350,13 @@ def test_wrong_sizes(wrong: dict[str, Any], error: type[Exception], message: str
         ({"slots": torch.tensor([0, 1]).to("meta")}, ValueError, r"slots is on meta; accepted: cpu"),
         ({"k": torch.ones(2, 2, 16).to("meta")}, ValueError, r"k is on meta; accepted: cpu"),
         ({"backend": "numpy"}, ValueError, r"backend is 'numpy'; accepted: auto, triton, torch"),
+        (
+            {"k": torch.ones(0, 2, 16), "v": torch.ones(0, 2, 24), "slots": torch.ones(0, dtype=torch.int32),
+             "backend": None},
+            TypeError, r"backend is NoneType None; accepted: auto, triton, torch",
+        ),
     ],
-)
+)  # fmt: skip
 def test_wrong_writes(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
     cache = kg.PagedKVCache(**{**GOOD, "v_head_dim": 24, "scale": "per-token-head"})
     before = contents(cache)

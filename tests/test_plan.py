@@ -213,14 +213,18 @@ def test_bare_bits_of_a_bad_entry_are_nan_too(dtype: torch.dtype, where: str) ->
             assert nan.tolist() == [False] * 4 + [True] * 2 + [False]
 
 
-def test_a_pool_of_no_blocks_has_no_good_id() -> None:
-    table = torch.zeros((1, 2), dtype=torch.int32)
-    plan = GatherPlan.build(table, torch.tensor([0, 5]), page_size=PAGE, num_blocks=0)
+@on_each_device
+def test_a_pool_of_no_blocks_has_no_good_id(where: str) -> None:
+    table = torch.zeros((1, 2), dtype=torch.int32, device=where)
+    offsets = torch.tensor([0, 5], device=where)
+    plan = GatherPlan.build(table, offsets, page_size=PAGE, num_blocks=0, total_tokens=6)
     with pytest.raises(PlanError, match=r"sequence 0, column 0"):
         plan.check()
-    pool = torch.empty(0, PAGE, 2, 8)
-    k, v = kg.gather(pool, pool, plan)
-    assert bool(k.isnan().all()) and bool(v.isnan().all())
+    pool = torch.empty(0, PAGE, 2, 8, device=where)
+    for backend in ("triton", "torch"):
+        out = tuple(torch.zeros(6, 2, 8, device=where) for _ in "kv")
+        for rows in kg.gather(pool, pool, plan, out=out, out_dtype=torch.float32, backend=backend):
+            assert rows.isnan().all(-1).all(-1).tolist() == [True] * 5 + [False]
 
 
 def table(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -247,6 +251,7 @@ GOOD: dict[str, Any] = {
         ({"block_table": table(2, 3).short()}, TypeError, r"block_table has dtype int16; accepted: int32, int64"),
         ({"block_table": short(table(2, 3))}, ValueError, r"block_table .*reaches byte 24 of its memory, which has 23"),
         ({"block_table": table(2, 3).to_sparse()}, ValueError, r"block_table has layout torch.sparse_coo; accepted"),
+        ({"cu_seqlens_k": None}, TypeError, r"cu_seqlens_k is NoneType None; accepted: a torch.Tensor"),
         ({"cu_seqlens_k": table(2)}, ValueError, r"cu_seqlens_k has shape \[2\]; accepted for 2 sequences: \[3\]"),
         ({"cu_seqlens_k": table(3, 1)}, ValueError, r"cu_seqlens_k has shape \[3, 1\]; accepted: 1 dimensions"),
         ({"cu_seqlens_k": table(3).double()}, TypeError, r"cu_seqlens_k has dtype float64; accepted"),

@@ -15,6 +15,7 @@ from ..formats.fp8 import FLOATS
 from ..formats.layout import Geometry
 from ..gather.dispatch import check_made_for
 from ..kernels.signatures import signature
+from ..scatter import SlotError
 from .batch import PrefixBatch
 from .capture import check_may_make
 from .choose import PATHS
@@ -112,12 +113,15 @@ def prefix_attention(
     if call.route.pieces is None:
         require_triton(call.geometry.device, f'path="{path}"', '"gather" or "auto"')
 
-    if k_new is not None and v_new is not None and not cache.write_again(k_new, v_new, batch.slots):
+    if k_new is not None and v_new is not None:
         try:
-            cache.write(k_new, v_new, batch.slots)
-        except (TypeError, ValueError):
+            if not cache.write_again(k_new, v_new, batch.slots):
+                cache.write(k_new, v_new, batch.slots)
+        except SlotError as error:
+            raise SlotError(f"batch puts new tokens where they cannot go: {error}") from None
+        except (TypeError, ValueError) as error:
             _checked(*arguments)  # which knows the names of these arguments
-            raise
+            raise type(error)(f"cache cannot be written: {error}") from None
     if call.route.direct and not call.sees_nothing:
         out, lse = _direct(q, cache, batch, call.scale, sinks, call.window, call.likeness)
     else:
@@ -147,7 +151,7 @@ def _recalled(
         return _checked(*arguments)
     try:
         key = (
-            "call", cache.likeness, signature(q), None if k_new is None else (k_new.shape, k_new.dtype, k_new.device),
+            "call", _likeness_of(cache), signature(q), None if k_new is None else (k_new.shape, k_new.dtype, k_new.device),
             None if v_new is None else (v_new.shape, v_new.dtype, v_new.device),
             None if sinks is None else signature(sinks),
             # True is 1 to a dictionary, and a window of True is refused: so types are part of it.
@@ -180,7 +184,14 @@ def _checked(
     check_choice(path, "path", PATHS)
     route = route_of(batch, cache, Layer(q.shape[1], q.dtype, window, workspace_tokens, path))
     sees_nothing = batch.num_sequences == 0 or min(batch.max_q, batch.max_k) == 0
-    return _Call(g, scale, window, route, sees_nothing, cache.likeness)
+    return _Call(g, scale, window, route, sees_nothing, _likeness_of(cache))
+
+
+def _likeness_of(cache: PagedKVCache) -> int:
+    try:
+        return cache.likeness
+    except ValueError as error:  # it names a pool or a scale, which are no arguments of this call
+        raise ValueError(f"cache cannot be read: {error}") from None
 
 
 @torch.no_grad()

@@ -236,5 +236,5 @@ def check_choice(value: object, name: str, accepted: Sequence[str]) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{name} is {described(value)}; accepted: {', '.join(accepted)}")
     if value not in accepted:
-        raise ValueError(f"{name} is {value!r}; accepted: {', '.join(accepted)}")
+        raise ValueError(f"{name} is {shown(value)}; accepted: {', '.join(accepted)}")
     return value

@@ -210,7 +210,11 @@ def _read_sizes(pool: Tensor, layout: str, which: Which) -> tuple[int, int, int,
     if layout == "HND":
         return shape[0], shape[2], shape[1], shape[3]
     if which == "key":
-        _check_shuffle(shape[3], shape[2] * x, itemsize, which)
+        if shape[3] % x:
+            raise ValueError(
+                f"{name} has shape {shape}, page {shape[3]}; accepted for layout SHUFFLE and {dtype_name(pool.dtype)}: "
+                f"pages of a multiple of {x} tokens"
+            )
         return shape[0], shape[3], shape[1], shape[2] * x
     return shape[0], shape[2] * x, shape[1], shape[3]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..formats.checks import check_choice, check_int, check_tensor, described
+from ..formats.checks import check_choice, check_int, check_positive, check_tensor, described
 from ..formats.layout import Geometry, group
 from ..formats.scale import classify
 from ..plan import INDEX_DTYPES, check_table
@@ -102,8 +102,8 @@ def _check_flag(scale: Tensor | float | None, name: str, geometry: Geometry, per
     """Raise unless the scale's shape is one that an engine may pass with this flag."""
     if scale is None:
         raise ValueError(f"{name} is None; accepted with dequant=True: a scale")
-    if not isinstance(scale, (Tensor, float, int)) or isinstance(scale, bool):
-        raise TypeError(f"{name} is {described(scale)}; accepted: a tensor or a float")
+    if not isinstance(scale, Tensor):
+        check_positive(scale, name, "a tensor or a float")
     blocks, heads, page = geometry.num_blocks, geometry.num_kv_heads, geometry.page_size
     kind = classify(scale, name, num_blocks=blocks, num_heads=heads, page_size=page)
     if kind == "per-page-head" or (kind == "per-token-head" and not per_token_quant):

@@ -276,7 +276,22 @@ def test_new_tokens_in_one_slot_write_nothing() -> None:
     made = setup([5, 1], [4, 19])
     made.block_table[1] = made.block_table[0, 2]  # both sequences' last block
     made.block_table[0, 2] = made.block_table[0, 1]
-    refused(made, ValueError, r"slots\[\d\] and slots\[\d\] are both")
+    message = r"^batch puts new tokens where they cannot go: slots\[\d\] and slots\[\d\] are both"
+    refused(made, kg.SlotError, message)
+
+
+def test_errors_about_the_caches_memory_name_the_cache() -> None:
+    for writes in (True, False):
+        made = setup([2, 1], [4, 3])
+        made.cache.key_cache.untyped_storage().resize_(8)
+        new = (made.k[made.is_new], made.v[made.is_new]) if writes else (None, None)
+        with pytest.raises(ValueError, match=r"^cache cannot be read: key_cache with shape .* of its memory, which"):
+            kg.prefix_attention(made.q, *new, made.cache, made.batch())
+    made = setup([2, 1], [4, 3])
+    pool = made.cache.key_cache[:1].expand(made.cache.key_cache.shape)
+    cache = kg.PagedKVCache.from_tensors(pool, made.cache.value_cache, layout=made.cache.layout)
+    with pytest.raises(ValueError, match=r"^cache cannot be written: key_cache has strides .* do not overlap"):
+        kg.prefix_attention(made.q, made.k[made.is_new], made.v[made.is_new], cache, made.batch())
 
 
 @st.composite

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from kvgather.formats.checks import (
     as_float,
+    check_choice,
     check_int,
     check_positive,
     check_tensor,
@@ -104,6 +105,11 @@ def test_floats() -> None:
     assert check_positive(np.float32(0.125), "softmax_scale") == 0.125
     with pytest.raises(TypeError, match=r"softmax_scale is str 'x'; accepted: None, or a number"):
         check_positive("x", "softmax_scale", "None, or a number")
+
+
+def test_a_word_that_is_too_long_to_print() -> None:
+    with pytest.raises(ValueError, match=r"^layout is 'x{59}; accepted: NHD, HND$"):
+        check_choice("x" * 10_000, "layout", ("NHD", "HND"))
 
 
 def test_a_window() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -169,6 +171,11 @@ def test_no_tokens() -> None:
     assert not first_difference(arguments["key"], untouched((TOKENS, HEADS, K_DIM), torch.bfloat16))
 
 
+@pytest.mark.parametrize("scale", [np.float32(0.5), np.float16(0.5), Fraction(1, 2), np.int64(2), 2], ids=repr)
+def test_a_scale_may_be_any_number(scale: float) -> None:
+    assert_fills(call(k_scales=scale, v_scales=scale))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("flag", [True, False])
@@ -199,6 +206,8 @@ ACCEPTED = r"accepted for 2 heads, 6 blocks, page 16: one element \(per-tensor\)
         ({"v_scales": "auto"}, TypeError, r"v_scales is str 'auto'; accepted: a tensor or a float"),
         ({"k_scales": torch.ones(1).half()}, TypeError, r"k_scales has dtype float16; accepted: float32"),
         ({"k_scales": torch.tensor([0.0])}, ValueError, r"k_scales is 0.0 at \[0\]; accepted: finite values above 0"),
+        ({"k_scales": True}, TypeError, r"k_scales is bool True; accepted: a tensor or a float"),
+        ({"k_scales": np.float32("nan")}, ValueError, r"k_scales is nan; accepted: finite values above 0"),
         ({"v_scales": -2.0}, ValueError, r"v_scales is -2.0; accepted: finite values above 0"),
         ({"dequant": None}, TypeError, r"dequant is NoneType None; accepted: True or False"),
         ({"per_token_quant": 1}, TypeError, r"per_token_quant is int 1; accepted: True or False"),
@@ -216,6 +225,7 @@ ACCEPTED = r"accepted for 2 heads, 6 blocks, page 16: one element \(per-tensor\)
          r"token_to_batch has shape \[3\]; accepted: at least \[24\]"),
         ({"token_to_batch": torch.zeros(24)}, TypeError, r"token_to_batch has dtype float32; accepted: int32, int64"),
         ({"block_tables": torch.zeros(3, 2, dtype=torch.int32)}, ValueError, r"cu_seqlens_kv? has shape \[3\]; acc"),
+        ({"cu_seqlens_kv": None}, TypeError, r"cu_seqlens_kv is NoneType None; accepted: a torch.Tensor"),
         ({"cu_seqlens_kv": torch.zeros(3)}, TypeError, r"cu_seqlens_kv? has dtype float32"),
         ({"key": torch.zeros(24, 2, 16)}, ValueError, r"key has shape \[24, 2, 16\]; accepted: at least 24 rows of"),
         ({"value": torch.zeros(24, 2, 16)}, TypeError, r"value has dtype float32; accepted: bfloat16"),

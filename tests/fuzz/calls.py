@@ -1,0 +1,36 @@
+"""Every function that is fuzzed, and how often."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tests.fuzz import attentions, batches, blocks, caches, gathers, histories
+from tests.fuzz.case import Case, Draw
+
+MAKERS: list[tuple[Callable[[Draw], Case], int]] = [
+    (gathers.build_plan, 10),
+    (gathers.gather, 18),
+    (gathers.engines_call, 14),
+    (caches.constructor, 6),
+    (caches.from_tensors, 6),
+    (caches.write, 14),
+    (caches.cache_gather, 8),
+    (caches.cache_check, 2),
+    (blocks.cu_seqlens, 3),
+    (blocks.pool_of, 1),
+    (histories.history, 10),
+    (batches.build_batch, 8),
+    (batches.check_batch, 4),
+    (batches.check_plan, 3),
+    (batches.equality, 1),
+    (batches.explain, 4),
+    (attentions.prefix_attention, 22),
+    (attentions.merge_states, 5),
+]
+
+
+def case_of(seed: int, number: int) -> Case:
+    """Call `number` of a seed; the others have no part in it."""
+    draw = Draw(seed, number)
+    makers, shares = zip(*MAKERS, strict=True)
+    return draw.choices(makers, shares)[0](draw)  # type: ignore[no-any-return]

@@ -1,0 +1,207 @@
+"""Batches of cached and new tokens, and what `PrefixBatch` has to make of them, in loops."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tests.fuzz import forms
+from tests.fuzz.case import Builder, Draw, Form, bad, either, good
+from tests.fuzz.pages import used_offsets
+from tests.fuzz.pools import Sizes
+from tests.fuzz.tables import WIDE, index_forms
+
+MOST = 2**31 - 1
+
+
+@dataclass
+class Checked:
+    """What a batch comes to.
+
+    Attributes:
+        used_q: `[batch + 1]`, offsets of new tokens, clamped.
+        lens_k: of each sequence, clamped to what it may have.
+        refused: sequences that are longer than the batch's bounds.
+        blocks: of each sequence, the block of each of its columns; −1 where there is none of the pool.
+        max_q, max_k: the bounds.
+    """
+
+    used_q: list[int]
+    lens_k: list[int]
+    refused: list[bool]
+    blocks: list[list[int]]
+    max_q: int
+    max_k: int
+    page: int
+
+    @classmethod
+    def of(
+        cls, table: list[list[int]], columns: int, cu_q: list[int], cu_k: list[int], page: int, num_blocks: int,
+        total_q: int, total_k: int, max_q: int | None, max_k: int | None, known_q: list[int] | None,
+        known_k: list[int] | None,
+    ) -> Checked:  # fmt: skip
+        used_q, used_k = [0, *used_offsets(cu_q, total_q)[1:]], [0, *used_offsets(cu_k, total_k)[1:]]
+        room = min(max(columns, 1) * page, MOST)
+        most_new = total_q if max_k is None else min(total_q, max_k)
+        bound_k = min(total_k, room) if max_k is None else min(total_k, room, max_k)
+        bound_k = max(bound_k if known_k is None else max(known_k, default=0), min(total_k, 1))
+        bound_q = most_new if max_q is None else min(max_q, most_new)
+        bound_q = bound_q if known_q is None else max(known_q, default=0)
+        lens_k, refused, blocks = [], [], []
+        for b, row in enumerate(table):
+            tokens, new = used_k[b + 1] - used_k[b], used_q[b + 1] - used_q[b]
+            refused.append(tokens > min(room, bound_k) or new > bound_q)
+            lens_k.append(min(tokens, room, bound_k))
+            reached = [column * page < lens_k[-1] for column in range(max(columns, 1))]
+            ids = row or [-1]
+            blocks.append([
+                block if there and 0 <= block < num_blocks and not refused[-1] else -1
+                for block, there in zip(ids, reached, strict=True)
+            ])  # fmt: skip
+        return cls(used_q, lens_k, refused, blocks, bound_q, bound_k, page)
+
+    def new(self, sequence: int) -> int:
+        return self.used_q[sequence + 1] - self.used_q[sequence]
+
+    def slots(self, total_q: int) -> list[int]:
+        """Where each new token goes; −1 is nowhere."""
+        slots = [-1] * total_q
+        for b, ids in enumerate(self.blocks):
+            for i in range(self.new(b)):
+                position = self.lens_k[b] - self.new(b) + i
+                if position >= 0 and ids[position // self.page] >= 0:
+                    slots[self.used_q[b] + i] = ids[position // self.page] * self.page + position % self.page
+        return slots
+
+
+@dataclass
+class Prefix:
+    """A batch as it is given.
+
+    Attributes:
+        sick: whether its contents are wrong somewhere.
+        colliding: whether two new tokens may have one slot.
+    """
+
+    table: list[list[int]]
+    columns: int
+    cu_q: list[int]
+    cu_k: list[int]
+    numbers: dict[str, int | None]
+    known: tuple[list[int], list[int]] | None
+    sick: bool
+    colliding: bool
+
+    def checked(self, of: Sizes) -> Checked:
+        n, known = self.numbers, self.known or (None, None)
+        total_q = n["total_q"] if n["total_q"] is not None else self.cu_q[-1]
+        total_k = n["total_k"] if n["total_k"] is not None else self.cu_k[-1]
+        return Checked.of(self.table, self.columns, self.cu_q, self.cu_k, of.page, of.blocks, total_q, total_k,
+                          n["max_q"], n["max_k"], *known)  # fmt: skip
+
+    @property
+    def total_q(self) -> int:
+        return self.numbers["total_q"] if self.numbers["total_q"] is not None else self.cu_q[-1]
+
+
+def prefix(draw: Draw, of: Sizes, most_new: int = 4, most_cached: int = 14, sick: float = 0.25) -> Prefix:
+    """A batch; `of.blocks` becomes as many blocks as it takes, and some."""
+    sequences = draw.choice([0, 1, 1, 2, 2, 3])
+    lens_q = [draw.choice([0, 1, 1, draw.randint(0, most_new)]) for _ in range(sequences)]
+    lens_k = [new + draw.choice([0, 1, draw.randint(0, most_cached)]) for new in lens_q]
+    needed = [-(-tokens // of.page) for tokens in lens_k]
+    of.blocks = sum(needed) + draw.choice([0, 1, 2])
+    ids = draw.sample(range(of.blocks), of.blocks)
+    columns = max(needed, default=0) + draw.choice([0, 0, 1, 2])
+    table = []
+    for count in needed:
+        row, ids = ids[:count], ids[count:]
+        table.append(row + [draw.choice([-1, 0, of.blocks, MOST, -(2**31)]) for _ in range(columns - count)])
+    cu_q, cu_k = ([sum(lens[:b]) for b in range(sequences + 1)] for lens in (lens_q, lens_k))
+    is_sick, colliding = draw.chance(sick), False
+    if is_sick:
+        for _ in range(draw.randint(1, 2)):
+            colliding |= _spoil(draw, table, cu_q, cu_k, of)
+        cu_q, cu_k = ([max(min(n, MOST), -MOST - 1) for n in cu] for cu in (cu_q, cu_k))
+    total_q, total_k = (max(0, min(cu[-1], 60)) for cu in (cu_q, cu_k))
+    spare = [None if not is_sick else 0, 0, 0, draw.randint(1, 3)]
+    numbers: dict[str, int | None] = {}
+    for name, total in (("total_q", total_q), ("total_k", total_k)):
+        more = draw.choice(spare)
+        numbers[name] = None if more is None else max(0, total + more - (draw.chance(0.3) and is_sick))
+    known = (lens_q, lens_k) if not is_sick and draw.chance(0.5) else None
+    longest_q, longest_k = max(lens_q, default=0), max(lens_k, default=0)
+    less = 0 if known else draw.choice([0, 0, 0, 1, 2])
+    numbers["max_q"] = draw.choice([None, None, max(0, longest_q - less), longest_q + 2])
+    numbers["max_k"] = draw.choice([None, None, max(0, longest_k - less), longest_k + 5])
+    return Prefix(table, columns, cu_q, cu_k, numbers, known, is_sick, colliding)
+
+
+def _spoil(draw: Draw, table: list[list[int]], cu_q: list[int], cu_k: list[int], of: Sizes) -> bool:
+    """Make a number wrong; returns whether two sequences may write to one slot now."""
+    what = draw.randrange(4)
+    if what == 0 and table and table[0]:
+        row = draw.choice(table)
+        row[draw.randrange(len(row))] = draw.choice([-1, of.blocks, of.blocks + 3, *WIDE["int32"]])
+    elif what == 1:
+        at = draw.randrange(len(cu_q))
+        cu_q[at] = draw.choice([cu_q[at] - 1, cu_q[at] + 2, -1, 0, 9, *WIDE["int32"]])
+    elif what == 2:
+        at = draw.randrange(len(cu_k))
+        cu_k[at] = draw.choice([cu_k[at] - 1, cu_k[at] + 2, -1, 0, 40, *WIDE["int32"]])
+    elif what == 3 and len(table) > 1 and table[0]:
+        table[1][draw.randrange(len(table[1]))] = table[0][draw.randrange(len(table[0]))]
+    return True
+
+
+BATCH = ("block_table", "cu_seqlens_q", "cu_seqlens_k")
+NUMBERS = ("total_q", "total_k", "max_q", "max_k")
+
+
+def batch_lines(draw: Draw, given: Prefix) -> list[str]:
+    """Lines that make the tensors of a batch."""
+    like = draw.one("int32", "int64")
+    table = forms.whole_numbers(draw, given.table, like, given.columns or 1)
+    if not given.table and not given.columns:
+        table = f"torch.zeros(0, 0, dtype=torch.{like})"
+    codes = (table, *(forms.whole_numbers(draw, cu, draw.one("int32", "int64")) for cu in (given.cu_q, given.cu_k)))
+    return [f"{name} = {code}" for name, code in zip(BATCH, codes, strict=True)]
+
+
+def batch_args(build: Builder, given: Prefix, of: Sizes) -> None:
+    """The arguments of `PrefixBatch.build`."""
+    draw, lengths = build.draw, ("seqlens_q", "seqlens_k")
+    for name in BATCH:
+        wrong = index_forms(name, 2 if name == "block_table" else 1, (*BATCH, *lengths))
+        build.arg(name, name, wrong, bad(f"{name}.flatten()" if name == "block_table" else f"{name}[:-1]", names=BATCH))
+    near = (*lengths, *NUMBERS)
+    build.arg("page_size", str(of.page), forms.integer(1), forms.same_integer(of.page))
+    build.arg("num_blocks", str(of.blocks), forms.integer(), forms.same_integer(of.blocks))
+    for name in NUMBERS:
+        number = given.numbers[name]
+        wrong = forms.integer(names=near)[1:]  # None is one of its forms
+        same = forms.same_integer(number) if number is not None else []
+        build.arg(name, str(number), wrong, same, leave_out=0.5 if number is None else 0)
+    for at, name in enumerate(lengths):
+        lens = given.known[at] if given.known else None
+        count = len(given.table)
+        wrong = bad("3", "'x'", "object()", "torch.zeros(3)", "{1: 2}", "iter([1])", f"{[1] * (count + 1)}",
+                    f"{[-1] * max(1, count)}", f"[True] * {max(1, count)}", f"[1.5] * {max(1, count)}",
+                    f"[None] * {max(1, count)}", f"[2**31] * {max(1, count)}", f"b'x' * {count}", f"'1' * {count}",
+                    f"torch.ones({count}, dtype=torch.int32)", f"[10**5000] * {max(1, count)}", names=near)  # fmt: skip
+        same: list[Form] = [] if lens is None else good(f"tuple({lens})", f"[np.int64(n) for n in {lens}]")
+        build.arg(name, str(lens), wrong, same, leave_out=0.5 if lens is None else 0)
+    windows = draw.one("()", "(3,)", "[1, 2]", "{4}", "iter([2])", "range(1, 3)", "np.array([2, 3])", "(100,)")
+    wrong = bad("None", "3", "'12'", "[0]", "[-1]", "[True]", "[None]", "torch.tensor([2])", "[1.5]", "['2']", "[2**31]",
+                "object()", "b'x'", "[[1]]", "[10**5000]", "[float('nan')]", "(1, 0)")  # fmt: skip
+    build.arg("windows", windows, wrong, leave_out=0.5)
+
+
+def build_call(given: Prefix, of: Sizes) -> str:
+    """Code that builds the batch."""
+    numbers = "".join(f", {name}={number}" for name, number in given.numbers.items() if number is not None)
+    lens = f", seqlens_q={given.known[0]}, seqlens_k={given.known[1]}" if given.known else ""
+    sizes = f"page_size={of.page}, num_blocks={of.blocks}"
+    return f"kg.PrefixBatch.build({', '.join(BATCH)}, {sizes}{numbers}{lens})"
+
+
+__all__ = ["BATCH", "NUMBERS", "Checked", "Prefix", "batch_args", "batch_lines", "build_call", "either", "prefix"]
