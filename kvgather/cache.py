@@ -28,7 +28,7 @@ from .plan import GatherPlan
 from .scatter import SlotError, check_duplicates, check_slots, scatter
 
 if TYPE_CHECKING:  # the kernel needs Triton, which is not everywhere
-    from .scatter_kernel import ScatterLaunch
+    from .scatter.kernel import ScatterLaunch
 
 
 class PagedKVCache:

@@ -16,7 +16,7 @@ LAYOUTS = ("NHD", "HND", "SHUFFLE")
 
 def written(cache: kg.PagedKVCache, slots: list[int], dtype: torch.dtype = torch.int64) -> tuple[Any, int]:
     """Launch the kernel with these slots under the trace; the report, and the largest slot that was refused."""
-    from kvgather.scatter_kernel import ScatterLaunch
+    from kvgather.scatter.kernel import ScatterLaunch
 
     g = cache.geometry
     k = torch.ones(len(slots), g.num_kv_heads, g.head_dim)

@@ -1,7 +1,7 @@
 """Attention over a prefix that is cached: gathered and dense, or straight from the pages."""
 
+from ..batch.capture import CaptureError
 from .batch import PrefixBatch
-from .capture import CaptureError
 from .merge import merge_states
 from .prefix import prefix_attention
 

@@ -13,17 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..batch.capture import capturing, check_may_make
+from ..batch.checked import CheckedBatch
+from ..batch.contents import Sizes
+from ..batch.lengths import check_fit, check_lengths, check_offsets, check_row, longest_of, total_of
+from ..batch.reference import batch_tensors
 from ..cache import PagedKVCache
 from ..formats.checks import check_choice, check_int, check_tensor, check_window, described
 from ..gather.dispatch import check_made_for
 from ..plan import PlanError
-from .batch_contents import Sizes
-from .batch_tensors import batch_tensors
-from .capture import capturing, check_may_make
-from .checked import CheckedBatch
-from .choose import PATHS, explained
-from .lengths import check_fit, check_lengths, check_offsets, check_row, longest_of, total_of
-from .route import Layer, facts_of, route_of
+from .choose import PATHS, Layer, explained, facts_of, route_of
 
 _INDEX_DTYPES = (torch.int32, torch.int64)
 _MOST = 2**31 - 1

@@ -1,10 +1,14 @@
-"""Attention straight from the paged cache; the launcher of `direct_kernel`."""
+"""Attention straight from the paged cache: FP8 pages in, attended rows out, no BF16 copy of K and V in between.
+
+One program serves a tile of rows of one KV head, a row being one (token, query head of the group), so that the group
+of query heads shares every K and V that is read. It walks the keys of its sequence in steps of N, through the block
+table, with the running maximum and sum of an online softmax. Keys may be split over programs; `combine_kernel` then
+merges their partial states.
+"""
 
 from __future__ import annotations
 
-import functools
 import math
-from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,112 +16,302 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..batch.checked import CheckedBatch
 from ..cache import PagedKVCache
 from ..device import fp8_support, interpreting
 from ..formats.fp8 import FORMATS
-from ..formats.layout import Geometry
 from ..kernels.launch import LoadStrides, PreparedLaunch, prepared_once
-from .checked import CheckedBatch
-from .direct_kernel import combine_kernel, direct_kernel
+from ..kernels.load import as_operand, load_key_scale, load_rows, load_shuffled_rows
+from ..kernels.values import round_to, widen
+from .tiles import Tile, alike_operands, choose_tile, multiplies_from_shared_memory, padded_dims
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _fill_rows(
+    out_ptr, lse_ptr, sink_ptr, first, end, step, split_row, kv_head, out_value, lse_value,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, V_DIM: tl.constexpr, V_PAD: tl.constexpr, M: tl.constexpr,
+    SINKS: tl.constexpr,
+):  # fmt: skip
+    """Set the rows first, …, first + M − 1 of a KV head, then those `step` on, as far as `end`; a row is one (token,
+    query head of the group), all int64. `split_row` is the token at which the split's own rows begin. With SINKS a
+    log-sum-exp of −inf becomes the sink."""
+    dim = tl.arange(0, V_PAD)
+    row = first + tl.arange(0, M)
+    while tl.min(row, 0) < end:
+        mine = row < end
+        at = (split_row + row // GROUP) * (KV_HEADS * GROUP) + kv_head * GROUP + row % GROUP
+        tl.store(
+            out_ptr + at[:, None] * V_DIM + dim[None, :],
+            (tl.zeros([M, V_PAD], tl.float32) + out_value).to(out_ptr.dtype.element_ty),
+            mask=mine[:, None] & (dim < V_DIM)[None, :],
+        )
+        lse = tl.zeros([M], tl.float32) + lse_value
+        if SINKS:
+            sink = tl.load(sink_ptr + kv_head * GROUP + row % GROUP, mask=mine, other=float("-inf")).to(tl.float32)
+            lse = tl.where(lse == float("-inf"), sink, lse)
+        tl.store(lse_ptr + at, lse, mask=mine)
+        row += step
+
+
+# One compiled kernel serves every batch, but for the classes of `tiles` and `splits` (1, or a multiple of 16): without
+# them the decode kernel spills 20 bytes, and is 2 to 3 % slower (H100).
+@triton.jit(do_not_specialize=["num_sequences", "columns", "total_q", "max_q"])
+def direct_kernel(
+    q_ptr, table_ptr, cu_q_ptr, cu_k_ptr, begin_ptr, sink_ptr, state_out_ptr, state_lse_ptr, out_ptr, lse_ptr,
+    k_ptr, k_scale_ptr, v_ptr, v_scale_ptr, scale_log2,
+    num_sequences, columns, tiles, splits, total_q, max_q,
+    q_strides,  # row, head
+    k_strides, v_strides,  # block, head, slot group, slot, dim group, dim
+    k_scale_strides, v_scale_strides,  # block, head, slot
+    PAGE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    K_DIM: tl.constexpr, V_DIM: tl.constexpr, K_PAD: tl.constexpr, V_PAD: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, SAME_PAGE: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr,
+    BEGINS: tl.constexpr, STATE: tl.constexpr, SINKS: tl.constexpr,
+    V_SLOTS_PER_GROUP: tl.constexpr, K_DIMS_PER_GROUP: tl.constexpr, K_KIND: tl.constexpr, V_KIND: tl.constexpr,
+    K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, K_WIDE: tl.constexpr, V_WIDE: tl.constexpr,
+    FORMAT: tl.constexpr, BIAS: tl.constexpr, HARDWARE: tl.constexpr,
+    QK: tl.constexpr, PV: tl.constexpr, INTERPRETED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    # Neighbouring programs take the heads of one range of keys: in NHD these lie side by side in memory.
+    program = tl.program_id(0)
+    kv_head = program % KV_HEADS
+    split = (program // KV_HEADS) % splits
+    tile = (program // (KV_HEADS * splits)) % tiles
+    sequence = program // (KV_HEADS * splits * tiles)
+    Q_HEADS: tl.constexpr = KV_HEADS * GROUP
+    dim_v = tl.arange(0, V_PAD)
+    dims_v = dim_v < V_DIM
+
+    first_q = tl.load(cu_q_ptr + sequence)  # at num_sequences: the end of the last sequence
+    spare = sequence == num_sequences  # rows that belong to no sequence: 0
+    end_q = tl.load(cu_q_ptr + sequence + 1, mask=sequence < num_sequences, other=0)
+    if spare | (end_q - first_q > max_q):  # or more than its tiles have room for: NaN
+        _fill_rows(
+            out_ptr, lse_ptr, sink_ptr,
+            first_q.to(tl.int64) * GROUP + tile * M, tl.where(spare, total_q, end_q).to(tl.int64) * GROUP, tiles * M,
+            split * total_q.to(tl.int64), kv_head,
+            tl.where(spare, 0.0, float("nan")), tl.where(spare, float("-inf"), float("nan")),
+            KV_HEADS, GROUP, V_DIM, V_PAD, M, SINKS and not SPLIT,
+        )  # fmt: skip
+        return
+    rows = (end_q - first_q) * GROUP
+    if tile * M >= rows:
+        return
+    len_k = tl.load(cu_k_ptr + sequence + 1) - tl.load(cu_k_ptr + sequence)
+    row = tile * M + tl.arange(0, M)
+    token = row // GROUP
+    q_head = kv_head * GROUP + row % GROUP
+    in_use = row < rows
+    position = len_k - rows // GROUP + token  # [M]: a query sees keys up to its own position
+
+    # The keys [start, end) that some row of the tile sees; below `full` every row sees all of them.
+    first_position = len_k - rows // GROUP + (tile * M) // GROUP
+    last_row = tl.minimum(tile * M + M, rows) - 1
+    end = tl.minimum(len_k - rows // GROUP + last_row // GROUP + 1, len_k)
+    past_table = end > columns * PAGE
+    end = tl.minimum(end, columns * PAGE)
+    start = 0
+    if BEGINS:
+        start = tl.load(begin_ptr + sequence)
+    full = tl.minimum(first_position + 1, end)
+    if WINDOW > 0:
+        start = tl.maximum(start, first_position - WINDOW + 1)
+        full = start
+    low = (start // N) * N
+    if SPLIT:
+        share = tl.cdiv(tl.cdiv(end - low, N), splits) * N
+        low += split * share
+        end = tl.minimum(end, low + share)
+
+    dim = tl.arange(0, K_PAD)
+    dims = dim < K_DIM
+    q_at = (first_q + token).to(tl.int64) * q_strides[0] + q_head.to(tl.int64) * q_strides[1]
+    q = tl.load(q_ptr + q_at[:, None] + dim[None, :], mask=in_use[:, None] & dims[None, :], other=0.0)
+    if INTERPRETED:
+        q = widen(q, "", 0, False)
+    row_scale = tl.full([M], 1.0, tl.float32) * scale_log2
+    if K_KIND == "per-tensor":
+        row_scale *= tl.load(k_scale_ptr)
+    elif K_KIND == "per-head":
+        row_scale *= tl.load(k_scale_ptr + kv_head.to(tl.int64) * k_scale_strides[1])
+    if QK == tl.bfloat16:
+        q = q.to(QK)
+    else:
+        # Each row is divided by its largest element, so that FP16 holds it whatever its range; and what scores are
+        # multiplied by is a power of two, so that the largest less itself is 0 also where the product is fused.
+        largest = tl.max(tl.abs(q.to(tl.float32)), 1)
+        largest = tl.where(largest > 0, largest, 1.0)
+        row_scale *= largest
+        power = (row_scale.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        power = tl.maximum(power, 1.1754943508222875e-38)
+        q = (q.to(tl.float32) / largest[:, None] * (row_scale / power)[:, None]).to(QK)
+        row_scale = power
+    v_scale = 1.0
+    if V_KIND == "per-tensor":
+        v_scale = tl.load(v_scale_ptr)
+    elif V_KIND == "per-head":
+        v_scale = tl.load(v_scale_ptr + kv_head.to(tl.int64) * v_scale_strides[1])
+
+    out_at = (first_q + token).to(tl.int64) * Q_HEADS + q_head
+    top = tl.full([M], float("-inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, V_PAD], tl.float32)
+    if STATE:
+        if split == 0:
+            lse = tl.load(state_lse_ptr + out_at, mask=in_use, other=float("-inf"))
+            held = tl.load(
+                state_out_ptr + out_at[:, None] * V_DIM + dim_v[None, :],
+                mask=(in_use & (lse != float("-inf")))[:, None] & dims_v[None, :],
+                other=0.0,
+            )
+            if INTERPRETED:
+                held = widen(held, "", 0, False)
+            acc = held.to(tl.float32) / v_scale
+            top = lse * LOG2E
+            total = tl.where(lse != float("-inf"), 1.0, 0.0)
+
+    k_ptr += kv_head.to(tl.int64) * k_strides[1] * K_ALIGN
+    v_ptr += kv_head.to(tl.int64) * v_strides[1] * V_ALIGN
+    k_scale_ptr += kv_head.to(tl.int64) * k_scale_strides[1]
+    v_scale_ptr += kv_head.to(tl.int64) * v_scale_strides[1]
+    table_ptr += sequence.to(tl.int64) * columns
+    worst = tl.zeros([N], tl.int32)  # below zero once a block was bad
+
+    # First the steps in which every row sees every key, then those with a mask.
+    whole = low
+    if WINDOW == 0:
+        whole = tl.maximum(low, tl.minimum(full, end) // N * N)
+        if BEGINS:
+            whole = tl.where(start > low, low, whole)  # the first step has keys before `start`
+    for MASKED in tl.static_range(1 if WINDOW > 0 else 0, 2):
+        for step in tl.range((whole if MASKED else low) // N, tl.cdiv(end if MASKED else whole, N), num_stages=STAGES):
+            key = step * N + tl.arange(0, N)
+            present = key < end
+            if MASKED:
+                ids = tl.load(table_ptr + key // PAGE, mask=present, other=0)
+            else:
+                ids = tl.load(table_ptr + key // PAGE)
+            worst = tl.minimum(worst, ids)
+            good = ids >= 0
+            if MASKED and (BEGINS or WINDOW > 0):
+                present = present & (key >= start)  # nothing is read that no row sees
+            ids = tl.max_constancy(tl.maximum(ids, 0), [SAME_PAGE])
+            slot = key % PAGE
+            k = load_rows(
+                k_ptr, ids, key, dim, present, dims, k_strides,
+                PAGE, K_DIMS_PER_GROUP, K_ALIGN, K_WIDE, MASKED, K_PAD > K_DIM, FORMAT != "",
+            )  # fmt: skip
+            scores = tl.dot(q, tl.trans(as_operand(k, FORMAT, BIAS, HARDWARE, QK)), input_precision="ieee")
+            if K_KIND == "per-page-head" or K_KIND == "per-token-head":
+                k_scale = load_key_scale(k_scale_ptr, ids, slot, present, k_scale_strides, K_KIND, MASKED)
+                scores *= k_scale[None, :]
+            if MASKED:
+                seen = present[None, :] & (key[None, :] <= position[:, None])
+                if WINDOW > 0:
+                    seen = seen & (key[None, :] > position[:, None] - WINDOW)
+                scores = tl.where(seen, scores, float("-inf"))
+            new_top = tl.maximum(top, tl.max(scores, 1) * row_scale)
+            if MASKED:
+                shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row may have seen no key yet
+            else:
+                shift = new_top
+            p = tl.exp2(scores * row_scale[:, None] - shift[:, None])
+            kept = tl.exp2(top - shift)
+            total = total * kept + tl.sum(p, 1)
+            acc = acc * kept[:, None]
+            if V_KIND == "per-page-head" or V_KIND == "per-token-head":
+                key_scale = load_key_scale(v_scale_ptr, ids, slot, present, v_scale_strides, V_KIND, MASKED)
+                p *= key_scale[None, :]
+            if V_SLOTS_PER_GROUP > 1:
+                v = load_shuffled_rows(
+                    v_ptr, table_ptr, step * N, end, dim_v, present, dims_v, v_strides,
+                    PAGE, N, V_SLOTS_PER_GROUP, V_ALIGN, V_WIDE, MASKED, V_PAD > V_DIM, FORMAT != "",
+                )  # fmt: skip
+            else:
+                v = load_rows(
+                    v_ptr, ids, key, dim_v, present, dims_v, v_strides,
+                    PAGE, 1, V_ALIGN, V_WIDE, MASKED, V_PAD > V_DIM, FORMAT != "",
+                )  # fmt: skip
+            if MASKED:  # a bad block may hold NaN, and 0 times that would be NaN in rows that do not see it
+                v = tl.where(good[:, None], v, tl.zeros_like(v))
+            v = as_operand(v, FORMAT, BIAS, HARDWARE, PV)
+            acc = tl.dot(p.to(PV), v, acc, input_precision="ieee")
+            top = new_top
+
+    acc *= v_scale
+    if past_table | (tl.min(worst, 0) < 0):  # a key in no block: whoever sees it is NaN
+        bad = (position >= columns * PAGE).to(tl.int32)
+        for step in range(low // N, tl.cdiv(end, N)):
+            key = step * N + tl.arange(0, N)
+            present = (key >= start) & (key < end)
+            present = present & (tl.load(table_ptr + key // PAGE, mask=present, other=0) < 0)
+            seen = present[None, :] & (key[None, :] <= position[:, None])
+            if WINDOW > 0:
+                seen = seen & (key[None, :] > position[:, None] - WINDOW)
+            bad = tl.maximum(bad, tl.max(seen.to(tl.int32), 1))
+        total = tl.where(bad > 0, float("nan"), total)
+    if SINKS and not SPLIT:
+        sink = tl.load(sink_ptr + q_head, mask=in_use, other=float("-inf")).to(tl.float32)
+        blind = total == 0
+        new_top = tl.maximum(top, sink * LOG2E)
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        kept = tl.exp2(top - shift)
+        total = total * kept + tl.exp2(sink * LOG2E - shift)
+        acc *= kept[:, None]
+        top = new_top
+    total = tl.where(total == 0, 1.0, total)  # no key was seen: 0, and −inf, which is `top`
+    out = acc / total[:, None]
+    lse = top * LN2 + tl.log(total)
+    if SINKS and not SPLIT:
+        lse = tl.where(blind, sink, lse)  # the very number, as on the other paths
+    if SPLIT:
+        out_at += split * total_q.to(tl.int64) * Q_HEADS
+    out = round_to(out, out_ptr.dtype.element_ty, INTERPRETED)
+    tl.store(out_ptr + out_at[:, None] * V_DIM + dim_v[None, :], out, mask=in_use[:, None] & dims_v[None, :])
+    tl.store(lse_ptr + out_at, lse, mask=in_use)
+
+
+@triton.jit(do_not_specialize=["total_q", "splits"])
+def combine_kernel(
+    part_ptr, part_lse_ptr, sink_ptr, out_ptr, lse_ptr, total_q, splits,
+    Q_HEADS: tl.constexpr, V_DIM: tl.constexpr, V_PAD: tl.constexpr, SPLITS: tl.constexpr, R: tl.constexpr,
+    SINKS: tl.constexpr, BY_HAND: tl.constexpr,
+):  # fmt: skip
+    """Merge the parts that splits found, `[splits, total_q, Q_HEADS, V_DIM]`; the sink enters here, once.
+
+    All of a row's parts are loaded together: one wait for memory, not one for each part.
+    """
+    rows = total_q.to(tl.int64) * Q_HEADS
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    split = tl.arange(0, SPLITS)
+    dim = tl.arange(0, V_PAD)
+    in_use = row < rows
+    at = split[None, :].to(tl.int64) * rows + row[:, None]  # [R, SPLITS]
+    here = in_use[:, None] & (split < splits)[None, :]
+    part_lse = tl.load(part_lse_ptr + at, mask=here, other=float("-inf"))
+    mask = here[:, :, None] & (dim < V_DIM)[None, None, :]
+    part = tl.load(part_ptr + at[:, :, None] * V_DIM + dim[None, None, :], mask=mask, other=0.0)
+    top = tl.max(part_lse, 1)
+    if SINKS:
+        sink = tl.load(sink_ptr + row % Q_HEADS, mask=in_use, other=float("-inf")).to(tl.float32)
+        top = tl.maximum(top, sink)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    weight = tl.exp(part_lse - top[:, None])
+    total = tl.sum(weight, 1)
+    if SINKS:
+        total += tl.exp(sink - top)
+    acc = tl.sum(tl.where((part_lse > float("-inf"))[:, :, None], weight[:, :, None] * part, 0.0), 1)
+    lse = tl.where(total == 0, float("-inf"), top + tl.log(tl.where(total == 0, 1.0, total)))
+    out = acc / tl.where(total == 0, 1.0, total)[:, None]
+    mask = in_use[:, None] & (dim < V_DIM)[None, :]
+    tl.store(out_ptr + row[:, None] * V_DIM + dim[None, :], round_to(out, out_ptr.dtype.element_ty, BY_HAND), mask=mask)
+    tl.store(lse_ptr + row, lse, mask=in_use)
+
 
 LOG2E = 1.4426950408889634
-WGMMA_ROWS = 64
-"""Rows from which on Triton multiplies with an H100's `wgmma` instructions; below, operands go through registers."""
-WIDEST_SWIZZLE = 64
-"""Elements of 2 bytes in the 128 bytes of the widest swizzle; an operand with rows as wide or wider has this one."""
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How the work is cut: `m` rows (token, query head of the group) by `n` keys at a time, keys in `splits` parts."""
-
-    m: int
-    n: int
-    num_warps: int
-    num_stages: int
-    splits: int
-    registers: int | None = None  # at most so many a thread
-
-
-def choose_tile(
-    rows: int, keys: int, programs: int, k_pad: int, v_pad: int, processors: int, operand_bytes: int = 2,
-    layout: str = "NHD",
-) -> Tile:  # fmt: skip
-    """The tile for a batch, by its bounds alone: the fastest of those in `benchmarks/results/tiles_h100.csv`.
-
-    Args:
-        rows: the most rows of a sequence, new tokens × query heads of a group.
-        keys: the most keys of a sequence.
-        programs: sequences × KV heads.
-        k_pad, v_pad: head dims, rounded up to powers of two.
-        processors: of the GPU.
-        operand_bytes: of an element as it is multiplied: 4 where q or the pool is FP32.
-        layout: of the cache.
-    """
-    wide, narrow = max(k_pad, v_pad), operand_bytes == 2
-    registers = None
-    if wide > 128:
-        # 64 rows of FP32 would take 272 KiB of shared memory, and an H100 has 227.
-        m = min(max(16, triton.next_power_of_2(rows)), 64 if narrow else 16)
-        n, num_warps, num_stages, resident = 64, 8, 2, 1
-    elif rows <= 16:  # tensor cores fed from registers; how many programs fit on a processor decides
-        # 128 registers a thread let 8 programs of 64 columns be resident; of 128 columns they would spill 350 bytes.
-        m, n, num_warps, num_stages = 16, 64, 2, 2
-        registers, resident = (128, 8) if wide <= 64 else (None, 4)
-    elif rows <= 64 or (wide > 64 and not narrow):
-        # 128 keys of two FP32 operands of 128 would take 256 KiB.
-        m, n, num_warps, num_stages, resident = 64, 128 if wide <= 64 or narrow else 64, 4, 2, 2
-    elif wide <= 64:
-        m, n, num_warps, num_stages, resident = 128, 128 if narrow else 64, 4, 2, 2
-    else:  # a third stage makes SHUFFLE's V, which is transposed on chip, 8 % slower and the others 1 to 5 % faster
-        m, n, num_warps, num_stages, resident = 128, 64, 4, 2 if layout == "SHUFFLE" else 3, 2
-    tiles = programs * -(-rows // m)
-    splits = min(max(1, resident * processors // max(tiles, 1)), 128, max(1, keys // (4 * n)))
-    if 64 < splits < 128:  # `combine_kernel` loads a power of two
-        splits = 64
-    return Tile(m, n, num_warps, num_stages, splits, registers)
-
-
-def alike_operands(tile: Tile, k_pad: int, v_pad: int) -> tuple[Tile, int, int]:
-    """Widen a tile for GPUs whose tensor cores read shared memory, until all operands are stored in one way.
-
-    The cause: from compute capability 9.0 on, tensor cores find an operand in shared memory through a 64-bit
-    descriptor. Triton computes it as the address of a buffer plus a constant, whose upper half says how the rows are
-    stored and depends on their width up to 128 bytes. K and V, converted from FP8, take turns in one buffer, so two
-    families of constants are added to one address. ptxas 12.8.93 (the one of Triton 3.5.1, 3.6.0 and 3.7.1) adds the
-    second family, where its upper half is the larger, to a register that it never wrote. The PTX is right; the
-    machine code reads V anywhere in shared memory, or past its end.
-
-    What was seen: wrong values, or "Invalid __shared__ read" and a lost context, with K and V padded to 64 and 32 or
-    to 32 and 16 (H100, H200; Triton 3.6.0). In the machine code also with 128 and 32 and with 64 and 16, for FP8 pools
-    of all formats in NHD, HND and SHUFFLE, with one loop and with two; not for 16-bit pools, whose buffers have two
-    addresses. With one upper half for all operands the machine code was right in all of 165 kernels that were drawn.
-    The same PTX is assembled rightly by ptxas 12.9.86, 13.0.88, 13.1.115, 13.3.33, 13.4.59 and 13.5.37. The shape
-    decides here, not the version, which is not known before a kernel is compiled.
-
-    Upstream: triton-lang/triton pull requests 7196 and 7197 work around a fault of ptxas in the arithmetic of
-    descriptors, by an `or` in place of an `add`; with `or` throughout, this fault is gone too. Issues 10486, 10573 and
-    11366 report illegal addresses on H100 and H20 with operands of 32 columns, Triton 3.6 and 3.7, and none with 3.5;
-    fla-org/flash-linear-attention pull request 1262 names ptxas 12.8.93. Whether their cause is this one is not known.
-
-    Args:
-        tile: chosen or given.
-        k_pad, v_pad: head dims, rounded up to powers of two.
-
-    Returns:
-        The tile and both padded head dims. With 64 rows or more, where Triton uses `wgmma`, keys and both dims are at
-        least 64: rows of 128 bytes. What lies past a head dim is masked: it costs arithmetic and shared memory, no
-        reads of the pool.
-    """
-    if tile.m < WGMMA_ROWS:
-        return tile, k_pad, v_pad
-    return replace(tile, n=max(tile.n, WIDEST_SWIZZLE)), max(k_pad, WIDEST_SWIZZLE), max(v_pad, WIDEST_SWIZZLE)
-
-
-@functools.cache
-def multiplies_from_shared_memory(device: torch.device) -> bool:
-    """Whether the tensor cores of a GPU read shared memory: NVIDIA's from compute capability 9.0 on."""
-    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def direct_attention(
@@ -190,12 +384,6 @@ def tile_of(q: Tensor, cache: PagedKVCache, batch: CheckedBatch, window: int | N
 
     tile: Tile = batch.decided(key, choose)
     return tile
-
-
-def padded_dims(geometry: Geometry) -> tuple[int, int]:
-    """Columns of K's and of V's tile: powers of two, and 16 at least, which tensor cores need."""
-    k_dim, v_dim = geometry.head_dim, geometry.v_head_dim
-    return max(16, triton.next_power_of_2(k_dim)), max(16, triton.next_power_of_2(v_dim))
 
 
 class DirectCall(NamedTuple):

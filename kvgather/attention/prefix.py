@@ -8,6 +8,9 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
+from ..batch.capture import check_may_make
+from ..batch.pieces import Attend, Piece, Pieces
+from ..batch.refused import refuse_rows
 from ..cache import PagedKVCache
 from ..device import require_triton
 from ..formats.checks import check_choice, check_int, check_positive, check_tensor, check_window, described, resolved
@@ -17,14 +20,9 @@ from ..gather.dispatch import check_made_for
 from ..kernels.signatures import signature
 from ..scatter import SlotError
 from .batch import PrefixBatch
-from .capture import check_may_make
-from .choose import PATHS
+from .choose import PATHS, Common, Layer, Route, route_of
 from .dense import dense_attention
-from .merge import apply_sinks
-from .pieces import Attend, Piece, Pieces
-from .refused import refuse_rows
-from .route import Common, Layer, Route, route_of
-from .states import RunningState
+from .merge import RunningState, apply_sinks
 
 
 @overload

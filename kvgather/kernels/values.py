@@ -49,3 +49,30 @@ def round_to(values, dtype: tl.constexpr, BY_HAND: tl.constexpr):
         nearest = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, nearest)
         return nearest.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return values.to(dtype)
+
+
+@triton.jit
+def encode_fp8(
+    values,
+    MANTISSA: tl.constexpr,
+    BIAS: tl.constexpr,
+    MAX: tl.constexpr,
+    NAN_CODE: tl.constexpr,
+    FNUZ: tl.constexpr,
+):
+    """uint8 codes of FP32 values: clamped to ±MAX, rounded to nearest even, NaN to NAN_CODE."""
+    bits = values.to(tl.uint32, bitcast=True)
+    magnitude = (bits & 0x7FFFFFFF).to(tl.float32, bitcast=True)
+    nan = magnitude != magnitude
+    magnitude = tl.where(nan | (magnitude > MAX), MAX, magnitude)
+    dropped: tl.constexpr = 23 - MANTISSA
+    wide = magnitude.to(tl.uint32, bitcast=True)
+    normal = ((wide + ((wide >> dropped) & 1) + ((1 << (dropped - 1)) - 1)) >> dropped) - ((127 - BIAS) << MANTISSA)
+    # Added to this, a subnormal's unit is the last bit of the sum's mantissa, so the addition rounds it.
+    anchor: tl.constexpr = 2.0 ** (24 - BIAS - MANTISSA)
+    subnormal = (magnitude + anchor).to(tl.uint32, bitcast=True) - ((127 + 24 - BIAS - MANTISSA) << 23)
+    code = tl.where(magnitude < 2.0 ** (1 - BIAS), subnormal, normal)
+    sign = (bits >> 24) & 0x80
+    if FNUZ:
+        sign = tl.where(code == 0, 0, sign)
+    return tl.where(nan, NAN_CODE, code | sign).to(tl.uint8)

@@ -17,8 +17,8 @@ def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
 def compile_all(target: str) -> dict[str, int]:
     from triton.runtime.driver import driver
 
-    from kvgather.attention.batch_kernel import batch_kernel, window_kernel
-    from kvgather.attention.refused_kernel import refuse_rows_kernel
+    from kvgather.batch.kernel import batch_kernel, window_kernel
+    from kvgather.batch.refused_kernel import refuse_rows_kernel
 
     gpu = gpu_target(target)
     torch.version.cuda = "13.0" if gpu.backend == "cuda" else None

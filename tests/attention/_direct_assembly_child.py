@@ -84,7 +84,7 @@ def compile_one(job: Job) -> dict[str, Any]:
 
     import kvgather.attention.direct as direct
     import kvgather.kernels.launch as launch
-    from kvgather.attention.direct_kernel import combine_kernel, direct_kernel
+    from kvgather.attention.direct import combine_kernel, direct_kernel
     from kvgather.device import fp8_in_hardware
     from kvgather.formats.layout import Geometry, key_shape, value_shape
     from kvgather.formats.scale import Scale, kind_shape

@@ -6,10 +6,12 @@ import math
 from itertools import accumulate, pairwise
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
-from kvgather.attention.dense_call import Dense
+from kvgather.attention import dense_gpu
+from kvgather.attention.dense_gpu import Dense
 from kvgather.attention.reference import reference_attention
 from kvgather.cases import HEADS
 from tests.attention.batches import error as relative_error
@@ -150,3 +152,10 @@ def wanted_at(
 ) -> tuple[Tensor, Tensor]:
     """`wanted`, at another scale."""
     return wanted({**one, "q": one["q"].double() * (scale / 0.2)}, lens_q, lens_k, causal, window)
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, **operators: Any) -> None:
+    """Let dense attention run these, "flash" and "cudnn", on a CPU; one that is not given is missing."""
+    monkeypatch.setattr(dense_gpu, "entry_point", operators.get)
+    monkeypatch.setattr(dense_gpu, "why_no_gpu_kernel", lambda call: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))

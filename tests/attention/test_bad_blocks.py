@@ -13,15 +13,14 @@ import torch
 from torch import Tensor
 
 import kvgather as kg
-from kvgather.attention import dense_cudnn, dense_flash
 from kvgather.attention.batch import PrefixBatch
+from kvgather.attention.choose import common_of
 from kvgather.attention.prefix import _common_part_first
 from kvgather.attention.reference import reference_attention
-from kvgather.attention.route import common_of
 from kvgather.cases.attention import sinks_of
 from tests.attention.batches import Setup, error, setup
 from tests.attention.direct_cases import filled
-from tests.attention.rows import cudnn, short_flash
+from tests.attention.rows import cudnn, short_flash, stand_in
 from tests.attention.test_direct import attend
 from tests.where import CPU, GPU, on_each_device
 
@@ -210,11 +209,7 @@ def test_splits_of_the_direct_path_agree_too(seed: int, where: str) -> None:
 @pytest.mark.parametrize("seed", range(3000, 3025))
 def test_gathered_for_the_kernels_of_a_gpu(seed: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stand-ins that mask scores as those do, and multiply by weights of 0."""
-    for module, stand_in in ((dense_flash, short_flash), (dense_cudnn, cudnn)):
-        entry = stand_in if backend in module.__name__ else None
-        monkeypatch.setattr(module, "_entry_point", lambda entry=entry: entry)
-        monkeypatch.setattr(module, "why_no_gpu_kernel", lambda call: None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    stand_in(monkeypatch, **{backend: {"flash": short_flash, "cudnn": cudnn}[backend]})
     case = drawn(seed, "cpu", q_dtype=BF16)
     for told, got in case.gathered(case.batch()):
         case.assert_right(got, told)

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from torch import Tensor
 
 import kvgather as kg
-from kvgather.attention.batch_contents import BatchTensors, Sizes
-from kvgather.attention.batch_tensors import batch_tensors, window_offsets
+from kvgather.batch.contents import BatchTensors, Sizes
+from kvgather.batch.reference import batch_tensors, window_offsets
 from kvgather.device import has_gpu, interpreting
 from kvgather.lab.child import ROOT
 from kvgather.lab.trace import trace

@@ -15,8 +15,8 @@ from torch import Tensor
 
 import kvgather as kg
 from kvgather.attention import batch as batch_module
-from kvgather.attention import capture
-from kvgather.attention.route import common_of
+from kvgather.attention.choose import common_of
+from kvgather.batch import capture
 from tests.attention.batches import Setup, assert_close, setup
 from tests.where import GPU
 

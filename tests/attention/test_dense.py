@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from kvgather.attention import dense_cudnn, dense_flash, dense_torch
+from kvgather.attention import dense, dense_gpu
 from kvgather.attention.dense import choose_backend, dense_attention, possible
 from kvgather.cases import MODELS
-from tests.attention.rows import MIXES, assert_right, bound, cudnn, flash, made, offsets, wanted
+from tests.attention.rows import MIXES, assert_right, bound, cudnn, flash, made, offsets, stand_in, wanted
 
 MASKS = [(True, None), (True, 1), (True, 3), (True, 128), (False, None)]
 
@@ -44,10 +44,10 @@ def test_head_shapes(heads: str) -> None:
 @pytest.mark.parametrize("mix", MIXES)
 def test_bounds_give_what_lengths_give_with_few_scores_at_a_time(mix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The way of a GPU whose lengths the host does not know; here both, with at most 200 scores at a time."""
-    monkeypatch.setattr(dense_torch, "_SCORES", 200)
+    monkeypatch.setattr(dense, "_SCORES", 200)
     for way in ("lengths", "bounds"):
         if way == "bounds":
-            monkeypatch.setattr(dense_torch, "_known_offsets", lambda call: None)
+            monkeypatch.setattr(dense, "_known_offsets", lambda call: None)
         for causal, window in MASKS:
             call = made(*MIXES[mix], spare=2)
             got = dense_attention(**call, causal=causal, window=window)
@@ -135,10 +135,7 @@ def test_wrong_arguments(wrong: dict[str, Any], error: type[Exception], message:
 
 @pytest.fixture
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, stand_in in ((dense_flash, flash), (dense_cudnn, cudnn)):
-        monkeypatch.setattr(module, "_entry_point", lambda stand_in=stand_in: stand_in)
-        monkeypatch.setattr(module, "why_no_gpu_kernel", lambda call: None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    stand_in(monkeypatch, flash=flash, cudnn=cudnn)
 
 
 @pytest.mark.usefixtures("stand_ins")
@@ -157,7 +154,7 @@ def test_calls_keep_to_the_kernels_ways(mix: str, heads: str) -> None:
 
 
 def test_ragged_rows_are_padded_to_one_of_few_lengths() -> None:
-    assert [dense_cudnn._padded_rows(n) for n in (1, 2, 3, 17, 64, 65, 128, 129, 257)] == [
+    assert [dense_gpu._padded_rows(n) for n in (1, 2, 3, 17, 64, 65, 128, 129, 257)] == [
         1, 2, 4, 32, 64, 128, 128, 256, 384,
     ]  # fmt: skip
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 import kvgather as kg
-from kvgather.attention import cut_by_lengths, dense, dense_cudnn, dense_flash, prefix
+from kvgather.attention import dense, pieces, prefix
 from kvgather.attention.batch import PrefixBatch
+from kvgather.attention.choose import common_of
 from kvgather.attention.dense import dense_attention
-from kvgather.attention.route import common_of
 from tests.attention.batches import Setup, assert_close, setup
-from tests.attention.rows import cudnn, made, short_flash
+from tests.attention.rows import cudnn, made, short_flash, stand_in
 from tests.where import GPU
 
 NEW, CACHED = [4, 1, 3], [36, 40, 37]
@@ -71,15 +71,12 @@ def a_case(where: str, q_dtype: torch.dtype) -> Setup:
 
 @pytest.fixture
 def kernels_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, stand_in in ((dense_flash, short_flash), (dense_cudnn, cudnn)):
-        monkeypatch.setattr(module, "_entry_point", lambda stand_in=stand_in: stand_in)
-        monkeypatch.setattr(module, "why_no_gpu_kernel", lambda call: None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    stand_in(monkeypatch, flash=short_flash, cudnn=cudnn)
     small_steps(monkeypatch)
 
 
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cut_by_lengths, "STEP", 4)  # equal ranges of what is cached in all, by cuDNN
+    monkeypatch.setattr(pieces, "STEP", 4)  # equal ranges of what is cached in all, by cuDNN
     monkeypatch.setattr(dense, "_CUDNN_KEYS", 4)
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 import kvgather as kg
 from kvgather.attention import prefix
-from kvgather.attention.batch_contents import Sizes
-from kvgather.attention.batch_tensors import batch_tensors, window_offsets
 from kvgather.attention.direct import DirectCall, Tile
-from kvgather.attention.refused import refuse_rows
+from kvgather.batch.contents import Sizes
+from kvgather.batch.reference import batch_tensors, window_offsets
+from kvgather.batch.refused import refuse_rows
 from kvgather.kernels.launch import PreparedLaunch
 from tests.attention.batches import Setup, assert_close, setup
 from tests.attention.direct_cases import filled

@@ -11,9 +11,8 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from kvgather.attention.merge import apply_sinks, merge_states
+from kvgather.attention.merge import RunningState, apply_sinks, merge_states
 from kvgather.attention.reference import reference_attention
-from kvgather.attention.states import RunningState
 from tests.where import interpreted
 
 EPS = 2.0**-23

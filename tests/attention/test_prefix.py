@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from torch import Tensor
 
 import kvgather as kg
+from kvgather.attention.choose import common_of
 from kvgather.attention.prefix import _common_part_first
-from kvgather.attention.route import common_of
 from kvgather.blocks import cu_seqlens
 from kvgather.cases import HEADS, MODELS, PAGES, SINKS, WINDOWS, sinks_of
 from kvgather.formats.fp8 import POOL_DTYPES

@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 import kvgather as kg
-from kvgather.attention import dense_cudnn, dense_flash
+from kvgather.attention.choose import common_of
 from kvgather.attention.prefix import _common_part_first
-from kvgather.attention.refused import refuse_rows
-from kvgather.attention.route import common_of
+from kvgather.batch.refused import refuse_rows
 from kvgather.blocks import cu_seqlens
 from kvgather.device import has_gpu, interpreting
 from kvgather.lab.trace import trace
 from tests.attention.batches import Setup, assert_close, setup
-from tests.attention.rows import cudnn, short_flash
+from tests.attention.rows import cudnn, short_flash, stand_in
 from tests.attention.test_direct import attend
 from tests.where import CPU, GPU, interpreted, on_each_device
 
@@ -117,11 +116,7 @@ def test_what_is_cached_in_all_first(where: str) -> None:
 def test_the_kernels_of_a_gpu_leave_them_as_they_are(call: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those launch programs for `max_q` rows; whatever is left of a longer sequence's memory is not returned."""
 
-    for module, stand_in in ((dense_flash, short_flash), (dense_cudnn, cudnn)):
-        entry = stand_in if backend in module.__name__ else None
-        monkeypatch.setattr(module, "_entry_point", lambda entry=entry: entry)
-        monkeypatch.setattr(module, "why_no_gpu_kernel", lambda call: None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    stand_in(monkeypatch, **{backend: {"flash": short_flash, "cudnn": cudnn}[backend]})
     made = made_on("cpu", q_dtype=torch.bfloat16)
     got = made.attend(made.batch(lengths=False, max_q=8, max_k=42), **CALLS[call])
     made.cache.write(made.k[made.is_new], made.v[made.is_new], made.all_slots[made.is_new])

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 import kvgather as kg
-from kvgather.attention import cut_by_lengths, prefix
-from kvgather.attention.pieces import Piece, Pieces
+from kvgather.attention import pieces as cutting
+from kvgather.attention import prefix
+from kvgather.attention.merge import RunningState
+from kvgather.attention.pieces import in_pieces
 from kvgather.attention.reference import reference_attention
-from kvgather.attention.states import RunningState
-from kvgather.attention.workspace import in_pieces
+from kvgather.batch.pieces import Piece, Pieces
 from tests.attention.batches import Setup, assert_close, error, setup
 from tests.where import interpreted
 
@@ -78,7 +79,7 @@ def test_new_tokens_that_do_not_fit_are_cut_too() -> None:
 
 
 def test_what_all_have_cached_is_cut_into_equal_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cut_by_lengths, "STEP", 4)
+    monkeypatch.setattr(cutting, "STEP", 4)
     made = setup([2, 0, 1, 1], [9, 20, 17, 24])
     pieces = in_pieces(made.batch(), None, 13)
     assert cut(pieces, made) == [

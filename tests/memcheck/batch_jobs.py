@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvgather.attention.batch_contents import Sizes
-from kvgather.attention.batch_tensors import batch_tensors, window_offsets
-from kvgather.attention.refused import refuse_rows
+from kvgather.batch.contents import Sizes
+from kvgather.batch.reference import batch_tensors, window_offsets
+from kvgather.batch.refused import refuse_rows
 from kvgather.plan import cut_sources, records_by_torch
 
 EXTREMES = (-1, 2**31 - 1, -(2**31), 40, 41)

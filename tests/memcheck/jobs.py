@@ -202,7 +202,7 @@ def _writes() -> Iterator[Job]:
 
 def added(dim: int, part: torch.dtype, device: str) -> None:
     """Add a partial state of strided rows, some of which saw nothing."""
-    from kvgather.attention.states_kernel import add_state
+    from kvgather.kernels.merge import add_state
 
     rows, heads = 21, 3
     out, lse = torch.randn(rows, heads, dim), torch.randn(rows, heads)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..kernels.values import decode_fp8, widen
+from .values import decode_fp8, widen
 
 
 @triton.jit

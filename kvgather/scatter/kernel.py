@@ -7,42 +7,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import interpreting
-from .formats.checks import extent
-from .formats.fp8 import FORMATS, SCALE_FLOOR, code_max
-from .formats.layout import Geometry, PoolStrides
-from .formats.scale import Scale
-from .kernels.guards import guard
-from .kernels.launch import PreparedLaunch
-from .kernels.signatures import inside, row_reach
-from .kernels.values import round_to, widen
-
-
-@triton.jit
-def encode_fp8(
-    values,
-    MANTISSA: tl.constexpr,
-    BIAS: tl.constexpr,
-    MAX: tl.constexpr,
-    NAN_CODE: tl.constexpr,
-    FNUZ: tl.constexpr,
-):
-    """uint8 codes of FP32 values: clamped to ±MAX, rounded to nearest even, NaN to NAN_CODE."""
-    bits = values.to(tl.uint32, bitcast=True)
-    magnitude = (bits & 0x7FFFFFFF).to(tl.float32, bitcast=True)
-    nan = magnitude != magnitude
-    magnitude = tl.where(nan | (magnitude > MAX), MAX, magnitude)
-    dropped: tl.constexpr = 23 - MANTISSA
-    wide = magnitude.to(tl.uint32, bitcast=True)
-    normal = ((wide + ((wide >> dropped) & 1) + ((1 << (dropped - 1)) - 1)) >> dropped) - ((127 - BIAS) << MANTISSA)
-    # Added to this, a subnormal's unit is the last bit of the sum's mantissa, so the addition rounds it.
-    anchor: tl.constexpr = 2.0 ** (24 - BIAS - MANTISSA)
-    subnormal = (magnitude + anchor).to(tl.uint32, bitcast=True) - ((127 + 24 - BIAS - MANTISSA) << 23)
-    code = tl.where(magnitude < 2.0 ** (1 - BIAS), subnormal, normal)
-    sign = (bits >> 24) & 0x80
-    if FNUZ:
-        sign = tl.where(code == 0, 0, sign)
-    return tl.where(nan, NAN_CODE, code | sign).to(tl.uint8)
+from ..device import interpreting
+from ..formats.checks import extent
+from ..formats.fp8 import FORMATS, SCALE_FLOOR, code_max
+from ..formats.layout import Geometry, PoolStrides
+from ..formats.scale import Scale
+from ..kernels.guards import guard
+from ..kernels.launch import PreparedLaunch
+from ..kernels.signatures import inside, row_reach
+from ..kernels.values import encode_fp8, round_to, widen
 
 
 @triton.jit

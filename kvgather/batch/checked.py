@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..plan import GatherPlan
-from .batch_tensors import window_lengths, window_offsets
 from .capture import check_may_make
 from .lengths import STEP
 from .pieces import Attend, Piece
+from .reference import window_lengths, window_offsets
 
 
 @dataclass(frozen=True, eq=False)

@@ -35,7 +35,7 @@ def refuse_rows_kernel(
 
 
 def launch(out: Tensor, lse: Tensor, cu_seqlens_q: Tensor, max_q: int) -> None:
-    """Launch the kernel on checked arguments; see `kvgather.attention.refused.refuse_rows`."""
+    """Launch the kernel on checked arguments; see `kvgather.batch.refused.refuse_rows`."""
     interpreted = interpreting()
     tensors = (out, lse, cu_seqlens_q)
     addresses = tuple(tensor.data_ptr() for tensor in tensors)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..gather.dispatch import choose_backend
-from .batch_contents import BatchTensors, Sizes
+from .contents import BatchTensors, Sizes
 from .lengths import clamped
 
 
@@ -42,9 +42,9 @@ def batch_tensors(table: Tensor, cu_q: Tensor, cu_k: Tensor, sizes: Sizes, backe
 
 @functools.cache
 def _kernels() -> ModuleType:
-    from . import batch_kernel  # needs triton, which this module does not
+    from . import kernel  # needs triton, which this module does not
 
-    return batch_kernel
+    return kernel
 
 
 def _slots(table: Tensor, cu_q: Tensor, lens_k: Tensor, sizes: Sizes) -> Tensor:

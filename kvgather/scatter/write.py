@@ -1,4 +1,4 @@
-"""Writing to the cache: quantize new tokens and scatter them into their slots, in plain torch and in Triton.
+"""Writing to the cache: quantize new tokens and scatter them into their slots, in plain torch or in Triton.
 
 The two give the same bits. The kernel encodes FP8 with integer operations, so it needs no FP8 hardware.
 """
@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .formats.fp8 import FORMATS, computed_scale, quantize
-from .formats.layout import Geometry, Which
-from .formats.scale import Scale
-from .gather.dispatch import choose_backend
+from ..formats.layout import Geometry
+from ..formats.scale import Scale
+from ..gather.dispatch import choose_backend
+from .reference import write_pool
 
 if TYPE_CHECKING:  # the kernel needs Triton, which is not everywhere
-    from .scatter_kernel import ScatterLaunch
+    from .kernel import ScatterLaunch
 
 
 class SlotError(ValueError):
@@ -53,7 +53,7 @@ def scatter(
     if slots.device.type == "cpu":
         check_slots(slots, num_slots)
     if choose_backend(backend, slots.device) == "triton":
-        from .scatter_kernel import ScatterLaunch
+        from .kernel import ScatterLaunch
 
         launch = ScatterLaunch(key_cache, value_cache, geometry, scales, k, v, slots, too_large)
         launch(k, v, slots)
@@ -66,29 +66,6 @@ def scatter(
     write_pool(key_cache, geometry.layout, "key", scales[0], k[kept], block, slot)
     write_pool(value_cache, geometry.layout, "value", scales[1], v[kept], block, slot)
     return None
-
-
-def write_pool(
-    pool: Tensor, layout: str, which: Which, scale: Scale, rows: Tensor, block: Tensor, slot: Tensor
-) -> None:
-    """Quantize `rows` `[n, heads, dim]` and put row i into (block[i], slot[i]) of one pool; indices are int64 `[n]`."""
-    if scale.kind == "per-token-head":
-        assert scale.tensor is not None
-        scale.tensor[block, :, slot] = computed_scale(rows, pool.dtype)  # [n, heads]
-    heads = torch.arange(rows.shape[1], device=pool.device)
-    factor = scale.at(block[:, None], heads, slot[:, None])  # [n, heads] or less
-    codes = quantize(rows, factor if factor is None or factor.ndim == 0 else factor[..., None], pool.dtype)
-    if pool.dtype in FORMATS:
-        codes, pool = codes.view(torch.uint8), pool.view(torch.uint8)
-    if layout == "NHD":
-        pool[block, slot] = codes
-    elif layout == "HND":
-        pool[block, :, slot] = codes
-    elif which == "key":
-        pool[block, :, :, slot] = codes.unflatten(2, (-1, pool.shape[4]))
-    else:
-        x = pool.shape[4]
-        pool[block, :, slot // x, :, slot % x] = codes
 
 
 def check_slots(slots: Tensor, num_slots: int) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..device import interpreting
 from ..kernels.launch import PreparedLaunch, prepared_once
 from ..kernels.signatures import MOST
-from .batch_contents import BatchTensors, Sizes
+from .contents import BatchTensors, Sizes
 
 _AT_A_TIME = 1024  # columns of the table, and new tokens, of one step of a program
 
@@ -131,7 +131,7 @@ def window_kernel(
 
 
 def launch_batch(table: Tensor, cu_q: Tensor, cu_k: Tensor, sizes: Sizes) -> BatchTensors:
-    """Launch `batch_kernel` on checked arguments; see `kvgather.attention.batch_tensors.batch_tensors`."""
+    """Launch `batch_kernel` on checked arguments; see `kvgather.batch.reference.batch_tensors`."""
     batch, columns = table.shape
     interpreted, device = interpreting(), table.device
     row_stride, column_stride = table.stride()
@@ -180,7 +180,7 @@ def _prepared_batch(page_size: int, interpreted: bool) -> PreparedLaunch:
 
 
 def launch_window(cu_q: Tensor, cu_k: Tensor, max_q: int, window: int, capacity: int) -> tuple[Tensor, Tensor]:
-    """Launch `window_kernel`; see `kvgather.attention.batch_tensors.window_offsets`."""
+    """Launch `window_kernel`; see `kvgather.batch.reference.window_offsets`."""
     batch, interpreted = cu_q.shape[0] - 1, interpreting()
     (cu_seen, starts), made_at = _cut((batch + 1, batch), torch.int32, cu_q.device)
     at = cu_q.data_ptr(), cu_k.data_ptr()

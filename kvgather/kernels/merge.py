@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..device import interpreting
-from ..kernels.launch import launching
-from ..kernels.values import widen
+from .launch import launching
+from .values import widen
 
 
 @triton.jit

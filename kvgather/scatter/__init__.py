@@ -1,0 +1,5 @@
+"""The write: new tokens are quantized and scattered into the slots of a paged cache."""
+
+from .write import SlotError, check_duplicates, check_slots, scatter
+
+__all__ = ["SlotError", "check_duplicates", "check_slots", "scatter"]
