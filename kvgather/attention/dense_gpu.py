@@ -119,7 +119,7 @@ and by name."""
 
 @cache
 def entry_point(which: str) -> object:
-    """A private operator of PyTorch, "cudnn" or "flash"; None where its arguments are not those that are passed here."""
+    """A private operator of PyTorch, "cudnn" or "flash"; None where it does not take what is passed here."""
     name, available, positional, named = _PRIVATE[which]
     operator = getattr(torch.ops.aten, name, None)
     if operator is None or not available():

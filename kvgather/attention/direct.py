@@ -72,7 +72,7 @@ def direct_kernel(
     BEGINS: tl.constexpr, STATE: tl.constexpr, SINKS: tl.constexpr,
     V_SLOTS_PER_GROUP: tl.constexpr, K_DIMS_PER_GROUP: tl.constexpr, K_KIND: tl.constexpr, V_KIND: tl.constexpr,
     K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, K_WIDE: tl.constexpr, V_WIDE: tl.constexpr,
-    FORMAT: tl.constexpr, BIAS: tl.constexpr, HARDWARE: tl.constexpr,
+    CODE: tl.constexpr, HARDWARE: tl.constexpr,
     QK: tl.constexpr, PV: tl.constexpr, INTERPRETED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     # Neighbouring programs take the heads of one range of keys: in NHD these lie side by side in memory.
@@ -131,7 +131,7 @@ def direct_kernel(
     q_at = (first_q + token).to(tl.int64) * q_strides[0] + q_head.to(tl.int64) * q_strides[1]
     q = tl.load(q_ptr + q_at[:, None] + dim[None, :], mask=in_use[:, None] & dims[None, :], other=0.0)
     if INTERPRETED:
-        q = widen(q, "", 0, False)
+        q = widen(q, None, False)
     row_scale = tl.full([M], 1.0, tl.float32) * scale_log2
     if K_KIND == "per-tensor":
         row_scale *= tl.load(k_scale_ptr)
@@ -168,7 +168,7 @@ def direct_kernel(
                 other=0.0,
             )
             if INTERPRETED:
-                held = widen(held, "", 0, False)
+                held = widen(held, None, False)
             acc = held.to(tl.float32) / v_scale
             top = lse * LOG2E
             total = tl.where(lse != float("-inf"), 1.0, 0.0)
@@ -202,9 +202,9 @@ def direct_kernel(
             slot = key % PAGE
             k = load_rows(
                 k_ptr, ids, key, dim, present, dims, k_strides,
-                PAGE, K_DIMS_PER_GROUP, K_ALIGN, K_WIDE, MASKED, K_PAD > K_DIM, FORMAT != "",
+                PAGE, K_DIMS_PER_GROUP, K_ALIGN, K_WIDE, MASKED, K_PAD > K_DIM, CODE is not None,
             )  # fmt: skip
-            scores = tl.dot(q, tl.trans(as_operand(k, FORMAT, BIAS, HARDWARE, QK)), input_precision="ieee")
+            scores = tl.dot(q, tl.trans(as_operand(k, CODE, HARDWARE, QK)), input_precision="ieee")
             if K_KIND == "per-page-head" or K_KIND == "per-token-head":
                 k_scale = load_key_scale(k_scale_ptr, ids, slot, present, k_scale_strides, K_KIND, MASKED)
                 scores *= k_scale[None, :]
@@ -228,16 +228,16 @@ def direct_kernel(
             if V_SLOTS_PER_GROUP > 1:
                 v = load_shuffled_rows(
                     v_ptr, table_ptr, step * N, end, dim_v, present, dims_v, v_strides,
-                    PAGE, N, V_SLOTS_PER_GROUP, V_ALIGN, V_WIDE, MASKED, V_PAD > V_DIM, FORMAT != "",
+                    PAGE, N, V_SLOTS_PER_GROUP, V_ALIGN, V_WIDE, MASKED, V_PAD > V_DIM, CODE is not None,
                 )  # fmt: skip
             else:
                 v = load_rows(
                     v_ptr, ids, key, dim_v, present, dims_v, v_strides,
-                    PAGE, 1, V_ALIGN, V_WIDE, MASKED, V_PAD > V_DIM, FORMAT != "",
+                    PAGE, 1, V_ALIGN, V_WIDE, MASKED, V_PAD > V_DIM, CODE is not None,
                 )  # fmt: skip
             if MASKED:  # a bad block may hold NaN, and 0 times that would be NaN in rows that do not see it
                 v = tl.where(good[:, None], v, tl.zeros_like(v))
-            v = as_operand(v, FORMAT, BIAS, HARDWARE, PV)
+            v = as_operand(v, CODE, HARDWARE, PV)
             acc = tl.dot(p.to(PV), v, acc, input_precision="ieee")
             top = new_top
 
@@ -458,7 +458,7 @@ class DirectLaunch:
             "V_SLOTS_PER_GROUP": v.slots_per_group, "K_DIMS_PER_GROUP": k.dims_per_group,
             "K_ALIGN": k.align, "V_ALIGN": v.align, "K_WIDE": k.extent >= 2**31, "V_WIDE": v.extent >= 2**31,
             "K_KIND": cache.k_kind, "V_KIND": cache.v_kind,
-            "FORMAT": "" if fmt is None else fmt.name, "BIAS": 0 if fmt is None else fmt.bias,
+            "CODE": fmt,
             "HARDWARE": not interpreted and (fmt is None or fp8_support(call.q.device)[g.dtype] == "hardware"),
             "QK": qk, "PV": pv, "INTERPRETED": interpreted, "STAGES": tile.num_stages,
             "num_warps": tile.num_warps, **limit,

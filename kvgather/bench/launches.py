@@ -40,7 +40,7 @@ def trusting_kernel(
     K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, OUT_ALIGN: tl.constexpr,
     K_ACROSS: tl.constexpr, V_ACROSS: tl.constexpr,
     K_KIND: tl.constexpr, V_KIND: tl.constexpr,
-    FORMAT: tl.constexpr, BIAS: tl.constexpr, HARDWARE: tl.constexpr, BY_HAND: tl.constexpr,
+    CODE: tl.constexpr, HARDWARE: tl.constexpr, BY_HAND: tl.constexpr,
     K_RAW: tl.constexpr, V_RAW: tl.constexpr, NAN_CODE: tl.constexpr, ZERO_BAD_V: tl.constexpr, WIDE: tl.constexpr,
     PLANNED: tl.constexpr, STARTS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -57,12 +57,12 @@ def trusting_kernel(
     k_codes = load_tile(
         k_ptr, block, slot0, tile * K_UNITS, k_strides,
         PAGE, K_DIM, HEADS, SLOTS, K_UNITS, K_UNIT, TILES, 1, K_DIMS_PER_GROUP, K_ALIGN, K_ACROSS,
-        FORMAT != "" or K_RAW, WIDE,
+        CODE is not None or K_RAW, WIDE,
     )  # fmt: skip
     v_codes = load_tile(
         v_ptr, block, slot0, tile * V_UNITS, v_strides,
         PAGE, V_DIM, HEADS, SLOTS, V_UNITS, V_UNIT, TILES, V_SLOTS_PER_GROUP, 1, V_ALIGN, V_ACROSS,
-        FORMAT != "" or V_RAW, WIDE,
+        CODE is not None or V_RAW, WIDE,
     )  # fmt: skip
     k_scale = load_scale(
         k_scale_ptr, block, slot0, tile * K_UNITS, k_scale_strides,
@@ -73,10 +73,10 @@ def trusting_kernel(
         PAGE, V_DIM // V_UNIT, HEADS, SLOTS, V_UNITS, V_KIND,
     )  # fmt: skip
     k = finish(
-        k_codes, k_scale, block, k_out_ptr.dtype.element_ty, K_RAW, NAN_CODE, False, FORMAT, BIAS, HARDWARE, BY_HAND
+        k_codes, k_scale, block, k_out_ptr.dtype.element_ty, K_RAW, NAN_CODE, False, CODE, HARDWARE, BY_HAND
     )  # fmt: skip
     v = finish(
-        v_codes, v_scale, block, v_out_ptr.dtype.element_ty, V_RAW, NAN_CODE, ZERO_BAD_V, FORMAT, BIAS, HARDWARE,
+        v_codes, v_scale, block, v_out_ptr.dtype.element_ty, V_RAW, NAN_CODE, ZERO_BAD_V, CODE, HARDWARE,
         BY_HAND,
     )  # fmt: skip
     store_tile(

@@ -20,14 +20,14 @@ CAST_TILES = ((1024, 4), (2048, 4), (4096, 8))
 @triton.jit
 def cast_kernel(
     in_ptr, scale_ptr, out_ptr, n,
-    BLOCK: tl.constexpr, FORMAT: tl.constexpr, BIAS: tl.constexpr, HARDWARE: tl.constexpr, BY_HAND: tl.constexpr,
+    BLOCK: tl.constexpr, CODE: tl.constexpr, HARDWARE: tl.constexpr, BY_HAND: tl.constexpr,
 ):  # fmt: skip
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    if FORMAT == "":
+    if CODE is None:
         codes = tl.load(in_ptr + offset, mask=offset < n, other=0.0)
     else:
         codes = tl.load(in_ptr + offset, mask=offset < n, other=0)
-    values = widen(codes, FORMAT, BIAS, HARDWARE) * tl.load(scale_ptr)
+    values = widen(codes, CODE, HARDWARE) * tl.load(scale_ptr)
     tl.store(out_ptr + offset, round_to(values, out_ptr.dtype.element_ty, BY_HAND), mask=offset < n)
 
 
@@ -50,8 +50,7 @@ def cast(codes: Tensor, scale: Tensor, out: Tensor, tile: tuple[int, int] = CAST
             out,
             codes.numel(),
             BLOCK=block,
-            FORMAT="" if fmt is None else fmt.name,
-            BIAS=0 if fmt is None else fmt.bias,
+            CODE=fmt,
             HARDWARE=not interpreted and (fmt is None or fp8_support(codes.device)[codes.dtype] == "hardware"),
             BY_HAND=interpreted,
             num_warps=num_warps,

@@ -137,7 +137,7 @@ def load_scale(
 @triton.jit
 def finish(
     held, scale, block, OUT_DTYPE: tl.constexpr, RAW: tl.constexpr, NAN_CODE: tl.constexpr, ZERO_BAD: tl.constexpr,
-    FORMAT: tl.constexpr, BIAS: tl.constexpr, HARDWARE: tl.constexpr, BY_HAND: tl.constexpr,
+    CODE: tl.constexpr, HARDWARE: tl.constexpr, BY_HAND: tl.constexpr,
 ):  # fmt: skip
     """What is stored, `[SLOTS, UNITS * UNIT]`: the scaled value rounded, or the bits as they are.
 
@@ -146,7 +146,7 @@ def finish(
     if RAW:
         values = tl.where(block < 0, 0 if ZERO_BAD else NAN_CODE, held).to(OUT_DTYPE)
     else:
-        values = widen(held, FORMAT, BIAS, HARDWARE) * scale
+        values = widen(held, CODE, HARDWARE) * scale
         if ZERO_BAD:
             values = tl.where(block < 0, 0.0, values)
         values = round_to(values, OUT_DTYPE, BY_HAND)
@@ -191,7 +191,7 @@ def gather_kernel(
     K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, OUT_ALIGN: tl.constexpr,
     K_ACROSS: tl.constexpr, V_ACROSS: tl.constexpr,
     K_KIND: tl.constexpr, V_KIND: tl.constexpr,
-    FORMAT: tl.constexpr, BIAS: tl.constexpr, HARDWARE: tl.constexpr, BY_HAND: tl.constexpr,
+    CODE: tl.constexpr, HARDWARE: tl.constexpr, BY_HAND: tl.constexpr,
     K_RAW: tl.constexpr, V_RAW: tl.constexpr, NAN_CODE: tl.constexpr, ZERO_BAD_V: tl.constexpr, WIDE: tl.constexpr,
     PLANNED: tl.constexpr, STARTS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -220,12 +220,12 @@ def gather_kernel(
     k_codes = load_tile(
         k_ptr, block, slot0, tile * K_UNITS, k_strides,
         PAGE, K_DIM, HEADS, SLOTS, K_UNITS, K_UNIT, TILES, 1, K_DIMS_PER_GROUP, K_ALIGN, K_ACROSS,
-        FORMAT != "" or K_RAW, WIDE,
+        CODE is not None or K_RAW, WIDE,
     )  # fmt: skip
     v_codes = load_tile(
         v_ptr, block, slot0, tile * V_UNITS, v_strides,
         PAGE, V_DIM, HEADS, SLOTS, V_UNITS, V_UNIT, TILES, V_SLOTS_PER_GROUP, 1, V_ALIGN, V_ACROSS,
-        FORMAT != "" or V_RAW, WIDE,
+        CODE is not None or V_RAW, WIDE,
     )  # fmt: skip
     k_scale = load_scale(
         k_scale_ptr, block, slot0, tile * K_UNITS, k_scale_strides,
@@ -236,10 +236,10 @@ def gather_kernel(
         PAGE, V_DIM // V_UNIT, HEADS, SLOTS, V_UNITS, V_KIND,
     )  # fmt: skip
     k = finish(
-        k_codes, k_scale, block, k_out_ptr.dtype.element_ty, K_RAW, NAN_CODE, False, FORMAT, BIAS, HARDWARE, BY_HAND
+        k_codes, k_scale, block, k_out_ptr.dtype.element_ty, K_RAW, NAN_CODE, False, CODE, HARDWARE, BY_HAND
     )  # fmt: skip
     v = finish(
-        v_codes, v_scale, block, v_out_ptr.dtype.element_ty, V_RAW, NAN_CODE, ZERO_BAD_V, FORMAT, BIAS, HARDWARE,
+        v_codes, v_scale, block, v_out_ptr.dtype.element_ty, V_RAW, NAN_CODE, ZERO_BAD_V, CODE, HARDWARE,
         BY_HAND,
     )  # fmt: skip
     store_tile(
@@ -392,8 +392,7 @@ class GatherLaunch:
             "V_ACROSS": layout != "HND",
             "K_KIND": k.kind,
             "V_KIND": v.kind,
-            "FORMAT": "" if fmt is None else fmt.name,
-            "BIAS": 0 if fmt is None else fmt.bias,
+            "CODE": fmt,
             "HARDWARE": not interpreted and (fmt is None or fp8_support(k.pool.device)[dtype] == "hardware"),
             "BY_HAND": interpreted,
             "K_RAW": k.raw,

@@ -9,17 +9,17 @@ from .values import decode_fp8, widen
 
 
 @triton.jit
-def as_operand(held, FORMAT: tl.constexpr, BIAS: tl.constexpr, HARDWARE: tl.constexpr, dtype: tl.constexpr):
+def as_operand(held, CODE: tl.constexpr, HARDWARE: tl.constexpr, dtype: tl.constexpr):
     """What a pool holds as an operand of a dot; FP16 and BF16 hold every FP8 value exactly."""
-    if FORMAT != "":
-        if HARDWARE and dtype == tl.float16 and FORMAT == "e4m3fn":
+    if CODE is not None:
+        if HARDWARE and dtype == tl.float16 and CODE.name == "e4m3fn":
             operand = held.to(tl.float8e4nv, bitcast=True).to(tl.float16)
-        elif dtype == tl.float16 and FORMAT == "e5m2":
+        elif dtype == tl.float16 and CODE.name == "e5m2":
             operand = (held.to(tl.uint16) << 8).to(tl.float16, bitcast=True)
         else:
-            operand = decode_fp8(held, FORMAT, BIAS, HARDWARE).to(dtype)
+            operand = decode_fp8(held, CODE, HARDWARE).to(dtype)
     elif dtype == tl.float32:
-        operand = widen(held, FORMAT, BIAS, HARDWARE)
+        operand = widen(held, CODE, HARDWARE)
     else:
         operand = held.to(dtype)
     return operand

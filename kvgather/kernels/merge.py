@@ -35,7 +35,7 @@ def add_state_kernel(
     part_at = (row * stride_part_row + head * stride_part_head)[:, None] + dim[None, :] * stride_part_dim
     part = tl.load(part_ptr + part_at, mask=mask, other=0.0)
     if BY_HAND:
-        part = widen(part, "", 0, False)
+        part = widen(part, None, False)
     out_at = at[:, None] * DIM + dim[None, :]
     held = tl.load(out_ptr + out_at, mask=mask, other=0.0)
     merged = held * (held_weight / total)[:, None] + part.to(tl.float32) * (part_weight / total)[:, None]

@@ -7,23 +7,23 @@ import triton.language as tl
 
 
 @triton.jit
-def decode_fp8(codes, FORMAT: tl.constexpr, BIAS: tl.constexpr, HARDWARE: tl.constexpr):
-    """FP32 values of uint8 codes, exact for all 256 of each format."""
-    if FORMAT == "e5m2":
+def decode_fp8(codes, CODE: tl.constexpr, HARDWARE: tl.constexpr):
+    """FP32 values of uint8 codes of CODE, an `Fp8Format`; exact for all 256."""
+    if CODE.name == "e5m2":
         if HARDWARE:
             values = codes.to(tl.float8e5, bitcast=True).to(tl.float32)
         else:
             values = (codes.to(tl.uint16) << 8).to(tl.float16, bitcast=True).to(tl.float32)
     elif HARDWARE:
-        if FORMAT == "e4m3fn":
+        if CODE.name == "e4m3fn":
             values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
         else:
             values = codes.to(tl.float8e4b8, bitcast=True).to(tl.float32)
     else:
         wide = codes.to(tl.uint32)
         bits = ((wide & 0x80) << 24) | ((wide & 0x7F) << 20)  # an FP32 that is 2^(127 - bias) times too small
-        values = bits.to(tl.float32, bitcast=True) * (2.0 ** (127 - BIAS))
-        if FORMAT == "e4m3fn":
+        values = bits.to(tl.float32, bitcast=True) * (2.0 ** (127 - CODE.bias))
+        if CODE.name == "e4m3fn":
             values = tl.where((wide & 0x7F) == 0x7F, float("nan"), values)
         else:
             values = tl.where(wide == 0x80, float("nan"), values)
@@ -31,10 +31,10 @@ def decode_fp8(codes, FORMAT: tl.constexpr, BIAS: tl.constexpr, HARDWARE: tl.con
 
 
 @triton.jit
-def widen(held, FORMAT: tl.constexpr, BIAS: tl.constexpr, HARDWARE: tl.constexpr):
-    """FP32 values of what a pool holds: FP8 codes as uint8, or floats."""
-    if FORMAT != "":
-        return decode_fp8(held, FORMAT, BIAS, HARDWARE)
+def widen(held, CODE: tl.constexpr, HARDWARE: tl.constexpr):
+    """FP32 values of a pool's elements: codes of CODE as uint8, or floats, where CODE is None."""
+    if CODE is not None:
+        return decode_fp8(held, CODE, HARDWARE)
     if held.dtype == tl.bfloat16:
         return (held.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return held.to(tl.float32)
@@ -52,15 +52,11 @@ def round_to(values, dtype: tl.constexpr, BY_HAND: tl.constexpr):
 
 
 @triton.jit
-def encode_fp8(
-    values,
-    MANTISSA: tl.constexpr,
-    BIAS: tl.constexpr,
-    MAX: tl.constexpr,
-    NAN_CODE: tl.constexpr,
-    FNUZ: tl.constexpr,
-):
-    """uint8 codes of FP32 values: clamped to ±MAX, rounded to nearest even, NaN to NAN_CODE."""
+def encode_fp8(values, CODE: tl.constexpr):
+    """uint8 codes of FP32 values: clamped to the largest finite one, rounded to nearest even, NaN to the NaN code."""
+    MANTISSA: tl.constexpr = CODE.mantissa_bits
+    BIAS: tl.constexpr = CODE.bias
+    MAX: tl.constexpr = CODE.max
     bits = values.to(tl.uint32, bitcast=True)
     magnitude = (bits & 0x7FFFFFFF).to(tl.float32, bitcast=True)
     nan = magnitude != magnitude
@@ -73,6 +69,6 @@ def encode_fp8(
     subnormal = (magnitude + anchor).to(tl.uint32, bitcast=True) - ((127 + 24 - BIAS - MANTISSA) << 23)
     code = tl.where(magnitude < 2.0 ** (1 - BIAS), subnormal, normal)
     sign = (bits >> 24) & 0x80
-    if FNUZ:
+    if CODE.fnuz:
         sign = tl.where(code == 0, 0, sign)
-    return tl.where(nan, NAN_CODE, code | sign).to(tl.uint8)
+    return tl.where(nan, CODE.nan_code, code | sign).to(tl.uint8)

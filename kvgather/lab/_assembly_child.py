@@ -101,7 +101,13 @@ def compile_one(variant: Variant, target: str) -> dict[str, Any]:
     except Exception as error:
         return {"error": words_of(error)}
     text = kernel.asm["ptx" if gpu.backend == "cuda" else "amdgcn"]
-    return {"text": text, "lanes": gpu.warp_size, "constants": launch.constants | {"HARDWARE": hardware}}
+    return {"text": text, "lanes": gpu.warp_size, "constants": plain(launch.constants | {"HARDWARE": hardware})}
+
+
+def plain(constants: dict[str, Any]) -> dict[str, Any]:
+    """A kernel's constants for JSON: a format is its name, and "" for floats."""
+    code = constants["CODE"]
+    return constants | {"CODE": "" if code is None else code.name}
 
 
 def words_of(error: BaseException) -> str:

@@ -43,9 +43,9 @@ def v_offset(block, head, slot, dim, HEADS: tl.constexpr, PAGE: tl.constexpr, DI
 
 
 @triton.jit
-def finish(codes, scale, dtype: tl.constexpr, FORMAT: tl.constexpr, BIAS: tl.constexpr, HARDWARE: tl.constexpr):
+def finish(codes, scale, dtype: tl.constexpr, CODE: tl.constexpr, HARDWARE: tl.constexpr):
     """FP8 codes times their scale, rounded; by integers where there is no hardware for it."""
-    return round_to(decode_fp8(codes, FORMAT, BIAS, HARDWARE) * scale, dtype, not HARDWARE)
+    return round_to(decode_fp8(codes, CODE, HARDWARE) * scale, dtype, not HARDWARE)
 
 
 @triton.jit
@@ -54,7 +54,7 @@ def page_per_program_kernel(
     k_ptr, v_ptr, k_scale_ptr, v_scale_ptr,
     k_out_ptr, v_out_ptr,  # [rows, heads, dim]
     HEADS: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, SHUFFLE: tl.constexpr,
-    FORMAT: tl.constexpr, BIAS: tl.constexpr, HARDWARE: tl.constexpr,
+    CODE: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """Step 1: a program for each (page, head); its tokens one after the other."""
     record, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
@@ -69,8 +69,8 @@ def page_per_program_kernel(
         k = tl.load(k_ptr + k_offset(block, head, slot, dim, HEADS, PAGE, DIM, SHUFFLE))  # [dim]
         v = tl.load(v_ptr + v_offset(block, head, slot, dim, HEADS, PAGE, DIM, SHUFFLE))
         at = (row * HEADS + head) * DIM + dim
-        tl.store(k_out_ptr + at, finish(k, k_scale, k_out_ptr.dtype.element_ty, FORMAT, BIAS, HARDWARE))
-        tl.store(v_out_ptr + at, finish(v, v_scale, v_out_ptr.dtype.element_ty, FORMAT, BIAS, HARDWARE))
+        tl.store(k_out_ptr + at, finish(k, k_scale, k_out_ptr.dtype.element_ty, CODE, HARDWARE))
+        tl.store(v_out_ptr + at, finish(v, v_scale, v_out_ptr.dtype.element_ty, CODE, HARDWARE))
         slot += 1
         row += 1
 
@@ -79,7 +79,7 @@ def page_per_program_kernel(
 def tile_kernel(
     record_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, k_out_ptr, v_out_ptr,
     HEADS: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, SHUFFLE: tl.constexpr,
-    FORMAT: tl.constexpr, BIAS: tl.constexpr, HARDWARE: tl.constexpr,
+    CODE: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """Step 2: the page's tokens all at once, a tile `[page, dim]`; the mask keeps out the slots of others."""
     record, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
@@ -93,15 +93,15 @@ def tile_kernel(
     k = tl.load(k_ptr + k_offset(block, head, slot, dim, HEADS, PAGE, DIM, SHUFFLE), mask=wanted, other=0)
     v = tl.load(v_ptr + v_offset(block, head, slot, dim, HEADS, PAGE, DIM, SHUFFLE), mask=wanted, other=0)
     at = ((first_row - begin + slot) * HEADS + head) * DIM + dim  # [page, dim]
-    tl.store(k_out_ptr + at, finish(k, k_scale, k_out_ptr.dtype.element_ty, FORMAT, BIAS, HARDWARE), mask=wanted)
-    tl.store(v_out_ptr + at, finish(v, v_scale, v_out_ptr.dtype.element_ty, FORMAT, BIAS, HARDWARE), mask=wanted)
+    tl.store(k_out_ptr + at, finish(k, k_scale, k_out_ptr.dtype.element_ty, CODE, HARDWARE), mask=wanted)
+    tl.store(v_out_ptr + at, finish(v, v_scale, v_out_ptr.dtype.element_ty, CODE, HARDWARE), mask=wanted)
 
 
 @triton.jit
 def whole_page_kernel(
     record_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, k_out_ptr, v_out_ptr,
     HEADS: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, SHUFFLE: tl.constexpr,
-    FORMAT: tl.constexpr, BIAS: tl.constexpr, HARDWARE: tl.constexpr,
+    CODE: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """Step 3: read the whole page without a mask, for all of it lies in the pool; mask what is written."""
     record, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
@@ -117,15 +117,15 @@ def whole_page_kernel(
     k = tl.load(k_ptr + k_offset(block, head, slot, dim, HEADS, PAGE, DIM, SHUFFLE))
     v = tl.load(v_ptr + v_offset(block, head, slot, dim, HEADS, PAGE, DIM, SHUFFLE))
     at = ((first_row - begin + slot) * HEADS + head) * DIM + dim  # [page, dim]
-    tl.store(k_out_ptr + at, finish(k, k_scale, k_out_ptr.dtype.element_ty, FORMAT, BIAS, HARDWARE), mask=wanted)
-    tl.store(v_out_ptr + at, finish(v, v_scale, v_out_ptr.dtype.element_ty, FORMAT, BIAS, HARDWARE), mask=wanted)
+    tl.store(k_out_ptr + at, finish(k, k_scale, k_out_ptr.dtype.element_ty, CODE, HARDWARE), mask=wanted)
+    tl.store(v_out_ptr + at, finish(v, v_scale, v_out_ptr.dtype.element_ty, CODE, HARDWARE), mask=wanted)
 
 
 @triton.jit
 def all_heads_kernel(
     record_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, k_out_ptr, v_out_ptr,
     HEADS: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, SHUFFLE: tl.constexpr,
-    FORMAT: tl.constexpr, BIAS: tl.constexpr, HARDWARE: tl.constexpr,
+    CODE: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """Step 4: a program for each page, with all its heads: the rows it writes are one run of memory."""
     record = tl.program_id(0)
@@ -142,8 +142,8 @@ def all_heads_kernel(
     k = tl.load(k_ptr + k_offset(block, head, slot, dim, HEADS, PAGE, DIM, SHUFFLE))
     v = tl.load(v_ptr + v_offset(block, head, slot, dim, HEADS, PAGE, DIM, SHUFFLE))
     at = ((first_row - begin + slot) * HEADS + head) * DIM + dim  # [page, heads, dim]
-    tl.store(k_out_ptr + at, finish(k, k_scale, k_out_ptr.dtype.element_ty, FORMAT, BIAS, HARDWARE), mask=wanted)
-    tl.store(v_out_ptr + at, finish(v, v_scale, v_out_ptr.dtype.element_ty, FORMAT, BIAS, HARDWARE), mask=wanted)
+    tl.store(k_out_ptr + at, finish(k, k_scale, k_out_ptr.dtype.element_ty, CODE, HARDWARE), mask=wanted)
+    tl.store(v_out_ptr + at, finish(v, v_scale, v_out_ptr.dtype.element_ty, CODE, HARDWARE), mask=wanted)
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def constants_of(
     fmt = FORMATS[dtype]
     return {
         "HEADS": num_heads, "PAGE": page_size, "DIM": head_dim, "SHUFFLE": layout == "SHUFFLE",
-        "FORMAT": fmt.name, "BIAS": fmt.bias, "HARDWARE": hardware,
+        "CODE": fmt, "HARDWARE": hardware,
     }  # fmt: skip
 
 

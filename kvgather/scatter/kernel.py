@@ -23,8 +23,7 @@ def _write_rows(
     pool_ptr, scale_ptr, row_ptr, token, block, slot, head0, strides, scale_strides, row_strides,
     NUM_HEADS: tl.constexpr, DIM: tl.constexpr, HEADS: tl.constexpr, DIMS: tl.constexpr,
     SLOTS_PER_GROUP: tl.constexpr, DIMS_PER_GROUP: tl.constexpr, KIND: tl.constexpr,
-    FP8: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.constexpr, NAN_CODE: tl.constexpr, FNUZ: tl.constexpr,
-    CODE_MAX: tl.constexpr, FLOOR: tl.constexpr, BY_HAND: tl.constexpr,
+    CODE: tl.constexpr, CODE_MAX: tl.constexpr, FLOOR: tl.constexpr, BY_HAND: tl.constexpr,
 ):  # fmt: skip
     """Quantize one token's heads and put them into (block, slot) of one pool, their computed scale beside them."""
     stride_block, stride_head, stride_slot_group, stride_slot, stride_dim_group, stride_dim = strides
@@ -34,7 +33,7 @@ def _write_rows(
     dim = tl.arange(0, DIMS).to(tl.int64)
     mask = (head < NUM_HEADS)[:, None] & (dim < DIM)[None, :]  # [HEADS, DIMS]
     source = row_ptr + token * stride_row_token + head[:, None] * stride_row_head + dim[None, :] * stride_row_dim
-    values = widen(tl.load(source, mask=mask, other=0.0), "", 0, False)
+    values = widen(tl.load(source, mask=mask, other=0.0), None, False)
     scale_at = scale_ptr + block * stride_scale_block + slot * stride_scale_slot + head * stride_scale_head
     if KIND == "per-token-head":
         magnitude = tl.abs(values)
@@ -48,8 +47,8 @@ def _write_rows(
     slot_offset = (slot // SLOTS_PER_GROUP) * stride_slot_group + (slot % SLOTS_PER_GROUP) * stride_slot
     dim_offset = (dim // DIMS_PER_GROUP) * stride_dim_group + (dim % DIMS_PER_GROUP) * stride_dim
     target = pool_ptr + block * stride_block + slot_offset + head[:, None] * stride_head + dim_offset[None, :]
-    if FP8:
-        tl.store(target, encode_fp8(values, MANTISSA, BIAS, CODE_MAX, NAN_CODE, FNUZ), mask=mask)
+    if CODE is not None:
+        tl.store(target, encode_fp8(values, CODE), mask=mask)
     else:
         tl.store(target, round_to(values, pool_ptr.dtype.element_ty, BY_HAND), mask=mask)
 
@@ -68,8 +67,7 @@ def scatter_kernel(
     HEADS: tl.constexpr, K_DIMS: tl.constexpr, V_DIMS: tl.constexpr,
     V_SLOTS_PER_GROUP: tl.constexpr, K_DIMS_PER_GROUP: tl.constexpr,
     K_KIND: tl.constexpr, V_KIND: tl.constexpr,
-    FP8: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.constexpr, NAN_CODE: tl.constexpr, FNUZ: tl.constexpr,
-    CODE_MAX: tl.constexpr, FLOOR: tl.constexpr, BY_HAND: tl.constexpr,
+    CODE: tl.constexpr, CODE_MAX: tl.constexpr, FLOOR: tl.constexpr, BY_HAND: tl.constexpr,
 ):  # fmt: skip
     """pool[block, head, slot] = encode(row[token, head] / scale), for one token and HEADS of its heads.
 
@@ -89,12 +87,12 @@ def scatter_kernel(
     _write_rows(
         k_ptr, k_scale_ptr, k_row_ptr, token, block, slot, head0, k_strides, k_scale_strides, k_row_strides,
         NUM_HEADS, K_DIM, HEADS, K_DIMS, 1, K_DIMS_PER_GROUP, K_KIND,
-        FP8, MANTISSA, BIAS, NAN_CODE, FNUZ, CODE_MAX, FLOOR, BY_HAND,
+        CODE, CODE_MAX, FLOOR, BY_HAND,
     )  # fmt: skip
     _write_rows(
         v_ptr, v_scale_ptr, v_row_ptr, token, block, slot, head0, v_strides, v_scale_strides, v_row_strides,
         NUM_HEADS, V_DIM, HEADS, V_DIMS, V_SLOTS_PER_GROUP, 1, V_KIND,
-        FP8, MANTISSA, BIAS, NAN_CODE, FNUZ, CODE_MAX, FLOOR, BY_HAND,
+        CODE, CODE_MAX, FLOOR, BY_HAND,
     )  # fmt: skip
 
 
@@ -141,11 +139,7 @@ class ScatterLaunch:
             "K_DIMS_PER_GROUP": pools[0].dims_per_group,
             "K_KIND": scales[0].kind,
             "V_KIND": scales[1].kind,
-            "FP8": fmt is not None,
-            "MANTISSA": 0 if fmt is None else fmt.mantissa_bits,
-            "BIAS": 0 if fmt is None else fmt.bias,
-            "NAN_CODE": 0 if fmt is None else fmt.nan_code,
-            "FNUZ": fmt is not None and fmt.fnuz,
+            "CODE": fmt,
             "CODE_MAX": code_max(g.dtype),
             "FLOOR": SCALE_FLOOR,
             "BY_HAND": interpreted,

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 META = torch.device("meta")
-GUARD: list[Any] = []
+OWN: dict[str, Any] = {}
+"""What the module has before the first job replaces it."""
 
 
 @dataclass(frozen=True)
@@ -84,22 +85,22 @@ def compile_one(job: Job) -> dict[str, Any]:
 
     import kvgather.attention.direct as direct
     import kvgather.kernels.launch as launch
-    from kvgather.attention.direct import combine_kernel, direct_kernel
     from kvgather.device import fp8_in_hardware
     from kvgather.formats.layout import Geometry, key_shape, value_shape
     from kvgather.formats.scale import Scale, kind_shape
     from kvgather.lab._assembly_child import NoDriver, gpu_target, words_of
 
-    GUARD.append(direct.alike_operands)  # the first is the launcher's own
+    if not OWN:
+        OWN.update({name: getattr(direct, name) for name in ("alike_operands", "combine_kernel", "direct_kernel")})
     gpu = gpu_target(job.target)
     in_hardware = fp8_in_hardware(*job.target.split(":"))
-    captured = Captured(direct_kernel)
+    captured = Captured(OWN["direct_kernel"])
     changes: dict[str, Any] = {
         "fp8_support": lambda _: {job.dtype: "hardware" if job.dtype in in_hardware else "software"},
         "direct_kernel": captured,
-        "combine_kernel": Captured(combine_kernel),
+        "combine_kernel": Captured(OWN["combine_kernel"]),
         "multiplies_from_shared_memory": lambda _: gpu.backend == "cuda" and gpu.arch >= 90,
-        "alike_operands": GUARD[0] if job.guarded else lambda *same: same,
+        "alike_operands": OWN["alike_operands"] if job.guarded else lambda *same: same,
     }
     for name, value in changes.items():
         setattr(direct, name, value)
@@ -155,7 +156,8 @@ def compile_one(job: Job) -> dict[str, Any]:
         "cubin": base64.b64encode(kernel.asm.get("cubin", b"")).decode(),
         "shared": kernel.metadata.shared,
         "constants": {
-            name: value if isinstance(value, (int, str)) else str(value) for name, value in constants.items()
+            name: value if isinstance(value, (int, str)) else getattr(value, "name", str(value))
+            for name, value in constants.items()
         },
     }
 

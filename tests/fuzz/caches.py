@@ -162,7 +162,9 @@ def write(draw: Draw) -> Case:
     for name, dim in (("k", of.k_dim), ("v", of.v_dim)):
         size = draw.one("1", "1", "100", "1e-3")
         inner = f"normal(SHAPE, seed={draw.number()}) * {size}"
-        make = f"(sparkled({inner}, {draw.number()}) if {draw.chance(0.4)} else {inner}).to(torch.{draw.choice(FLOATS)})"
+        make = (
+            f"(sparkled({inner}, {draw.number()}) if {draw.chance(0.4)} else {inner}).to(torch.{draw.choice(FLOATS)})"
+        )
         build.line(f"{name} = {forms.strided(draw, make, (tokens, of.heads, dim), overlapping=True)}")
         shapes = bad(f"{name}.transpose(1, 2)[..., None]", f"torch.zeros({tokens}, {of.heads + 1}, {dim})",
                      f"torch.zeros({tokens}, {of.heads}, {dim + 1})", f"torch.zeros({tokens + 1}, {of.heads}, {dim})",
@@ -269,7 +271,9 @@ def cache_check(draw: Draw) -> Case:
             at = ", ".join(str(draw.randrange(size)) for size in shape)
             value = draw.one("float('nan')", "float('inf')", "0.0", "-1.0", "-0.0")
             wrong.append((f"{side}_scale", f"{side}_scale[{at}] = {value}"))
-    given = ", ".join(f"{side}_scale={side}_scale, {side}_kind={kind!r}" for side, kind in zip("kv", kinds, strict=True))
+    given = ", ".join(
+        f"{side}_scale={side}_scale, {side}_kind={kind!r}" for side, kind in zip("kv", kinds, strict=True)
+    )
     build.line(f"cache = kg.PagedKVCache.from_tensors(key_cache, value_cache, layout={of.layout!r}, {given})")
     build.lines += [line for _, line in wrong]
 

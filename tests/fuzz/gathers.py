@@ -133,7 +133,9 @@ def add_rows(build: Builder, of: Sizes, total: int, dtype: str, names: tuple[str
     """Lines that make outputs of at least `total` rows, in some memory."""
     draw = build.draw
     rows = total + draw.choice([0, 0, 1, 3])
-    fill = "codes(SHAPE)" if dtype in ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2") else "torch.full((SHAPE,), 7.)"
+    fill = (
+        "codes(SHAPE)" if dtype in ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2") else "torch.full((SHAPE,), 7.)"
+    )
     make = f"{fill}.view(torch.{dtype})" if "codes" in fill else f"{fill}.to(torch.{dtype})"
     if of.k_dim == of.v_dim and draw.chance(0.2):
         both = make.replace("SHAPE", f"{rows}, 2, {of.heads}, {of.k_dim}")
@@ -154,7 +156,9 @@ def gather(draw: Draw) -> Case:
     raw = kinds == ("none", "none") and draw.chance(0.4)
     out_dtype = of.dtype if raw else draw.choice(FLOATS)
     given = add_plan(build, of, 12 if triton else 24)
-    build.arg("layout", repr(of.layout), forms.word("NHD", "HND", "SHUFFLE"), leave_out=0.5 if of.layout == "NHD" else 0)
+    build.arg(
+        "layout", repr(of.layout), forms.word("NHD", "HND", "SHUFFLE"), leave_out=0.5 if of.layout == "NHD" else 0
+    )
     for side, kind in zip("kv", kinds, strict=True):
         code = scale_code(draw, of, kind)
         build.line(f"{side}_scale = {code}")

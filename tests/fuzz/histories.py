@@ -101,6 +101,7 @@ def _judged(draw: Draw, twin: Twin, lines: list[str], what: str) -> Case:
     if what == "block":
         return _block(build, twin)
     if what == "reset":
+
         def reset(facts: Facts, result: Any) -> None:
             twin.forget(list(range(twin.blocks)))
             for each in twin.seqs.values():
@@ -191,7 +192,9 @@ def _block_table(build: Builder, twin: Twin) -> Case:
     draw = build.draw
     names = [name for name in twin.seqs if draw.chance(0.6)]
     listed = f"[{', '.join(names)}]"
-    wrong = bad("None", "3", "pool", "object()", "[None]", "[gone]", "[other_seq]", "'x'", "torch.zeros(1)", "[[]]", "gone")
+    wrong = bad(
+        "None", "3", "pool", "object()", "[None]", "[gone]", "[other_seq]", "'x'", "torch.zeros(1)", "[[]]", "gone"
+    )
     build.arg("seqs", draw.one(listed, f"iter({listed})", f"tuple({listed})"), wrong)
     build.arg("device", "'cpu'", forms.device(), good("None"), leave_out=0.5)
 

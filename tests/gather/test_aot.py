@@ -107,7 +107,7 @@ class Compiles:
             for name, value in assembly.constants.items():
                 seen.setdefault(name, set()).add(value)
         assert seen["K_KIND"] == seen["V_KIND"] == {"none", "per-tensor", "per-head", "per-token-head"}
-        decodes = {(a.constants["FORMAT"], a.constants["HARDWARE"]) for a in compiled.values() if a.text}
+        decodes = {(a.constants["CODE"], a.constants["HARDWARE"]) for a in compiled.values() if a.text}
         fp8 = set(product(("e4m3fn", "e4m3fnuz", "e5m2"), (True, False)))
         nowhere = {("e4m3fnuz", True)} if self.backend == "cuda" else set()  # AMD's own format
         assert decodes == {("", True)} | fp8 - nowhere
@@ -128,9 +128,9 @@ class Compiles:
         sizes = {"PAGE", "HEADS", "K_DIM", "V_DIM"}
         for name in sizes:
             assert {value & (value - 1) == 0 for value in seen[name]} == {True, False}, name
-        told = {"K_KIND", "V_KIND", "FORMAT", "BY_HAND", "V_SLOTS_PER_GROUP", "K_DIMS_PER_GROUP", "SLOTS", "TILES",
+        told = {"K_KIND", "V_KIND", "CODE", "BY_HAND", "V_SLOTS_PER_GROUP", "K_DIMS_PER_GROUP", "SLOTS", "TILES",
                 "K_UNIT", "V_UNIT", "K_ALIGN", "V_ALIGN", "OUT_ALIGN", "LANES", "num_warps"}  # fmt: skip
-        follow = {"BIAS", "NAN_CODE", "K_UNITS", "V_UNITS", "PAGE_TILES"}  # from the format, or the sizes and the tile
+        follow = {"NAN_CODE", "K_UNITS", "V_UNITS", "PAGE_TILES"}  # from the format, or the sizes and the tile
         assert set(seen) == flags | sizes | told | follow, (
             "a new constant needs its values in the list, and a line above"
         )
