@@ -25,7 +25,7 @@ for version in $versions; do
     if [ ! -d "$folder" ]; then
         say "installing triton $version into $folder"
         rm -rf "$folder.part"
-        .venv/bin/python -m pip install -q --progress-bar=off --disable-pip-version-check --no-deps \
+        .venv/bin/python -m pip install -qq --disable-pip-version-check --no-deps \
             --target "$folder.part" "triton==$version" ||
             fail "triton $version cannot be installed for $(.venv/bin/python --version) on this machine"
         mv "$folder.part" "$folder"

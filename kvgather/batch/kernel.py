@@ -96,10 +96,12 @@ def batch_kernel(
         tl.store(checked_ptr + sequence.to(tl.int64) * wide + column, checked, mask=column < wide)
         first += parts * N
 
+    # A bound, because Triton 3.9's interpreter takes no mask that contains a comparison of two scalars.
+    end_read = tl.where((refused == 0) & (columns > 0), end_q, 0)
     while row < end_q:
         mine = row + lane < end_q
         position = len_k - end_q + row + lane  # below 0 there are more new tokens than tokens
-        there = mine & (position >= 0) & (refused == 0) & (columns > 0)
+        there = (row + lane < end_read) & (position >= 0)
         column = tl.minimum(tl.maximum(position, 0) // PAGE, columns - 1)
         block = tl.load(table_ptr + column * stride_table_column, mask=there, other=-1).to(tl.int64)
         there = there & (block >= 0) & (block < num_blocks)

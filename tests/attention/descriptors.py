@@ -20,7 +20,9 @@ import pytest
 BASE = 0x400
 """Where a program's shared memory begins, in bytes; the machine code says so itself."""
 BITS32 = 2**32 - 1
-BITS14 = 2**14 - 1
+ADDRESS_BITS = (14, 15)
+"""How many bits of an address in units of 16 bytes Triton extracts: 14 in 3.6 and 3.7, 15 in 3.9. 14 are enough."""
+ADDRESS = 2 ** max(ADDRESS_BITS) - 1
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Word:
     """A 32-bit value: `offset`, plus what `root` names (nothing: the value is known).
 
     Attributes:
-        small: the root is below 2**14: the address of a buffer that is only known at run time, as a descriptor has it.
+        small: the root is at most `ADDRESS`: the address of a buffer, known at run time only, as a descriptor has it.
         defined: false once the value comes, on some path, from a register that was never written.
     """
 
@@ -44,14 +46,14 @@ class Word:
     def plus(self, addend: int) -> tuple[Word, int | None]:
         """The sum and its carry; an unknown carry is None."""
         total = self.offset + addend
-        if self.root and not (self.small and total % 2**32 + BITS14 <= BITS32 and self.offset + BITS14 <= BITS32):
+        if self.root and not (self.small and total % 2**32 + ADDRESS <= BITS32 and self.offset + ADDRESS <= BITS32):
             return Word((self.offset + addend) & BITS32, self.root, False, self.defined), None
         return Word(total & BITS32, self.root, self.small, self.defined), total >> 32
 
     def masked(self, bits: int, root: str) -> Word:
         if self.number is not None or not self.defined:
             return Word(self.offset & (2**bits - 1), self.root, False, self.defined)
-        return Word(0, root, bits <= 14)
+        return Word(0, root, bits <= max(ADDRESS_BITS))
 
 
 NO_REGISTER = ("ISETP", "FSETP", "HSETP", "DSETP", "UISETP", "PLOP3", "UPLOP3", "R2P")
@@ -162,9 +164,9 @@ def _evaluated(name: str, registers: dict[str, list[tuple[str, list[str]]]], dep
     opcode, sources = made[0]
     values = [_evaluated(source, registers, depth + 1) for source in sources]
     kind = opcode.split(".")[0]
-    if kind == "bfe" and values[1:] == [(False, 4), (False, 14)]:
-        return (True, 0) if values[0] is None or values[0][0] else (False, values[0][1] >> 4 & BITS14)
-    if kind == "and" and len(values) == 2 and values[1] == (False, BITS14) and values[0] is None:
+    if kind == "bfe" and values[1:] in ([(False, 4), (False, bits)] for bits in ADDRESS_BITS):
+        return (True, 0) if values[0] is None or values[0][0] else (False, values[0][1] >> 4 & ADDRESS)
+    if kind == "and" and len(values) == 2 and values[0] is None and values[1] == (False, 2**14 - 1):
         return True, 0
     if any(value is None for value in values):
         return None
@@ -420,12 +422,12 @@ def _logic(values: list[Word], operands: list[str], unknown: Word) -> Word:
         return Word(total & BITS32)
     if table == 0xC0 and 1 in [value.number is None for value in sources[:2]]:
         mask = next((number for number in numbers[:2] if number is not None), None)
-        if mask is not None and mask <= BITS14:
+        if mask is not None and mask <= ADDRESS:
             return Word(0, unknown.root, True)
     if table == 0xFC:
         one = next(source for source in sources if source.number is None)
         rest = next((number for number in numbers[:2] if number is not None), None)
-        if one.small and rest is not None and not (rest | one.offset) & BITS14:
+        if one.small and rest is not None and not (rest | one.offset) & ADDRESS:
             return Word(one.offset | rest, one.root, True)
     return unknown
 
@@ -472,7 +474,7 @@ def _sum64(operands: list[str], state: State, unknown: Word) -> tuple[Word, Word
         roots += [low] if low.root else []
         total += (low.offset + (high.offset << 32)) * (-1 if sign else 1)
     total %= 2**64
-    if not fine or len(roots) > 1 or (roots and (total & BITS32) + BITS14 > BITS32):
+    if not fine or len(roots) > 1 or (roots and (total & BITS32) + ADDRESS > BITS32):
         return unknown, Word(0, f"high half, {unknown.root}")
     root = roots[0] if roots else Word(0)
     return Word(total & BITS32, root.root, root.small), Word(total >> 32)

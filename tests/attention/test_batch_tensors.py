@@ -190,7 +190,8 @@ def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path: Any) -> None:
     )  # fmt: skip
     assert child.returncode == 0, child.stderr[-2000:]
     sizes = json.loads(child.stdout.splitlines()[-1])
-    assert len(sizes) == 3 * 5 and all(0 < size <= 65_536 for size in sizes.values()), sizes
+    # Shared memory of a block; Triton 3.9 needs none for one of them.
+    assert len(sizes) == 3 * 5 and all(0 <= size <= 65_536 for size in sizes.values()), sizes
 
 
 @pytest.mark.gpu

@@ -75,9 +75,12 @@ def test_a_narrower_operand_is_addressed_from_a_register_that_was_never_written(
 def test_the_checker_sees_one_other_constant(compiled: dict[int, dict[str, Any]], tmp_path: Path) -> None:
     """As if the machine code had an address 32 bytes off, or another way of storing the rows."""
     ptx = compiled[WIDE]["ptx"]
-    one = str(0x4000004000000002)
+    first, ways = 0x4000004000000000, 0x8000004000000000 - 2**64
+    one, others = first + 2, (first, first + 8, ways + 2)
+    if f", {one};" not in ptx:  # Triton 3.9 adds 2 to the address before it joins address and constant
+        one, others = first, (first + 2, first + 8, ways)
     assert f", {one};" in ptx
-    for other in (0x4000004000000000, 0x4000004000000008, 0x8000004000000002 - 2**64):
+    for other in others:
         answer = compiled[WIDE] | {"ptx": ptx.replace(f", {one};", f", {other};", 1)}
         assert found(answer, tmp_path), hex(other)
 
