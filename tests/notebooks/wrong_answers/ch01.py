@@ -45,7 +45,7 @@ WRONG: dict[str, list[tuple[str, str]]] = {
         # the position instead of the offset
         (
             CHUNK.format(positions="torch.arange(start, end)", result=SLOTS.replace(" % page_size", "")),
-            "index [4]: expected 8, got 12",
+            "answer[4]: expected 8, got 12",
         ),
         # the last position counted in
         (CHUNK.format(positions="torch.arange(start, end + 1)", result=SLOTS), "expected shape [10], got [11]"),
@@ -62,7 +62,7 @@ WRONG: dict[str, list[tuple[str, str]]] = {
         # the tokens of the block without what comes before them
         (
             HITS.format(stop="len(tokens)", prefix="prefix = tuple(tokens[end - page_size : end])", miss="break"),
-            "then comes something else): expected 2 values, got 1",
+            "the next token differs): expected 2 values, got 1",
         ),
         # a list is no key
         (HITS.format(stop="len(tokens)", prefix="prefix = tokens[:end]", miss="break"), "unhashable type: 'list'"),

@@ -83,8 +83,8 @@ WRONG = {
     ],
     "06.3": [
         ("escaping_shape = (2,)\n", "(2,) has 1 axes: the rule refuses it"),
-        ("escaping_shape = (6, 2, 16)\n", "(6, 2, 16) passes the rule, and the kernel read nothing outside"),
-        ("escaping_shape = (1, 1, 1)\n", "(1, 1, 1) has one element: the rule answers False"),
-        ("escaping_shape = (16, 2, 6)\n", "(16, 2, 6) passes the rule, and the kernel read nothing outside"),
+        ("escaping_shape = (6, 2, 16)\n", "(6, 2, 16) passes the rule, but the kernel read nothing outside"),
+        ("escaping_shape = (1, 1, 1)\n", "(1, 1, 1) has one element: the rule returns False"),
+        ("escaping_shape = (16, 2, 6)\n", "(16, 2, 6) passes the rule, but the kernel read nothing outside"),
     ],
 }
