@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -257,8 +258,7 @@ class Layer:
     path: str
 
 
-@dataclass(frozen=True)
-class Common:
+class Common(NamedTuple):
     """The tokens that are cached at the beginning of every sequence, gathered for a kernel without a mask.
 
     Attributes:
@@ -272,14 +272,17 @@ class Common:
 
 @dataclass(frozen=True)
 class Route:
-    """A layer's way: "gather" has pieces, "hybrid" a common part; "direct" has neither."""
+    """The path that a layer takes through a batch, and what it needs there.
 
+    Attributes:
+        path: "direct", "gather" or "hybrid".
+        pieces: of the gather path.
+        common: of the hybrid path.
+    """
+
+    path: str
     pieces: Pieces | None = None
     common: Common | None = None
-
-    @property
-    def direct(self) -> bool:
-        return self.pieces is None and self.common is None
 
 
 def route_of(batch: CheckedBatch, cache: PagedKVCache, layer: Layer) -> Route:
@@ -300,10 +303,10 @@ def _found(batch: CheckedBatch, cache: PagedKVCache, layer: Layer) -> Route:
     if path == "auto":
         path = choose(facts_of(batch, cache, layer.q_heads, layer.dtype, layer.window, layer.workspace_tokens)).path
     if path == "gather":
-        return Route(pieces=in_pieces(batch, layer.window, layer.workspace_tokens))
+        return Route("gather", pieces=in_pieces(batch, layer.window, layer.workspace_tokens))
     if path == "hybrid" and (length := common_length(batch, layer.window, layer.workspace_tokens)) > 0:
-        return Route(common=common_of(batch, length))
-    return Route()
+        return Route("hybrid", common=common_of(batch, length))
+    return Route("direct")  # also where there is nothing for the hybrid path to gather
 
 
 def common_length(batch: CheckedBatch, window: int | None, workspace_tokens: int | None) -> int:

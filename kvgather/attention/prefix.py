@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..batch.capture import check_may_make
-from ..batch.pieces import Attend, Piece, Pieces
+from ..batch.pieces import Attend, Piece
 from ..batch.refused import refuse_rows
 from ..cache import PagedKVCache
 from ..device import require_triton
@@ -20,7 +20,7 @@ from ..gather.dispatch import check_made_for
 from ..kernels.signatures import signature
 from ..scatter import SlotError
 from .batch import PrefixBatch
-from .choose import PATHS, Common, Layer, Route, route_of
+from .choose import PATHS, Layer, Route, route_of
 from .dense import dense_attention
 from .merge import RunningState, apply_sinks
 
@@ -108,22 +108,20 @@ def prefix_attention(
         )  # fmt: skip
     if batch.built_in_capture:
         check_may_make(batch.device, True, "attention")
-    if call.route.pieces is None:
+    if call.route.path != "gather":
         require_triton(call.geometry.device, f'path="{path}"', '"gather" or "auto"')
 
     if k_new is not None and v_new is not None:
-        try:
-            if not cache.write_again(k_new, v_new, batch.slots):
-                cache.write(k_new, v_new, batch.slots)
-        except SlotError as error:
-            raise SlotError(f"batch puts new tokens where they cannot go: {error}") from None
-        except (TypeError, ValueError) as error:
-            _checked(*arguments)  # which knows the names of these arguments
-            raise type(error)(f"cache cannot be written: {error}") from None
-    if call.route.direct and not call.sees_nothing:
-        out, lse = _direct(q, cache, batch, call.scale, sinks, call.window, call.likeness)
+        _write(cache, k_new, v_new, batch, arguments)
+
+    if call.sees_nothing:
+        out, lse = _nothing(q, batch, call, sinks)
+    elif call.route.path == "direct":
+        out, lse = _direct(q, cache, batch, call, sinks)
+    elif call.route.path == "gather":
+        out, lse = _gather(q, cache, batch, call, sinks)
     else:
-        out, lse = _dense_path(q, cache, batch, call, sinks)
+        out, lse = _hybrid(q, cache, batch, call, sinks)
     return (out, lse) if return_lse else out
 
 
@@ -193,22 +191,16 @@ def _likeness_of(cache: PagedKVCache) -> int:
         raise ValueError(f"cache cannot be read: {error}") from None
 
 
-@torch.no_grad()
-def _dense_path(
-    q: Tensor, cache: PagedKVCache, batch: PrefixBatch, call: _Call, sinks: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Attend by dense kernels to what is gathered, at least in part; or to nothing."""
-    if q.stride(2) != 1:
-        q = q.contiguous()
-    if call.sees_nothing:
-        out, lse = _nothing(q, call.geometry.v_head_dim, sinks)
-    elif call.route.common is not None:
-        return _common_part_first(q, cache, batch, call.route.common, call.scale, sinks)
-    else:
-        assert call.route.pieces is not None
-        out, lse = _gathered(q, cache, call.route.pieces, call.scale, sinks)
-    refuse_rows(out, lse, batch.cu_seqlens_q, batch.max_q)
-    return out, lse
+def _write(cache: PagedKVCache, k_new: Tensor, v_new: Tensor, batch: PrefixBatch, arguments: tuple[Any, ...]) -> None:
+    """Write the new tokens; errors name the arguments of `prefix_attention`."""
+    try:
+        if not cache.write_again(k_new, v_new, batch.slots):
+            cache.write(k_new, v_new, batch.slots)
+    except SlotError as error:
+        raise SlotError(f"batch puts new tokens where they cannot go: {error}") from None
+    except (TypeError, ValueError) as error:
+        _checked(*arguments)  # which knows the names of these arguments
+        raise type(error)(f"cache cannot be written: {error}") from None
 
 
 def _check(q: Tensor, k_new: Tensor | None, v_new: Tensor | None, cache: PagedKVCache, batch: PrefixBatch) -> None:
@@ -246,38 +238,75 @@ def _softmax_scale(given: object, head_dim: int) -> float:
     return check_positive(given, "softmax_scale", "None, or a number")
 
 
-def _nothing(q: Tensor, dim: int, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What rows see that belong to no sequence."""
-    state = RunningState(q.shape[0], q.shape[1], dim, q.dtype, q.device)
-    return apply_sinks(state.out, state.lse, sinks) if sinks is not None else (state.out, state.lse)
+def _contiguous_dims(q: Tensor) -> Tensor:
+    return q if q.stride(2) == 1 else q.contiguous()
 
 
-def _gathered(
-    q: Tensor, cache: PagedKVCache, pieces: Pieces, scale: float, sinks: Tensor | None
+@torch.no_grad()
+def _nothing(q: Tensor, batch: PrefixBatch, call: _Call, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The result where no row can see a key: 0, and −inf or the sink."""
+    state = RunningState(q.shape[0], q.shape[1], call.geometry.v_head_dim, q.dtype, q.device)
+    out, lse = apply_sinks(state.out, state.lse, sinks) if sinks is not None else (state.out, state.lse)
+    refuse_rows(out, lse, batch.cu_seqlens_q, batch.max_q)
+    return out, lse
+
+
+def _direct(
+    q: Tensor, cache: PagedKVCache, batch: PrefixBatch, call: _Call, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Gather each piece into the same memory, attend, merge; the sinks come once, when all is merged."""
-    g = cache.geometry
+    """Attend straight from the pages."""
+    return _direct_attention()(
+        _contiguous_dims(q), cache, batch, softmax_scale=call.scale, sinks=sinks, window=call.window,
+        likeness=call.likeness,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def _gather(
+    q: Tensor, cache: PagedKVCache, batch: PrefixBatch, call: _Call, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gather each piece into the same memory and attend to it; then merge, and let the sinks in once."""
+    assert call.route.pieces is not None
+    q, g, pieces = _contiguous_dims(q), call.geometry, call.route.pieces
     k, v = (q.new_empty((pieces.capacity, g.num_kv_heads, dim)) for dim in (g.head_dim, g.v_head_dim))
     if pieces.all_at_once(len(q)):
         (piece,) = pieces.pieces
         cache.gather_for_attention(piece.plan, out_dtype=q.dtype, out=(k, v))
-        out, lse = _dense(q, k, v, piece, piece.attends[0], scale)
-        return apply_sinks(out, lse, sinks) if sinks is not None else (out, lse)
-    state = RunningState(q.shape[0], q.shape[1], g.v_head_dim, torch.float32 if pieces.merged else q.dtype, q.device)
-    for piece in pieces.pieces:
-        cache.gather_for_attention(piece.plan, out_dtype=q.dtype, out=(k, v))
-        for attend in piece.attends:
-            part = _dense(q, k, v, piece, attend, scale)
-            if pieces.merged:
-                state.add(attend.rows, *part)
-            else:
-                state.put(attend.rows, *part)
-            del part  # or it would still be there beside the next one
-    out, lse = state.out, state.lse
-    del state, k, v
+        out, lse = _dense(q, k, v, piece, piece.attends[0], call.scale)
+    else:
+        state_dtype = torch.float32 if pieces.merged else q.dtype
+        state = RunningState(q.shape[0], q.shape[1], g.v_head_dim, state_dtype, q.device)
+        for piece in pieces.pieces:
+            cache.gather_for_attention(piece.plan, out_dtype=q.dtype, out=(k, v))
+            for attend in piece.attends:
+                part = _dense(q, k, v, piece, attend, call.scale)
+                if pieces.merged:
+                    state.add(attend.rows, *part)
+                else:
+                    state.put(attend.rows, *part)
+                del part  # its memory is the next one's
+        out, lse = state.out, state.lse
+        del state
+    del k, v
     if sinks is not None:
         out, lse = apply_sinks(out, lse, sinks)
-    return out.to(q.dtype), lse
+    out = out.to(q.dtype)
+    refuse_rows(out, lse, batch.cu_seqlens_q, batch.max_q)
+    return out, lse
+
+
+@torch.no_grad()
+def _hybrid(
+    q: Tensor, cache: PagedKVCache, batch: PrefixBatch, call: _Call, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gather what is cached in every sequence, attend without a mask, and go on from there straight from the pages."""
+    assert call.route.common is not None
+    q, (piece, begin) = _contiguous_dims(q), call.route.common
+    k, v = cache.gather_for_attention(piece.plan, out_dtype=q.dtype)
+    out, lse = _dense(q, k, v, piece, piece.attends[0], call.scale)
+    del k, v
+    state = out.contiguous(), lse.contiguous()  # the flash kernel's log-sum-exp is stored by heads
+    return _direct_attention()(q, cache, batch, softmax_scale=call.scale, sinks=sinks, begin=begin, state=state)
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, piece: Piece, attend: Attend, scale: float) -> tuple[Tensor, Tensor]:
@@ -286,28 +315,6 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, piece: Piece, attend: Attend, scale:
         attend.cu_seqlens_q, attend.cu_seqlens_k, max_q=attend.max_q, max_k=attend.max_k, softmax_scale=scale,
         causal=attend.causal, window=attend.window, seqlens_q=attend.seqlens_q, seqlens_k=attend.seqlens_k,
     )  # fmt: skip
-
-
-def _common_part_first(
-    q: Tensor, cache: PagedKVCache, batch: PrefixBatch, common: Common, scale: float, sinks: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Gather what is cached in every sequence, attend with no mask, and go on from there straight from the pages."""
-    piece = common.piece
-    k, v = cache.gather_for_attention(piece.plan, out_dtype=q.dtype)
-    out, lse = _dense(q, k, v, piece, piece.attends[0], scale)
-    del k, v
-    state = out.contiguous(), lse.contiguous()  # the flash kernel's log-sum-exp is stored by heads
-    return _direct_attention()(q, cache, batch, softmax_scale=scale, sinks=sinks, begin=common.begin, state=state)
-
-
-def _direct(
-    q: Tensor, cache: PagedKVCache, batch: PrefixBatch, scale: float, sinks: Tensor | None, window: int | None,
-    likeness: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if q.stride(2) != 1:
-        q = q.contiguous()
-    attend = _direct_attention()
-    return attend(q, cache, batch, softmax_scale=scale, sinks=sinks, window=window, likeness=likeness)
 
 
 @functools.cache

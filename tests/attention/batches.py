@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 import kvgather as kg
+from kvgather.attention import choose
 from kvgather.attention.batch import PrefixBatch
 from kvgather.attention.reference import reference_attention
 from kvgather.blocks import cu_seqlens
@@ -171,3 +173,15 @@ def assert_close(got: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor], rows
     assert out.shape == wanted_out.shape and lse.shape == wanted_lse.shape and lse.dtype == torch.float32
     assert error(out, wanted_out) <= (1e-5 if exact else 1e-2)
     torch.testing.assert_close(lse.double(), wanted_lse, rtol=1e-5 if exact else 1e-2, atol=1e-5 if exact else 2e-2)
+
+
+def gather_first(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+    """Let the hybrid path gather so many tokens of every sequence: multiples of 1,024 otherwise."""
+    monkeypatch.setattr(choose, "common_length", lambda *facts: length)
+
+
+def hybrid(made: Setup, batch: kg.PrefixBatch, softmax_scale: float, sinks: Tensor | None = None) -> Any:
+    """out and log-sum-exp of the hybrid path."""
+    return kg.prefix_attention(
+        made.q, None, None, made.cache, batch, softmax_scale, sinks, path="hybrid", return_lse=True
+    )

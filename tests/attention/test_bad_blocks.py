@@ -14,11 +14,9 @@ from torch import Tensor
 
 import kvgather as kg
 from kvgather.attention.batch import PrefixBatch
-from kvgather.attention.choose import common_of
-from kvgather.attention.prefix import _common_part_first
 from kvgather.attention.reference import reference_attention
 from kvgather.cases.attention import sinks_of
-from tests.attention.batches import Setup, error, setup
+from tests.attention.batches import Setup, error, gather_first, hybrid, setup
 from tests.attention.direct_cases import filled
 from tests.attention.rows import cudnn, short_flash, stand_in
 from tests.attention.test_direct import attend
@@ -218,14 +216,14 @@ def test_gathered_for_the_kernels_of_a_gpu(seed: int, backend: str, monkeypatch:
 @on_each_device
 @pytest.mark.parametrize("which", ["off", "on"])
 @pytest.mark.parametrize("column", [0, 1, 2, 3, 5, 6], ids=lambda column: f"column {column}")
-def test_what_is_cached_in_all_first(column: int, which: str, where: str) -> None:
+def test_the_hybrid_path(column: int, which: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bad block in the gathered part, in the cached tokens behind it, and in the new tokens."""
     made = filled([3, 0, 6], [9, 3, 20], heads=(2, 1), dims=(16, 16), spare=2, device=where, q_dtype=BF16, dtype=FN)
     made.block_table[2, column] = made.cache.geometry.num_blocks
     case = Drawn(made, sinks=sinks_of(which, 2, where))
-    batch = case.batch()
     for length in (4, 9):
-        got = _common_part_first(made.q, made.cache, batch, common_of(batch, length), 16**-0.5, case.sinks)
+        gather_first(monkeypatch, length)
+        got = hybrid(made, case.batch(), 16**-0.5, case.sinks)
         case.assert_right(got, f"{length} first")
 
 

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 import kvgather as kg
-from kvgather.attention import dense, pieces, prefix
+from kvgather.attention import dense, pieces
 from kvgather.attention.batch import PrefixBatch
-from kvgather.attention.choose import common_of
 from kvgather.attention.dense import dense_attention
-from tests.attention.batches import Setup, assert_close, setup
+from tests.attention.batches import Setup, assert_close, gather_first, hybrid, setup
 from tests.attention.rows import cudnn, made, short_flash, stand_in
 from tests.where import GPU
 
@@ -122,8 +121,8 @@ def test_the_gpu_goes_on(lie: str, q_dtype: torch.dtype, where: str, monkeypatch
             call_with(case, lied(case, LIES[lie], spare), **call)
             torch.cuda.synchronize()
     for length in (4, 8):
-        batch = lied(case, LIES["tokens, split otherwise"])
-        prefix._common_part_first(case.q, case.cache, batch, common_of(batch, length), 0.25, None)
+        gather_first(monkeypatch, length)
+        hybrid(case, lied(case, LIES["tokens, split otherwise"]), 0.25)
         torch.cuda.synchronize()
     if q_dtype == torch.bfloat16:
         for backend in ("cudnn", "flash", "torch"):

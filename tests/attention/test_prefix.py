@@ -13,14 +13,12 @@ from hypothesis import given, settings
 from torch import Tensor
 
 import kvgather as kg
-from kvgather.attention.choose import common_of
-from kvgather.attention.prefix import _common_part_first
 from kvgather.blocks import cu_seqlens
 from kvgather.cases import HEADS, MODELS, PAGES, SINKS, WINDOWS, sinks_of
 from kvgather.formats.fp8 import POOL_DTYPES
 from kvgather.formats.layout import LAYOUTS
 from kvgather.formats.scale import KINDS
-from tests.attention.batches import Setup, assert_close, error, setup
+from tests.attention.batches import Setup, assert_close, error, gather_first, hybrid, setup
 from tests.where import on_each_device
 
 MIXES: dict[str, tuple[list[int], list[int]]] = {  # new tokens, cached tokens
@@ -368,13 +366,14 @@ def test_mixed_batches_straight_from_the_pages(mix: str, where: str) -> None:
 
 @on_each_device
 @pytest.mark.parametrize("which", ["off", "on"])
-def test_what_is_cached_in_all_first_and_the_rest_from_the_pages(which: str, where: str) -> None:
-    """What a GPU does for long prefixes, here with short ones."""
+def test_the_hybrid_path(which: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a short common part; and with none, where it is the direct path."""
     made = setup([3, 0, 2], [20, 3, 9], heads=(2, 1), dims=(16, 16), spare=2, device=where, q_dtype=torch.bfloat16)
-    batch, sinks = made.batch(), sinks_of(which, 2, where)
-    made.attend(batch)
-    for length in (4, 9):
-        got = _common_part_first(made.q, made.cache, batch, common_of(batch, length), 0.25, sinks)
+    sinks = sinks_of(which, 2, where)
+    made.attend(made.batch())
+    for length in (0, 4, 9):
+        gather_first(monkeypatch, length)
+        got = hybrid(made, made.batch(), 0.25, sinks)
         assert_close(got, made.wanted(sinks=sinks, softmax_scale=0.25), made.rows)
         assert got[0][made.rows :].eq(0).all()
 

@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 
 import kvgather as kg
-from kvgather.attention.choose import common_of
-from kvgather.attention.prefix import _common_part_first
 from kvgather.batch.refused import refuse_rows
 from kvgather.blocks import cu_seqlens
 from kvgather.device import has_gpu, interpreting
 from kvgather.lab.trace import trace
-from tests.attention.batches import Setup, assert_close, setup
+from tests.attention.batches import Setup, assert_close, gather_first, hybrid, setup
 from tests.attention.rows import cudnn, short_flash, stand_in
 from tests.attention.test_direct import attend
 from tests.where import CPU, GPU, interpreted, on_each_device
@@ -96,7 +94,7 @@ def test_more_rows_than_the_direct_kernel_has_tiles_for(max_q: int, splits: int,
 
 
 @on_each_device
-def test_what_is_cached_in_all_first(where: str) -> None:
+def test_the_hybrid_path(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = setup([2, 9, 1], [14, 33, 9], heads=(2, 1), dims=(16, 16), spare=2, device=where, q_dtype=torch.bfloat16)
     known = made.batch()
     made.attend(known)
@@ -106,7 +104,8 @@ def test_what_is_cached_in_all_first(where: str) -> None:
         made.block_table, *offsets, page_size=4, num_blocks=made.cache.geometry.num_blocks, total_q=14,
         total_k=sum(made.total), seqlens_q=[2, 2, 1], seqlens_k=made.total,
     )  # fmt: skip
-    out, lse = _common_part_first(made.q, made.cache, lied, common_of(lied, 8), 16**-0.5, None)
+    gather_first(monkeypatch, 8)
+    out, lse = hybrid(made, lied, 16**-0.5)
     assert out[2:11].isnan().all() and lse[2:11].isnan().all()
     assert_close((out[11:12], lse[11:12]), (wanted[0][11:12], wanted[1][11:12]))
 
