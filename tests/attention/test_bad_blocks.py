@@ -297,6 +297,7 @@ WAYS: dict[str, tuple[bool, dict[str, Any]]] = {  # whether the host knows the l
     "gather, bounds": (False, {"path": "gather"}),
     "gather, workspace": (True, {"path": "gather", "workspace_tokens": 2100}),
     "gather, workspace, bounds": (False, {"path": "gather", "workspace_tokens": 1999}),
+    "hybrid": (True, {"path": "hybrid"}),
     "direct": (True, {"path": "direct"}),
     "direct, bounds": (False, {"path": "direct"}),
 }
@@ -334,8 +335,14 @@ def test_a_graph_replays_with_other_bad_ids(way: str, window: int | None) -> Non
     good, case = made.block_table.clone(), Drawn(made, window, lengths=False)
     call = WAYS[way][1] | ({"workspace_tokens": 300} if "workspace" in way else {})
 
+    offsets, num_blocks = made.offsets, made.cache.geometry.num_blocks
+
     def step() -> tuple[Tensor, Tensor]:
-        return made.attend(case.batch(), window=window, **call)
+        batch = kg.PrefixBatch.build(
+            made.block_table, *offsets, page_size=16, num_blocks=num_blocks, total_q=made.rows + made.spare,
+            total_k=sum(made.total),
+        )  # fmt: skip
+        return kg.prefix_attention(made.q, None, None, made.cache, batch, window=window, return_lse=True, **call)
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
