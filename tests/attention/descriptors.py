@@ -166,7 +166,7 @@ def _evaluated(name: str, registers: dict[str, list[tuple[str, list[str]]]], dep
     kind = opcode.split(".")[0]
     if kind == "bfe" and values[1:] in ([(False, 4), (False, bits)] for bits in ADDRESS_BITS):
         return (True, 0) if values[0] is None or values[0][0] else (False, values[0][1] >> 4 & ADDRESS)
-    if kind == "and" and len(values) == 2 and values[0] is None and values[1] == (False, 2**14 - 1):
+    if kind == "and" and values[:1] == [None] and values[1:] in ([(False, 2**bits - 1)] for bits in ADDRESS_BITS):
         return True, 0
     if any(value is None for value in values):
         return None
