@@ -16,7 +16,8 @@ import torch
 
 from kvgather.attention.direct import Tile, alike_operands
 from tests.attention._direct_assembly_child import Job
-from tests.attention.descriptors import disassembled, faults, promised, tool, version_of
+from tests.attention.descriptors import disassembled, faults, tool, version_of
+from tests.attention.ptx import promised
 from tests.attention.test_direct_aot import compile_in_a_child
 
 pytestmark = pytest.mark.triton
