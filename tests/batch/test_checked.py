@@ -49,7 +49,7 @@ def test_the_host_and_the_device_say_the_same_of_a_window(window: int | None, se
 
 def test_what_all_have_cached_is_a_multiple_of_the_step() -> None:
     assert batch().common_cached == batch(known=False).common_cached == 0
-    table = [list(range(STEP // 2))] * 3
+    table = [list(range(STEP))] * 3
     for new, cached, common in (
         ([5, 1, 0], [STEP + 7, 2 * STEP - 9, 3], STEP),  # the third has nothing new, so it does not count
         ([5, 1, 1], [STEP + 7, 2 * STEP - 9, 3], 0),
