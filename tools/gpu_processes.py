@@ -35,7 +35,7 @@ SECONDS_A_TEST = {
     "tests/gather/test_properties.py": 5.7,
     "tests/gather/test_sanitizer.py": 12.8,
     "tests/lab/test_crash.py": 8.1,
-    "tests/test_cache.py": 0.3,
+    "tests/scatter/test_kernel.py": 0.3,
 }
 """About how long a test of a file takes with 16 processes on an H100, mostly compiling; elsewhere `USUAL`."""
 USUAL = 1.0
