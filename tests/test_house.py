@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,28 @@ def test_the_graph_has_arrows_of_every_kind(house: House) -> None:
     ):
         assert below in house.graph[above]
     assert len(house.modules) > 80 and sum(map(len, house.graph.values())) > 250
+
+
+def test_the_drawing_names_what_there_is(house: House) -> None:
+    """In ARCHITECTURE.md: the floors from the top down, paths, and the functions of the files that a row names."""
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    drawing = text.split("```")[1].strip().splitlines()
+    heads = [re.split(r" {2,}", line)[0] for line in drawing if not line.startswith(" ")]
+    floors = [{"" if part == "__init__" else part.rstrip("/") for part in head.split(", ")} for head in heads]
+    assert floors == list(reversed(ORDER))
+    for folder in ("attention", "batch", "scatter", "gather", "kernels", "formats"):
+        (at,) = (i for i, line in enumerate(drawing) if line.startswith(f"{folder}/"))
+        end = next((i for i, line in enumerate(drawing) if i > at and not line.startswith(" ")), len(drawing))
+        room = re.findall(r"\w+", " ".join(drawing[at:end]))
+        unnamed = [name for name in crowd(house, f"kvgather.{folder}") if name.rpartition(".")[2] not in room]
+        assert unnamed == []
+    paths = re.findall(r"`((?:kvgather|tests|tools|notebooks)/[\w/.]*)`", text)
+    assert len(paths) > 30 and [path for path in paths if not (ROOT / path).exists()] == []
+    for row in text.split("\n| ")[1:]:
+        files = re.findall(r"`(kvgather/[\w/]+\.py)`", row)
+        source = "".join((ROOT / path).read_text(encoding="utf-8") for path in files)
+        names = {name for name in re.findall(r"`([\w.]+)`", row) if files and not name.endswith("max_q")}
+        assert [name for name in names if not all(part in source for part in name.split("."))] == []
 
 
 # A small house without faults: two floors and an attic, with imports of every kind.
