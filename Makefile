@@ -24,8 +24,8 @@ ARGS =
 BROWSER = chromium
 WHAT = gather
 VERSIONS = 3.6.0 3.9.0
-TRITON_TESTS = tests/attention tests/gather tests/kernels tests/lab \
-	tests/test_cache.py tests/test_plan.py tests/test_scatter_kernel.py
+TRITON_TESTS = tests/attention tests/batch tests/gather tests/kernels tests/lab tests/scatter \
+	tests/test_cache.py tests/test_plan.py
 NOTEBOOKS = $(sort $(wildcard notebooks/*.ipynb))
 NBVAL = --nbval --nbval-sanitize-with tests/notebooks/sanitize.cfg --nbval-cell-timeout 120 $(NOTEBOOKS)
 export PYTHON TORCH

@@ -1,4 +1,4 @@
-"""The repository agrees with itself: versions, dependencies, contents, and which way its imports point."""
+"""The repository agrees with itself: versions, dependencies and contents; the package's arrows are in test_house."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import ast
 import importlib.metadata
 import re
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -46,27 +45,15 @@ def tracked_files() -> list[Path]:
     return [ROOT / name for name in listing.stdout.split("\0") if name and (ROOT / name).is_file()]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "kvgather/__init__.py",
-        "kvgather/py.typed",
-        "notebooks",
-        "tests",
-        "pyproject.toml",
-        "constraints.txt",
-        "environment.yml",
-        "Makefile",
-        ".ci/run",
-        ".github/PULL_REQUEST_TEMPLATE.md",
-        "README.md",
-        "CHANGELOG.md",
-        "CONTRIBUTING.md",
-        "LICENSE",
-    ],
-)
-def test_everything_is_in_its_place(name: str) -> None:
-    assert (ROOT / name).exists()
+PLACES = (
+    "kvgather/__init__.py", "kvgather/py.typed", "notebooks", "tests", "pyproject.toml", "constraints.txt",
+    "environment.yml", "Makefile", ".ci/run", ".github/PULL_REQUEST_TEMPLATE.md", "README.md", "ARCHITECTURE.md",
+    "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE",
+)  # fmt: skip
+
+
+def test_everything_is_in_its_place() -> None:
+    assert [name for name in PLACES if not (ROOT / name).exists()] == []
 
 
 def test_issue_forms_are_valid_and_a_bug_needs_its_environment_and_its_tensors() -> None:
@@ -195,71 +182,11 @@ def test_no_tracked_file_names(what: str) -> None:
     assert not found, "\n".join(found)
 
 
-def test_import_stays_light() -> None:
-    heavy = ["kvgather." + name for name in ("cases", "lab", "bench", "workbook", "serving", "cli")]
-    heavy += ["IPython", "ipywidgets", "jupyter_core", "matplotlib", "transformers"]
-    code = f"import sys, kvgather; print([name for name in {heavy} if name in sys.modules])"
-    child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert child.stdout.strip() == "[]"
-
-
-# Who stands on whom: a module may import from its own part of the package, or from a lower layer.
-LAYERS = [
-    {"device", "files"},
-    {"formats"},
-    {"kernels"},
-    {"plan", "blocks"},
-    {"gather"},
-    {"cache"},
-    {"attention"},
-    {"serving"},
-    {"cases"},
-    {"lab"},
-    {"bench"},
-    {"workbook"},
-]
-WRITTEN_WITH = {"plan_kernel": "plan", "scatter": "cache", "scatter_kernel": "cache"}  # one part in several files
-ON_TOP = {"__main__", "cli"}
-TOOLS = {"cases", "lab", "bench", "workbook"} | ON_TOP  # the public face imports none of them
 MODULES = sorted((ROOT / "kvgather").rglob("*.py"))
 
 
 def module_name(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def imports(path: Path) -> set[str]:
-    """The modules of this package that a file imports, at the top or inside a function."""
-    here = module_name(path).split(".")
-    package = here if path.name == "__init__.py" else here[:-1]
-    known = {module_name(other) for other in MODULES}
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            source = ".".join([*base, *(node.module.split(".") if node.module else [])])
-            submodules = [f"{source}.{alias.name}" for alias in node.names]
-            inside = [name for name in submodules if name in known]
-            # `from kvgather.gather import kernel` imports the module, not the package's own names.
-            names = inside if len(inside) == len(submodules) else [source, *inside]
-        else:
-            continue
-        found.update(name for name in names if name.split(".")[0] == "kvgather")
-    return found
-
-
-def part(module: str) -> str:
-    """The part of the package that a module belongs to."""
-    name = module.split(".")[1]
-    return WRITTEN_WITH.get(name, name)
-
-
-def layer(module: str) -> int:
-    """The height of a module's part; what nobody placed stands on top."""
-    return next((height for height, parts in enumerate(LAYERS) if part(module) in parts), len(LAYERS))
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
 def kernels(path: Path) -> list[str]:
@@ -280,48 +207,3 @@ def test_mypy_lets_only_modules_with_kernels_go_untyped() -> None:
         for module in override["module"]
     ]
     assert untyped == [module_name(path) for path in MODULES if kernels(path)]
-
-
-@pytest.mark.parametrize("path", MODULES, ids=[str(path.relative_to(ROOT)) for path in MODULES])
-def test_imports_point_down(path: Path) -> None:
-    module = module_name(path)
-    if module == "kvgather":
-        upward = {name for name in imports(path) if part(name) in TOOLS}
-        assert not upward, "the public face imports a part that stands on top of it"
-        return
-    assert part(module) in set().union(ON_TOP, *LAYERS), f"say in LAYERS where {part(module)} stands"
-    if part(module) in ON_TOP:
-        return
-    for name in imports(path):
-        if name == "kvgather":
-            assert part(module) in TOOLS, f"{module} imports the public face, which imports it"
-            continue
-        assert part(name) == part(module) or layer(name) < layer(module), f"{module} imports {name}"
-
-
-@pytest.mark.parametrize("path", MODULES, ids=[str(path.relative_to(ROOT)) for path in MODULES])
-def test_no_private_name_is_imported(path: Path) -> None:
-    modules = {module_name(other).split(".")[-1] for other in MODULES}
-    private = [
-        alias.name
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == "kvgather")
-        for alias in node.names
-        if alias.name.startswith("_") and alias.name not in modules
-    ]
-    assert not private, f"{module_name(path)} imports {', '.join(private)}; accepted: public names"
-
-
-def test_no_import_goes_in_a_circle() -> None:
-    graph = {module_name(path): imports(path) for path in MODULES}
-    done: set[str] = set()
-
-    def visit(module: str, trail: tuple[str, ...]) -> None:
-        assert module not in trail, " → ".join([*trail, module])
-        if module not in done:
-            for name in graph.get(module, ()):
-                visit(name, (*trail, module))
-            done.add(module)
-
-    for module in graph:
-        visit(module, ())

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from kvgather.attention.direct import Tile, alike_operands
 from tests.attention._direct_assembly_child import Job
-from tests.attention.descriptors import disassembled, faults, promised, tool, version_of
+from tests.attention.descriptors import disassembled, faults, tool, version_of
+from tests.attention.ptx import promised
 from tests.attention.test_direct_aot import compile_in_a_child
 
 pytestmark = pytest.mark.triton
@@ -75,12 +75,3 @@ def test_without_the_guard_it_reads_elsewhere(compiled: dict[Job, dict[str, Any]
     if version_of(tool("ptxas")) >= (12, 9):
         pytest.skip(f"ptxas {version_of(tool('ptxas'))} is right here; 12.8 is wrong")
     assert [line for line in found(answer, tmp_path) if "64x32x16 transposed: unknown" in line]
-
-
-def test_only_tiles_that_are_read_from_shared_memory_are_widened() -> None:
-    small, large = Tile(16, 32, 2, 3, 4, 128), Tile(64, 32, 4, 3, 1)
-    assert alike_operands(small, 16, 32) == (small, 16, 32)
-    assert alike_operands(large, 16, 32) == (replace(large, n=64), 64, 64)
-    for tile in (Tile(64, 128, 4, 3, 1), Tile(128, 64, 4, 3, 2), Tile(64, 64, 8, 2, 1)):
-        for pads in ((64, 64), (64, 128), (128, 128), (256, 128)):
-            assert alike_operands(tile, *pads) == (tile, *pads), "heads of 64 and 128 are compiled as before"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvgather.attention.merge import RunningState, apply_sinks, merge_states
 from kvgather.attention.reference import reference_attention
+from tests.attention.batches import error as relative_error
 from tests.where import interpreted
 
 EPS = 2.0**-23
@@ -230,3 +231,29 @@ def test_the_gpu_merges_as_the_cpu_does() -> None:
     there = merge_states(*(t.cuda() for t in (*a, *b)))
     for got, wanted in zip(there, merge_states(*a, *b), strict=True):
         torch.testing.assert_close(got.cpu(), wanted)
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=[pytest.mark.triton, interpreted])])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_running_state_adds_up(dtype: torch.dtype, backend: str) -> None:
+    q, k, v = torch.randn(6, 2, 8), torch.randn(20, 2, 8), torch.randn(20, 2, 5)
+    state = RunningState(8, 2, 5, torch.float32, q.device, backend)
+    for rows, start, end in ((slice(0, 6), 0, 9), (slice(0, 6), 9, 10), (slice(0, 6), 10, 20)):
+        out, lse = reference_attention(
+            q[rows], k[start:end].repeat(6, 1, 1), v[start:end].repeat(6, 1, 1), torch.arange(7, dtype=torch.int32),
+            torch.arange(7, dtype=torch.int32) * (end - start),
+        )  # fmt: skip
+        state.add(rows, out.to(dtype), lse.float().t().contiguous().t())
+    whole = reference_attention(
+        q,
+        k.repeat(6, 1, 1),
+        v.repeat(6, 1, 1),
+        torch.arange(7, dtype=torch.int32),
+        torch.arange(7, dtype=torch.int32) * 20,
+    )
+    assert relative_error(state.out[:6], whole[0]) <= (1e-5 if dtype == torch.float32 else 1e-2)
+    torch.testing.assert_close(state.lse[:6].double(), whole[1], rtol=1e-5, atol=1e-5)
+    assert state.out[6:].eq(0).all() and state.lse[6:].eq(-torch.inf).all()
+    before = state.out.clone(), state.lse.clone()
+    state.add(slice(0, 8), torch.zeros(8, 2, 5, dtype=dtype), torch.full((8, 2), -torch.inf))  # nothing more was seen
+    assert torch.equal(state.out, before[0]) and torch.equal(state.lse, before[1])

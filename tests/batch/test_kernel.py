@@ -1,4 +1,4 @@
-"""The tensors of a batch: the kernel gives the bits that plain torch gives, for any contents, and stays inside."""
+"""The kernels of a batch's tensors give the bits that plain torch gives, for any contents, and stay inside."""
 
 from __future__ import annotations
 
@@ -133,19 +133,6 @@ def test_long_rows_and_many_new_tokens(columns: int, new: int, where: str) -> No
     check_kernel(Given(table, cu_q, cu_k, sizes), 100, where)
 
 
-def test_by_hand() -> None:
-    """Of three sequences the first has too many tokens, the second falls, the third has more new tokens than tokens."""
-    table = torch.tensor([[7, 2], [3, 4], [0, 99]])
-    sizes = Sizes(page_size=4, num_blocks=10, total_q=6, total_k=20, max_q=3, most=8)
-    made = batch_tensors(table, torch.tensor([0, 2, 1, 5]), torch.tensor([0, 9, 4, 11]), sizes)
-    assert made.table.tolist() == [[-1, -1], [-1, -1], [0, -1]]
-    assert made.cu_q.tolist() == [0, 2, 2, 5] and made.cu_k.tolist() == [0, 8, 8, 10]
-    assert made.slots.tolist() == [-1, -1, -1, 0, 1, -1]
-    assert [copy.tolist() for copy in made.given()] == [table.tolist(), [0, 2, 1, 5], [0, 9, 4, 11]]
-    cu_k, starts = window_offsets(made.cu_q, made.cu_k, max_q=3, window=2, capacity=100)
-    assert cu_k.tolist() == [0, 3, 3, 5] and starts.tolist() == [5, 0, 0]
-
-
 @pytest.mark.triton
 @settings(max_examples=15)
 @given(drawn=batches(most=4))
@@ -185,7 +172,7 @@ def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path: Any) -> None:
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }  # fmt: skip
     child = subprocess.run(
-        [sys.executable, "-P", "-m", "tests.attention._batch_assembly_child"], env=environment, capture_output=True,
+        [sys.executable, "-P", "-m", "tests.batch._assembly_child"], env=environment, capture_output=True,
         text=True, timeout=600,
     )  # fmt: skip
     assert child.returncode == 0, child.stderr[-2000:]

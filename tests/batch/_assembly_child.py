@@ -1,4 +1,4 @@
-"""The child process of `test_batch_tensors`: compiles the small kernels for GPUs that are not here; one JSON line."""
+"""The child process of `test_kernel`: compiles the small kernels for GPUs that are not here; one JSON line."""
 
 from __future__ import annotations
 

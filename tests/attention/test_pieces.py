@@ -11,12 +11,9 @@ from torch import Tensor
 import kvgather as kg
 from kvgather.attention import pieces as cutting
 from kvgather.attention import prefix
-from kvgather.attention.merge import RunningState
 from kvgather.attention.pieces import in_pieces
-from kvgather.attention.reference import reference_attention
 from kvgather.batch.pieces import Piece, Pieces
-from tests.attention.batches import Setup, assert_close, error, setup
-from tests.where import interpreted
+from tests.attention.batches import Setup, assert_close, setup
 
 
 def positions(made: Setup, piece: Piece) -> list[list[int]]:
@@ -230,29 +227,3 @@ def test_pieces_are_made_once_for_all_layers() -> None:
     first = batch.once((None, 16), lambda: pytest.fail("it should be there"), "pieces")
     made.attend(batch, workspace_tokens=16)
     assert batch.once((None, 16), lambda: None, "pieces") is first
-
-
-@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=[pytest.mark.triton, interpreted])])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_a_running_state_adds_up(dtype: torch.dtype, backend: str) -> None:
-    q, k, v = torch.randn(6, 2, 8), torch.randn(20, 2, 8), torch.randn(20, 2, 5)
-    state = RunningState(8, 2, 5, torch.float32, q.device, backend)
-    for rows, start, end in ((slice(0, 6), 0, 9), (slice(0, 6), 9, 10), (slice(0, 6), 10, 20)):
-        out, lse = reference_attention(
-            q[rows], k[start:end].repeat(6, 1, 1), v[start:end].repeat(6, 1, 1), torch.arange(7, dtype=torch.int32),
-            torch.arange(7, dtype=torch.int32) * (end - start),
-        )  # fmt: skip
-        state.add(rows, out.to(dtype), lse.float().t().contiguous().t())
-    whole = reference_attention(
-        q,
-        k.repeat(6, 1, 1),
-        v.repeat(6, 1, 1),
-        torch.arange(7, dtype=torch.int32),
-        torch.arange(7, dtype=torch.int32) * 20,
-    )
-    assert error(state.out[:6], whole[0]) <= (1e-5 if dtype == torch.float32 else 1e-2)
-    torch.testing.assert_close(state.lse[:6].double(), whole[1], rtol=1e-5, atol=1e-5)
-    assert state.out[6:].eq(0).all() and state.lse[6:].eq(-torch.inf).all()
-    before = state.out.clone(), state.lse.clone()
-    state.add(slice(0, 8), torch.zeros(8, 2, 5, dtype=dtype), torch.full((8, 2), -torch.inf))  # nothing more was seen
-    assert torch.equal(state.out, before[0]) and torch.equal(state.lse, before[1])
