@@ -12,6 +12,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -248,7 +249,17 @@ def fp8_in_hardware(backend: str, arch: str) -> frozenset[torch.dtype]:
     Args:
         backend: "cuda" or "hip".
         arch: a compute capability without its dot ("90", "120"), or a name such as "gfx942".
+
+    Raises:
+        TypeError, ValueError: `backend` is another one, or `arch` is no architecture of it.
     """
+    for name, word in (("backend", backend), ("arch", arch)):
+        if not isinstance(word, str):
+            raise TypeError(f"{name} is {type(word).__name__}; accepted: a string")
+    if backend not in ("cuda", "hip"):
+        raise ValueError(f"backend is {backend!r:.60}; accepted: cuda, hip")
+    if backend == "cuda" and not re.fullmatch("[0-9]{2,4}", arch):
+        raise ValueError(f"arch is {arch!r:.60}; accepted for cuda: a compute capability without its dot, such as 90")
     if backend == "cuda":
         ocp, fnuz = int(arch) >= 89, False
     else:
