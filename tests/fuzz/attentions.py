@@ -26,6 +26,8 @@ def prefix_attention(draw: Draw) -> Case:
     overlapping = draw.chance(0.1)
     lines = [*cache_lines(draw, of, kinds, overlapping, tame=True, finite=True), *batch_lines(draw, given)]
     build = Builder(draw, function, "kg.prefix_attention", [*lines, f"batch = {build_call(given, of)}"])
+    if direct:
+        build.trace()
     rows, q_heads = given.total_q, of.heads * draw.one(1, 1, 2, 3)
     q_dtype = draw.choice(FLOATS)
     _add_rows(build, "q", (rows, q_heads, of.k_dim), q_dtype)

@@ -151,6 +151,8 @@ def write(draw: Draw) -> Case:
     build = Builder(draw, "PagedKVCache.write (triton)" if triton else "PagedKVCache.write", "cache.write")
     kinds = draw.choice(KINDS), draw.choice(KINDS)
     overlapping = draw.chance(0.15)
+    if triton:
+        build.trace()
     build.lines += cache_lines(draw, of, kinds, overlapping)
     slots_there = of.blocks * of.page
     tokens = min(draw.choice([0, 1, 2, draw.randint(1, 8)]), slots_there)
@@ -169,6 +171,10 @@ def write(draw: Draw) -> Case:
                      names=("k", "v", "slots"))  # fmt: skip
         rows = good(f"negative(normal({tokens}, {of.heads}, {dim}))", f"{name}.clone().requires_grad_()")
         wrong_types = forms.tensors(name, "float64", "int32", "uint8", "float8_e4m3fn", "int64")
+        if of.dtype in FLOATS and of.layout == "NHD" and 0 < tokens <= of.page:
+            rows += good(f"cache.{'key' if name == 'k' else 'value'}_cache[0, :{tokens}]")
+        if of.k_dim == of.v_dim and name == "v":
+            rows += good("k")
         build.arg(name, name, wrong_types, shapes, rows)
     junk = forms.tensors("slots", "float32", "int16", "uint8", "float64", names=("k", "v"))
     junk += bad(f"torch.arange({tokens + 1})", "slots[None]", "slots[..., None]", names=("k", "v"))
@@ -203,7 +209,7 @@ def check_write(facts: Facts, cache: Any, k: Any, v: Any, slots: list[int], kind
         before = None if factor is None else facts.before(factor)
         scale = Scales(None if before is None else before.clone(), kind)
         new = before.tolist() if before is not None and kind == "per-token-head" else None
-        for row, slot in zip(rows.tolist(), slots, strict=True):
+        for row, slot in zip(facts.before(rows).tolist(), slots, strict=True):
             if slot >= 0:
                 block, offset = divmod(slot, page)
                 if new is not None:
@@ -228,6 +234,8 @@ def cache_gather(draw: Draw) -> Case:
     of = sizes(draw)
     build = Builder(draw, "PagedKVCache.gather (triton)" if triton else "PagedKVCache.gather", "cache.gather")
     kinds = draw.choice(KINDS), draw.choice(KINDS)
+    if triton:
+        build.trace()
     build.lines += cache_lines(draw, of, kinds, overlapping=True)
     raw = kinds == ("none", "none") and draw.chance(0.4)
     out_dtype = of.dtype if raw else draw.choice(FLOATS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.fuzz import attentions, batches, blocks, caches, gathers, histories
+from tests.fuzz import attentions, batches, blocks, caches, gathers, histories, others
 from tests.fuzz.case import Case, Draw
 
 MAKERS: list[tuple[Callable[[Draw], Case], int]] = [
@@ -26,6 +26,8 @@ MAKERS: list[tuple[Callable[[Draw], Case], int]] = [
     (batches.explain, 4),
     (attentions.prefix_attention, 22),
     (attentions.merge_states, 5),
+    (others.device, 3),
+    (others.fenced, 4),
 ]
 
 

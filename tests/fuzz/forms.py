@@ -29,13 +29,14 @@ def tensors(name: str, *dtypes: str, optional: bool = False, names: tuple[str, .
     forms = bad(*junk, names=names)
     forms += bad(
         f"{name}[None]", f"{name}.to('meta')", "torch.zeros(2, 3).to_sparse()", f"{name}.float().numpy()",
-        f"{name}.tolist()", "torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=torch.jagged)",
+        f"{name}.tolist()", "torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])",
         "torch.quantize_per_tensor(torch.zeros(2), 1.0, 0, torch.qint8)", f"{name}.float().to(torch.complex64)",
         f"{name}.float() > 0", f"({name},)", names=names,
     )  # fmt: skip
     forms += either(f"without_memory({name})", names=names)  # a tensor of no elements needs none
     forms += bad(*(f"{name}.to(torch.{dtype})" for dtype in dtypes), names=names)
-    return forms
+    forms += either(f"of_subclass({name})", names=names)
+    return forms + good(f"torch.nn.Parameter({name}, requires_grad=False)")
 
 
 def flattened(name: str, names: tuple[str, ...] = ()) -> list[Form]:

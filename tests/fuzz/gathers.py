@@ -47,10 +47,8 @@ def add_table(build: Builder, given: Batch, of: Sizes) -> None:
         build.line(f"{name} = {code}")
     build.arg("block_table", "block_table", index_forms("block_table", 2, TABLE), bad("block_table.flatten()"))
     build.arg("cu_seqlens_k", "cu_seqlens_k", index_forms("cu_seqlens_k", 1, TABLE), bad("cu_seqlens_k[:-1]"))
-    starts = index_forms("cu_seqlens_k", 1, TABLE, optional=True) if given.starts is None else index_forms(
-        "seq_starts", 1, TABLE, optional=True
-    )  # fmt: skip
-    build.arg("seq_starts", "seq_starts", [form for form in starts if "without" not in form.code])
+    starts = index_forms("cu_seqlens_k" if given.starts is None else "seq_starts", 1, TABLE, optional=True)
+    build.arg("seq_starts", "seq_starts", [form for form in starts if given.starts or form.verdict == BAD])
     sizes_forms = forms.integer(1), forms.same_integer(of.page)
     build.arg("page_size", str(of.page), *sizes_forms, either("2**31 - 1", "1", names=TABLE[1:2]))
     build.arg("num_blocks", str(of.blocks), forms.integer(), forms.same_integer(of.blocks), good("2**31 - 1"))
@@ -125,6 +123,9 @@ def add_out(build: Builder, of: Sizes, total: int, out_dtype: str, names: tuple[
         "(k_out, torch.zeros(3, 3).to_sparse())", names=names,
     )  # fmt: skip
     wrong += either("(without_memory(k_out), v_out)", "[k_out, without_memory(v_out)]")
+    shape, dtype = f"({total}, {of.heads}, {of.k_dim})", f"torch.{out_dtype}"
+    wrong += bad(f"(over(key_cache, {shape}, {dtype}), v_out)", f"(k_out, over(k_out, v_out.shape, {dtype}))",
+                 f"(over(value_cache, {shape}, {dtype}), v_out)", names=names)  # fmt: skip
     build.arg("out", "(k_out, v_out)", junk, wrong, good("[k_out, v_out]"))
     return True
 
@@ -148,6 +149,8 @@ def gather(draw: Draw) -> Case:
     triton = draw.chance(0.12)
     of = sizes(draw)
     build = Builder(draw, "gather (triton)" if triton else "gather", "kg.gather")
+    if triton:
+        build.trace()
     build.lines += pool_lines(draw, of)
     add_pools(build, of)
     kinds = draw.choice(KINDS), draw.choice(KINDS)
@@ -227,7 +230,8 @@ def engines_call(draw: Draw) -> Case:
         build.arg(name, name, forms.tensors(name, names=(other, "key's dtype")), wrong)
     build.arg("block_tables", names[0], index_forms(names[0], 2, names))
     build.arg("cu_seqlens_kv", names[1], index_forms(names[1], 1, names))
-    build.arg("seq_starts", names[2], index_forms(names[2] if given.starts else names[1], 1, names, optional=True))
+    wrong_starts = index_forms(names[2] if given.starts else names[1], 1, names, optional=True)
+    build.arg("seq_starts", names[2], [form for form in wrong_starts if given.starts or form.verdict == BAD])
     allowed = ["per-tensor", "per-head", "per-token-head"]
     kinds = draw.choice(allowed), draw.choice(allowed)
     for side, kind in zip("kv", kinds, strict=True):

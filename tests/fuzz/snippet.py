@@ -7,9 +7,16 @@ import ast
 from tests.fuzz.case import GOOD, PREAMBLE, Case
 
 
+NEEDED = {"codes": ("source",), "normal": ("source",), "scales": ("source",), "sparkled": ("source",)}
+"""Functions that others of the preamble use."""
+
+
 def snippet(case: Case) -> str:
     """Python that builds the arguments and makes the call."""
-    body = "\n".join([*case.lines, f"print({case.call})"])
+    call = f"print({case.call})"
+    if case.surroundings:
+        call = f"with {case.surroundings}:\n    result = {case.call}\nprint(result)"
+    body = "\n".join([*case.lines, call])
     wanted = "a right result" if case.verdict == GOOD else f"an error that names one of {', '.join(sorted(case.names))}"
     if case.verdict not in (GOOD, "bad"):
         wanted = f"a right result, or {wanted}"
@@ -17,10 +24,10 @@ def snippet(case: Case) -> str:
     lines = []
     for part in ast.parse(PREAMBLE).body:
         if isinstance(part, ast.FunctionDef):
-            if part.name in used | {"source"}:
+            if part.name in used | {name for user in used for name in NEEDED.get(user, ())}:
                 lines.append("\n" + ast.unparse(part))
         elif isinstance(part, ast.ImportFrom):
-            if any(alias.name in used for alias in part.names):
+            if any(alias.name in used | ({"trace"} if "traced" in used else set()) for alias in part.names):
                 lines.append(ast.unparse(part))
         else:
             lines.append(ast.unparse(part))
