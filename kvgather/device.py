@@ -173,7 +173,11 @@ def parse_device(device: object, name: str = "device") -> torch.device:
     """
     accepted = "accepted: a torch.device or its name: cpu, cuda, cuda:0, …"
     if not isinstance(device, (str, torch.device)):
-        raise TypeError(f"{name} is {type(device).__name__} {device!r:.60}; {accepted}")
+        try:
+            came = f"{device!r:.60}"
+        except ValueError:  # Python refuses to print integers of more than 4300 digits
+            came = "of too many digits to print"
+        raise TypeError(f"{name} is {type(device).__name__} {came}; {accepted}")
     try:
         return torch.device(device)
     except RuntimeError:

@@ -156,7 +156,7 @@ def _allocate(build: Builder, twin: Twin) -> Case:
                 "torch.tensor([-1])", "torch.tensor([], dtype=torch.int64)", "torch.ones(3).to('meta')", "iter([])",
                 "torch.tensor([True])", "[0, float('nan')]", "{'a': 1}", "torch.tensor([1, 2]).to_sparse()")  # fmt: skip
     build.arg("token_ids", form.format(tokens), wrong)
-    build.arg("extra_key", key, bad("[]", "{}", "set()", "(1, [])", "np.zeros(2)", "{1: 2}", "bytearray(1)", "('a', {})"),
+    build.arg("extra_key", key, bad("[]", "{}", "set()", "(1, [])", "np.zeros(2)", "{1: 2}", "bytearray(1)", "('a', {})", "[10**5000]"),
               leave_out=0.5 if key == "None" else 0)  # fmt: skip
     probe = Twin(twin.blocks, twin.page)
     probe.content, probe.refs, probe.free = list(twin.content), list(twin.refs), list(twin.free)

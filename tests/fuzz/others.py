@@ -94,7 +94,8 @@ def fenced(draw: Draw) -> Case:
         if result.is_meta or result.device.type != "cpu" or not given.numel():
             return
         width = given.element_size()
-        flat = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in (given, result)]
+        flat = [tensor.reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8)
+                for tensor in (given, result)]  # fmt: skip
         if not torch.equal(*flat):
             raise Wrong("its bytes are others")
         begin, end = result.data_ptr(), result.data_ptr() + result.numel() * width
