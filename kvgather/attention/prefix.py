@@ -124,7 +124,8 @@ def _recalled(
         return _checked(*arguments)
     try:
         key = (
-            "call", _likeness_of(cache), signature(q), None if k_new is None else (k_new.shape, k_new.dtype, k_new.device),
+            "call", _likeness_of(cache), signature(q),
+            None if k_new is None else (k_new.shape, k_new.dtype, k_new.device),
             None if v_new is None else (v_new.shape, v_new.dtype, v_new.device),
             None if sinks is None else signature(sinks),
             # True is 1 to a dictionary, and a window of True is refused: so types are part of it.
