@@ -5,6 +5,7 @@
 #
 # With a GPU, make test-gpu runs every test that needs one, and make memcheck runs every kernel under compute-sanitizer.
 # To measure, on a GPU if there is one: make bench
+# To call every public function with right and wrong arguments, against an oracle: make fuzz
 #
 # Variables, for each:
 #
@@ -13,6 +14,7 @@
 #   ARGS="--no-browser"          more arguments: for JupyterLab, for pytest, or for kvgather bench
 #   BROWSER=none                 make test: do not install a browser when there is none
 #   WHAT=steps                   make bench: what to measure (kvgather bench --help has the list)
+#   CALLS=20000 SEED=0           make fuzz: how many calls, and which; ARGS="--only 1234" repeats one
 #
 # Paths are relative and nothing runs through a console script, so that the clone may lie under any path.
 
@@ -21,11 +23,13 @@ PY = .venv/bin/python
 ARGS =
 BROWSER = chromium
 WHAT = gather
+CALLS = 20000
+SEED = 0
 NOTEBOOKS = $(sort $(wildcard notebooks/*.ipynb))
 NBVAL = --nbval --nbval-sanitize-with tests/notebooks/sanitize.cfg --nbval-cell-timeout 120 $(NOTEBOOKS)
 export PYTHON TORCH
 
-.PHONY: help lab test test-gpu memcheck bench setup browser lint types format notebooks clean
+.PHONY: help lab test test-gpu memcheck bench fuzz setup browser lint types format notebooks clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -49,6 +53,10 @@ memcheck: setup
 # ARGS="--case SHUFFLE-8x64 --csv" measures some cases and keeps their rows in benchmarks/results/.
 bench: setup
 	@$(PY) -m kvgather bench $(WHAT) $(ARGS)
+
+# About 60 calls a second on one core. tests/fuzz/test_short.py runs some hundred of them.
+fuzz: setup
+	@$(PY) tools/fuzz.py --calls $(CALLS) --seed $(SEED) $(ARGS)
 
 setup:
 	@sh tools/setup.sh

@@ -10,7 +10,7 @@ import torch
 from tests.fuzz import attend, forms
 from tests.fuzz.attend import Row, check_all, check_row, softmax_row
 from tests.fuzz.caches import cache_lines, check_write
-from tests.fuzz.case import BAD, EITHER, GOOD, Builder, Case, Draw, Facts, Wrong, bad, either, good
+from tests.fuzz.case import BAD, EITHER, GOOD, Builder, Case, Draw, Facts, Wrong, bad, good
 from tests.fuzz.floats import product
 from tests.fuzz.pages import Pool, Scales
 from tests.fuzz.pools import FLOATS, KINDS, Sizes, sizes
@@ -165,7 +165,8 @@ def merge_states(draw: Draw) -> Case:
         make = f"normal(SHAPE, seed={draw.number()}).to(torch.{draw.choice(FLOATS)})"
         build.line(f"out_{side} = {forms.strided(draw, make, (n, heads, dim), overlapping=True)}")
         inner = f"normal(SHAPE, seed={draw.number()}) * {draw.one('1', '30')}"
-        make = f"torch.where(normal(SHAPE, seed={draw.number()}) > {draw.one('0.5', '9.')}, {draw.one('-', '')}torch.inf, {inner})"
+        where = f"normal(SHAPE, seed={draw.number()}) > {draw.one('0.5', '9.')}"
+        make = f"torch.where({where}, {draw.one('-', '')}torch.inf, {inner})"
         build.line(f"lse_{side} = {forms.strided(draw, make, (n, heads), overlapping=True)}")
         if draw.chance(0.3):
             build.line(f"out_{side} = torch.where(normal({n}, {heads}, {dim}, seed={draw.number()}) > 1.2, torch.nan, "
@@ -217,8 +218,6 @@ def _check_merged(
         lse = top + math.log(sum(weights))
     for d, (have, right) in enumerate(zip(got, want, strict=True)):
         check_row(f"{name}[{d}]", [have], None, Row([right], 0.0, max(map(abs, (out_a[d], out_b[d], 1e-30)))), dtype)
-    if not (math.isnan(lse) and math.isnan(got_lse) or got_lse == lse or abs(got_lse - lse) < 1e-4 * (1 + abs(lse))):
+    both_nan, close = math.isnan(lse) and math.isnan(got_lse), abs(got_lse - lse) < 1e-4 * (1 + abs(lse))
+    if not (both_nan or close or got_lse == lse):
         raise Wrong(f"{name} has log-sum-exp {got_lse}, and should have {lse}")
-
-
-__all__ = ["BAD", "either", "merge_states", "prefix_attention"]

@@ -74,8 +74,9 @@ def number(names: tuple[str, ...] = ()) -> list[Form]:
 
 
 def dtype(*wrong: str) -> list[Form]:
-    return bad("None", "'bfloat16'", "np.float32", "float", "3", "torch.zeros(1)", "[]", "{}", "np.dtype('float32')",
-               *(f"torch.{name}" for name in (*wrong, "float64", "int8", "int32", "bool", "complex64", "uint8")))  # fmt: skip
+    others = (*wrong, "float64", "int8", "int32", "bool", "complex64", "uint8")
+    junk = ("None", "'bfloat16'", "np.float32", "float", "3", "torch.zeros(1)", "[]", "{}", "np.dtype('float32')")
+    return bad(*junk, *(f"torch.{name}" for name in others))
 
 
 def device() -> list[Form]:
@@ -131,7 +132,7 @@ def whole_numbers(draw: Draw, rows: list[list[int]] | list[int], dtype: str, col
     Args:
         columns: of a table, for one without rows.
     """
-    if rows and isinstance(rows[0], int) or not (rows or columns):
+    if (rows and isinstance(rows[0], int)) or not (rows or columns):
         way = draw.one("plain", "plain", "step", "offset")
         if way == "step":
             spread = [n for row in rows for n in (row, -7)]

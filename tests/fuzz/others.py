@@ -26,8 +26,9 @@ def device(draw: Draw) -> Case:
             "gfx90a", "gfx942", "gfx950", "gfx1201", "gfx1100"
         )  # fmt: skip
         build.arg("backend", repr(backend), forms.word("cuda", "hip"))
-        build.arg("arch", repr(known), bad("None", "90", "b'90'", "[]", "float('nan')", "torch.zeros(1)", "True"),
-                  either("''", "'sm_90'", "'9.0'", "'x' * 3000", "'-1'", "'９０'", "'1e3'", names=("backend",)))  # fmt: skip
+        unusual = "''", "'sm_90'", "'9.0'", "'x' * 3000", "'-1'", "'\\u0669'", "'1e3'", "'90a'"
+        junk = "None", "90", "b'90'", "[]", "float('nan')", "torch.zeros(1)", "True"
+        build.arg("arch", repr(known), bad(*junk), either(*unusual, names=("backend",)))
     elif what != "doctor":
         optional = what != "parse_device"
         build.arg("device", draw.one("'cpu'", "torch.device('cpu')", "'cpu:0'", *(["None"] if optional else [])),
@@ -74,7 +75,8 @@ def fenced(draw: Draw) -> Case:
     if draw.chance(0.15):
         code = draw.one("3", "0.5", "np.float32(2)", "float('nan')", "-float('inf')", "np.int64(7)", "1e-46")
     build.line(f"value = {code}")
-    junk = bad("None", "True", "'x'", "b'x'", "[]", "[1.0]", "object()", "1j", "1e39", "10**400", "10**5000", "np.zeros(3)",
+    junk = bad("None", "True", "'x'", "b'x'", "[]", "[1.0]", "object()", "1j", "1e39", "10**400", "10**5000",
+               "np.zeros(3)",
                "torch.zeros(3).to('meta')", "torch.zeros(2, 2).to_sparse()", "np.bool_(True)", "decimal.Decimal(1)",
                "torch.nested.nested_tensor([torch.zeros(2)], layout=torch.jagged)", "without_memory(torch.zeros(3))",
                "torch.quantize_per_tensor(torch.zeros(2), 1.0, 0, torch.qint8)", "{}")  # fmt: skip

@@ -6,9 +6,11 @@ import ast
 
 from tests.fuzz.case import GOOD, PREAMBLE, Case
 
-
-NEEDED = {"codes": ("source",), "normal": ("source",), "scales": ("source",), "sparkled": ("source",)}
-"""Functions that others of the preamble use."""
+NEEDED = {
+    "codes": ("source",), "normal": ("source",), "scales": ("source",), "sparkled": ("source",),
+    "of_subclass": ("Named",),
+}  # fmt: skip
+"""What others of the preamble use."""
 
 
 def snippet(case: Case) -> str:
@@ -23,7 +25,7 @@ def snippet(case: Case) -> str:
     used = {node.id for node in ast.walk(ast.parse(body)) if isinstance(node, ast.Name)}
     lines = []
     for part in ast.parse(PREAMBLE).body:
-        if isinstance(part, ast.FunctionDef):
+        if isinstance(part, (ast.FunctionDef, ast.ClassDef)):
             if part.name in used | {name for user in used for name in NEEDED.get(user, ())}:
                 lines.append("\n" + ast.unparse(part))
         elif isinstance(part, ast.ImportFrom):
