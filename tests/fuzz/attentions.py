@@ -12,6 +12,7 @@ from tests.fuzz.attend import Row, check_all, check_row, softmax_row
 from tests.fuzz.caches import cache_lines, check_write
 from tests.fuzz.case import BAD, EITHER, GOOD, Builder, Case, Draw, Facts, Wrong, bad, good
 from tests.fuzz.floats import product
+from tests.fuzz.junk import JUNK, NO_TENSORS
 from tests.fuzz.pages import Pool, Scales
 from tests.fuzz.pools import FLOATS, KINDS, Sizes, sizes
 from tests.fuzz.prefixes import Checked, batch_lines, build_call, prefix
@@ -38,23 +39,25 @@ def prefix_attention(draw: Draw) -> Case:
             build.forms[name] += bad("None", names=("k_new", "v_new"))
         else:
             build.line(f"{name} = None")
-            wrong = bad(*forms.NO_TENSORS[1:], f"torch.zeros({rows}, {of.heads}, {dim})", names=("k_new", "v_new"))
+            wrong = bad(*NO_TENSORS[1:], f"torch.zeros({rows}, {of.heads}, {dim})", names=("k_new", "v_new"))
             build.arg(name, "None", wrong)
     page_1 = f"kg.PagedKVCache({of.blocks}, {of.page + 1}, {of.heads}, {of.k_dim}, device='cpu', dtype=torch.float32)"
-    build.arg("cache", "cache", bad(*forms.JUNK, page_1, "cache.key_cache", "batch", names=("batch", "q")))
-    build.arg("batch", "batch", bad(*forms.JUNK, "batch.plan", "kg.PrefixBatch", "cache"))
-    build.arg("softmax_scale", draw.one("None", "None", "0.3", "1", "np.float32(0.5)"), forms.number(),
+    build.arg("cache", "cache", bad(*JUNK, page_1, "cache.key_cache", "batch", names=("batch", "q")))
+    build.arg("batch", "batch", bad(*JUNK, "batch.plan", "kg.PrefixBatch", "cache"))
+    build.arg("softmax_scale", draw.one("None", "None", "0.3", "1", "np.float32(0.5)", "1e-30"), forms.number(),
               good("fractions.Fraction(1, 2)"), leave_out=0.3)  # fmt: skip
     if draw.chance(0.4):
         seed, dtype = draw.number(), draw.choice(FLOATS)
-        sinks = forms.strided(draw, f"normal(SHAPE, seed={seed}).to(torch.{dtype})", (q_heads,), overlapping=True)
+        inner = draw.one("{}", "{}", "{}", "{} * 1e4", "{} * 0 - torch.inf")
+        inner = inner.format(f"normal(SHAPE, seed={seed})")
+        sinks = forms.strided(draw, f"({inner}).to(torch.{dtype})", (q_heads,), overlapping=True)
         build.line(f"sinks = {sinks}")
         wrong = forms.tensors("sinks", "float64", "int32", optional=True) + bad(f"normal({q_heads + 1})", "sinks[None]")
         build.arg("sinks", "sinks", wrong, good("None", f"negative(normal({q_heads}))"))
-    window = draw.choice([None, None, 1, 2, 3, 50])
+    window = draw.choice([None, None, 1, 2, 3, 50, 2**31 - 1])
     build.arg("window", str(window), forms.integer(1)[1:], bad("0"), leave_out=0.3 if window is None else 0)
     verdict, names = GOOD, ()
-    workspace = None if draw.chance(0.6) else draw.choice([1, 2, 4, 8, 100])
+    workspace = None if draw.chance(0.6) else draw.choice([1, 2, 4, 8, 100, 2**31 - 1])
     if workspace is not None and workspace < (window or 1) * (1 if given.known else max(1, len(given.table))):
         verdict, names = EITHER, ("workspace_tokens",)
     build.arg("workspace_tokens", str(workspace), forms.integer(1, names=("window",))[1:], bad("0"),

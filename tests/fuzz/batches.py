@@ -11,6 +11,7 @@ from tests.fuzz import forms
 from tests.fuzz.caches import cache_lines
 from tests.fuzz.case import BAD, GOOD, Builder, Case, Draw, Facts, Wrong, bad
 from tests.fuzz.gathers import TABLE
+from tests.fuzz.junk import JUNK
 from tests.fuzz.pages import rows_of_plan
 from tests.fuzz.pools import KINDS, Sizes, sizes
 from tests.fuzz.prefixes import Prefix, batch_args, batch_lines, build_call, prefix
@@ -153,7 +154,7 @@ def explain(draw: Draw) -> Case:
     name = "prepare" if prepares else "explain"
     build = Builder(draw, f"PrefixBatch.{name}", f"batch.{name}", lines)
     heads = of.heads * draw.one(1, 2, 4)
-    build.arg("cache", "cache", forms.bad(*forms.JUNK, "batch", "kg.PagedKVCache", "cache.key_cache"))
+    build.arg("cache", "cache", forms.bad(*JUNK, "batch", "kg.PagedKVCache", "cache.key_cache"))
     wrong = forms.integer(1), forms.same_integer(heads), bad(str(of.heads + 1)) if of.heads > 1 else []
     build.arg("num_q_heads", str(heads), *wrong)
     window = draw.choice([None, None, 1, 3, 100])

@@ -13,6 +13,7 @@ import torch
 
 from tests.fuzz import forms
 from tests.fuzz.case import Builder, Case, Draw, Facts, Wrong, bad, good
+from tests.fuzz.junk import JUNK
 
 Content = tuple[Hashable, tuple[int, ...]]
 KEYS = ("None", "'a'", "1", "True", "1.0", "('a', 1)", "('a', True)", "np.int64(1)", "frozenset({1})", "float('inf')")
@@ -147,7 +148,7 @@ def cu_seqlens(draw: Draw) -> Case:
                     "np.array({}, dtype=np.int32)", "torch.tensor({} * 2, dtype=torch.int32)[::2]",
                     "[np.int64(n) for n in {}]", "(n for n in {})",
                     "torch.tensor({}, dtype=torch.uint8)", "dict.fromkeys({})")  # fmt: skip
-    wrong = bad(*(code for code in forms.JUNK if code not in ("[]", "()", "{}", "b'x'", "[1, 2]")), "[1, -1]", "[True]",
+    wrong = bad(*(code for code in JUNK if code not in ("[]", "()", "{}", "b'x'", "[1, 2]")), "[1, -1]", "[True]",
                 "[2**31 - 1, 1]", "[2**31]", "['1']", "[1.0]", "[None]", "torch.tensor([1.0])",
                 "torch.tensor([[1], [2]])", "torch.tensor([-1])", "torch.tensor([True])",
                 "torch.ones(2).to('meta')", "np.array([1.5])", "'12'",

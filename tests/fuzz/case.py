@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from tests.fuzz.junk import EVERYWHERE
+
 Value = TypeVar("Value")
 
 GOOD, EITHER, BAD = "good", "either", "bad"
@@ -116,11 +118,13 @@ class Form:
         code: an expression.
         verdict: what has to come of it.
         names: arguments that an error may name beside this one.
+        large: whether it requests so much memory that there is too little.
     """
 
     code: str
     verdict: str = GOOD
     names: tuple[str, ...] = ()
+    large: bool = False
 
 
 def bad(*codes: str, names: tuple[str, ...] = ()) -> list[Form]:
@@ -129,6 +133,10 @@ def bad(*codes: str, names: tuple[str, ...] = ()) -> list[Form]:
 
 def either(*codes: str, names: tuple[str, ...] = ()) -> list[Form]:
     return [Form(code, EITHER, names) for code in codes]
+
+
+def large(*codes: str) -> list[Form]:
+    return [Form(code, EITHER, large=True) for code in codes]
 
 
 def good(*codes: str) -> list[Form]:
@@ -219,24 +227,25 @@ class Builder:
             self.function = f"trace of {self.function.split(' ')[0]}"
 
     def finish(
-        self, check: Check, writes: tuple[str, ...] = (), verdict: str = GOOD, names: tuple[str, ...] = (),
-        large: bool = False,
-    ) -> Case:  # fmt: skip
+        self, check: Check, writes: tuple[str, ...] = (), verdict: str = GOOD, names: tuple[str, ...] = ()
+    ) -> Case:
         """The case.
 
         Args:
             verdict, names: of the call in its good forms, where an error may come all the same.
         """
-        draw, args, blamed, verdicts = self.draw, dict(self.args), set(names), {verdict}
+        draw, args, blamed, verdicts, large = self.draw, dict(self.args), set(names), {verdict}, False
         if verdict == GOOD and draw.chance(self.warm):
             self.lines.append(f"{self.callee}({', '.join(f'{name}={code}' for name, code in args.items())})")
         self.lines += self.late
         able = [name for name, forms in self.forms.items() if forms]
         count = draw.choices(range(len(self.spoils)), self.spoils)[0]
         for name in draw.sample(able, min(count, len(able))):
-            form = draw.choice(self.forms[name])
+            rarer = [form for form in self.forms[name] if form.code not in EVERYWHERE]
+            form = draw.choice(rarer if rarer and draw.chance(0.6) else self.forms[name])
             args[name] = form.code
             verdicts.add(form.verdict)
+            large |= form.large
             if form.verdict != GOOD:
                 blamed |= {name, *form.names}
         worst = BAD if BAD in verdicts else EITHER if EITHER in verdicts else GOOD

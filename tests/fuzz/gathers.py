@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from tests.fuzz import forms
-from tests.fuzz.case import BAD, Builder, Case, Draw, Facts, Wrong, bad, either, good
+from tests.fuzz.case import BAD, Builder, Case, Draw, Facts, Wrong, bad, either, good, large
+from tests.fuzz.junk import JUNK
 from tests.fuzz.pages import Pool, Scales, check_rows, rows_of_plan, used_offsets
 from tests.fuzz.pools import (
     FLOATS,
@@ -65,6 +66,7 @@ def add_table(build: Builder, given: Batch, of: Sizes) -> None:
     build.arg("num_blocks", str(of.blocks), forms.integer(), forms.same_integer(of.blocks), good("2**31 - 1"))
     total = forms.integer()[1:]  # None is one of its forms
     code = "None" if given.given_total is None else str(given.given_total)
+    total += large("2**31 - 1") if of.page == 1 else []  # 16 GiB of records
     build.arg("total_tokens", code, total, forms.same_integer(given.total), leave_out=0.5 if code == "None" else 0)
 
 
@@ -104,7 +106,7 @@ def add_plan(build: Builder, of: Sizes, most: int = 24, sick: float = 0.2) -> Ba
     build.line(f"plan = kg.GatherPlan.build(block_table, cu_seqlens_k, {sizes_code}{total}, seq_starts=seq_starts)")
     others = (f"page_size={of.page + 1}, num_blocks=0", f"page_size={of.page}, num_blocks={of.blocks + 1}")
     wrong = [f"kg.GatherPlan.build(block_table[:, :0], cu_seqlens_k * 0, {sizes})" for sizes in others]
-    build.arg("plan", "plan", forms.bad(*forms.JUNK, "plan.records", "kg.GatherPlan", *wrong, "(plan,)"))
+    build.arg("plan", "plan", forms.bad(*JUNK, "plan.records", "kg.GatherPlan", *wrong, "(plan,)"))
     return given
 
 
@@ -120,7 +122,7 @@ def rows_of(facts: Facts) -> list[Any]:
 def add_out(build: Builder, of: Sizes, total: int, out_dtype: str, names: tuple[str, ...] = ()) -> bool:
     """The argument `out`; returns whether it is given."""
     draw = build.draw
-    junk = forms.bad(*(code for code in forms.JUNK if code != "None"), "(None, None)", "[torch.zeros(1)] * 2",
+    junk = forms.bad(*(code for code in JUNK if code != "None"), "(None, None)", "[torch.zeros(1)] * 2",
                      "(key_cache, value_cache)", "(torch.zeros(0), 3)")  # fmt: skip
     if draw.chance(0.5):
         build.arg("out", "None", junk, leave_out=0.5)

@@ -10,6 +10,7 @@ from tests.fuzz import forms
 from tests.fuzz.blocks import KEYS, Twin, check_pool, exact
 from tests.fuzz.case import BAD, GOOD, Builder, Case, Draw, Facts, Wrong, bad, good
 from tests.fuzz.judge import base
+from tests.fuzz.junk import JUNK
 
 OPERATIONS = ("allocate", "append", "commit", "free", "withdraw", "reset", "slots", "block_table", "block")
 TRIED = """
@@ -152,7 +153,7 @@ def _allocate(build: Builder, twin: Twin) -> Case:
     tokens, key = _prompt(draw, twin), draw.choice(KEYS)
     form = draw.one("{}", "{}", "tuple({})", "iter({})", "torch.tensor({})", "np.array({})", "torch.tensor({}).int()",
                     "[np.int32(n) for n in {}]")  # fmt: skip
-    wrong = bad(*(code for code in forms.JUNK if code not in ("b'x'", "[1, 2]")), "[1, -1]", "[0, True]", "[2**63]",
+    wrong = bad(*(code for code in JUNK if code not in ("b'x'", "[1, 2]")), "[1, -1]", "[0, True]", "[2**63]",
                 "[1.0]", "['1']", "[None]", "torch.tensor([[1]])", "torch.tensor([1.0])", "'12'", "[[1]]", "[10**5000]",
                 "torch.tensor([-1])", "torch.tensor([], dtype=torch.int64)", "torch.ones(3).to('meta')", "iter([])",
                 "torch.tensor([True])", "[0, float('nan')]", "{'a': 1}",

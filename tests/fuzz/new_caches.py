@@ -17,6 +17,8 @@ SIZES = ("num_blocks", "page_size", "num_kv_heads", "head_dim", "v_head_dim")
 
 def constructor(draw: Draw) -> Case:
     of = sizes(draw)
+    if draw.chance(0.03):
+        return too_large(draw)
     build = Builder(draw, "PagedKVCache", "kg.PagedKVCache", warm=0)
     given = dict(zip(SIZES, (of.blocks, of.page, of.heads, of.k_dim, of.v_dim), strict=True))
     in_shuffle = either("3", "2**31 - 1 - 7") if of.layout == "SHUFFLE" else []
@@ -63,6 +65,23 @@ def constructor(draw: Draw) -> Case:
             raise Wrong(f"its repr is {cache!r}")
 
     return build.finish(check)
+
+
+def too_large(draw: Draw) -> Case:
+    """Pools of more bytes than any machine has, and of more than can be counted."""
+    build = Builder(draw, "PagedKVCache", "kg.PagedKVCache", warm=0, spoils=(1.0,))
+    most, countable = "2**31 - 1", draw.chance(0.5)
+    given = (most, "8192", "3", "8") if countable else (most,) * 4
+    for name, size in zip(SIZES, given, strict=False):
+        build.arg(name, size)
+    build.arg("device", "'cpu'")
+
+    def check(facts: Facts, cache: Any) -> None:
+        raise Wrong("it has a pool that no memory holds")
+
+    case = build.finish(check, verdict=BAD, names=SIZES[:4])
+    case.large = countable
+    return case
 
 
 def check_geometry(cache: Any, of: Sizes) -> None:

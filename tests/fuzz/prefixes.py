@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tests.fuzz import forms
-from tests.fuzz.case import Builder, Draw, Form, bad, good
+from tests.fuzz.case import Builder, Draw, Form, bad, good, large
 from tests.fuzz.pages import used_offsets
 from tests.fuzz.pools import Sizes
 from tests.fuzz.tables import WIDE, index_forms
@@ -180,6 +180,7 @@ def batch_args(build: Builder, given: Prefix, of: Sizes) -> None:
         number = given.numbers[name]
         wrong = forms.integer(names=near)[1:]  # None is one of its forms
         same = forms.same_integer(number) if number is not None else []
+        same += large("2**31 - 1") if name == "total_q" else []  # 16 GiB of slots
         build.arg(name, str(number), wrong, same, leave_out=0.5 if number is None else 0)
     for at, name in enumerate(lengths):
         lens = given.known[at] if given.known else None
