@@ -21,7 +21,7 @@ from tests.fuzz.prefixes import Checked, batch_lines, build_call, prefix
 def prefix_attention(draw: Draw) -> Case:
     direct = draw.chance(0.12)
     of = sizes(draw)
-    given = prefix(draw, of, most_new=3 if direct else 5, most_cached=8 if direct else 16)
+    given = prefix(draw, of, most_new=3 if direct else draw.choice([4, 9]), most_cached=8 if direct else 16)
     kinds = draw.choice(KINDS), draw.choice(KINDS)
     function = "prefix_attention (direct)" if direct else "prefix_attention"
     overlapping = draw.chance(0.1)

@@ -68,8 +68,8 @@ def write(draw: Draw) -> Case:
                      names=("k", "v", "slots"))  # fmt: skip
         rows = good(f"negative(normal({tokens}, {of.heads}, {dim}))", f"{name}.clone().requires_grad_()")
         wrong_types = forms.tensors(name, "float64", "int32", "uint8", "float8_e4m3fn", "int64")
-        if of.dtype in FLOATS and of.layout == "NHD" and 0 < tokens <= of.page:
-            rows += good(f"cache.{'key' if name == 'k' else 'value'}_cache[0, :{tokens}]")
+        if of.dtype in FLOATS and of.layout == "NHD" and 0 < tokens <= of.page and draw.chance(0.5):
+            build.line(f"{name} = cache.{'key' if name == 'k' else 'value'}_cache[0, :{tokens}]")
         if of.k_dim == of.v_dim and name == "v":
             rows += good("k")
         build.arg(name, name, wrong_types, shapes, rows)

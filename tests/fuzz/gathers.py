@@ -135,6 +135,8 @@ def add_out(build: Builder, of: Sizes, total: int, out_dtype: str, names: tuple[
         f"(k_out[: {max(0, total - 1)}] if {total} else k_out.new_zeros(()), v_out)",
         "(k_out, torch.zeros(3, 3).to_sparse())", names=names,
     )  # fmt: skip
+    if out_dtype == "float32":
+        wrong += bad("(negative(k_out), v_out)", "(k_out, negative(v_out))", names=names)
     wrong += either("(without_memory(k_out), v_out)", "[k_out, without_memory(v_out)]")
     shape, dtype = f"({total}, {of.heads}, {of.k_dim})", f"torch.{out_dtype}"
     wrong += bad(f"(over(key_cache, {shape}, {dtype}), v_out)", f"(k_out, over(k_out, v_out.shape, {dtype}))",
