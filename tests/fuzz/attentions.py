@@ -39,7 +39,9 @@ def prefix_attention(draw: Draw) -> Case:
             build.forms[name] += bad("None", names=("k_new", "v_new"))
         else:
             build.line(f"{name} = None")
-            wrong = bad(*NO_TENSORS[1:], f"torch.zeros({rows}, {of.heads}, {dim})", names=("k_new", "v_new"))
+            wrong = bad(*NO_TENSORS[1:], names=("k_new", "v_new"))
+            if name == "k_new":  # with one for v_new too it would be right
+                wrong += bad(f"torch.zeros({rows}, {of.heads}, {dim})", names=("k_new", "v_new"))
             build.arg(name, "None", wrong)
     page_1 = f"kg.PagedKVCache({of.blocks}, {of.page + 1}, {of.heads}, {of.k_dim}, device='cpu', dtype=torch.float32)"
     build.arg("cache", "cache", bad(*JUNK, page_1, "cache.key_cache", "batch", names=("batch", "q")))

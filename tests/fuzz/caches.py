@@ -91,7 +91,7 @@ def write(draw: Draw) -> Case:
 
     of_scope = tuple(f"cache.{name}" for name in ("key_cache", "value_cache", "k_scale", "v_scale"))
     names = ("key_cache", "value_cache", "k_scale", "v_scale")  # those whose elements overlap
-    if draw.chance(0.03):
+    if draw.chance(0.03) and not any("= cache." in line for line in build.lines):
         build.late.append("shrunk(cache)")
         return build.finish(check, of_scope, BAD if of.blocks else EITHER, names)
     return build.finish(check, of_scope, EITHER if overlapping else GOOD, names if overlapping else ())

@@ -35,8 +35,10 @@ def engines_call(draw: Draw) -> Case:
         out_dtype = of.dtype
     add_rows(build, of, given.total, out_dtype, ("key", "value"))
     for name, other in (("key", "value"), ("value", "key")):
-        wrong = bad(f"{name}[None]", f"{name}.double()", f"{name}.new_zeros(1).expand(400, 9, 9)", other
-                    if of.k_dim == of.v_dim else f"{name}.flatten()", f"{name}[..., :-1]", names=(other,))  # fmt: skip
+        expanded = f"{name}.new_zeros(1).expand(400, 9, 9)"
+        wrong = bad(f"{name}[None]", f"{name}.double()", expanded, f"{name}[..., :-1]", names=(other,))
+        if of.k_dim == of.v_dim:  # one tensor for both, which may be without elements
+            wrong += bad(other, names=(other,)) if given.total else either(other, names=(other,))
         build.arg(name, name, forms.tensors(name, names=(other, "key's dtype")), wrong)
     build.arg("block_tables", names[0], index_forms(names[0], 2, names))
     build.arg("cu_seqlens_kv", names[1], index_forms(names[1], 1, names))

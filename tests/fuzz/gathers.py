@@ -129,12 +129,14 @@ def add_out(build: Builder, of: Sizes, total: int, out_dtype: str, names: tuple[
         return False
     add_rows(build, of, total, out_dtype, ("k_out", "v_out"))
     wrong = bad(
-        "(k_out, k_out)", "(k_out, v_out.double())", "(k_out.to('meta'), v_out)", "(k_out[None], v_out)", "(v_out,)",
+        "(k_out, v_out.double())", "(k_out.to('meta'), v_out)", "(k_out[None], v_out)", "(v_out,)",
         "(k_out, v_out, v_out)", "(k_out.flatten(), v_out)", "(k_out, v_out[..., None])", "{'k': k_out, 'v': v_out}",
         f"(k_out, v_out.new_zeros(1).expand({max(2, total)}, {of.heads}, {of.v_dim}))", "iter((k_out, v_out))",
         f"(k_out[: {max(0, total - 1)}] if {total} else k_out.new_zeros(()), v_out)",
         "(k_out, torch.zeros(3, 3).to_sparse())", names=names,
     )  # fmt: skip
+    both = ("(k_out, k_out)", "[v_out, v_out]")  # which may be without elements
+    wrong += bad(*both, names=names) if total else either(*both, names=names)
     if out_dtype == "float32":
         wrong += bad("(negative(k_out), v_out)", "(k_out, negative(v_out))", names=names)
     wrong += either("(without_memory(k_out), v_out)", "[k_out, without_memory(v_out)]")
