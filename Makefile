@@ -6,6 +6,7 @@
 # make test-triton runs the tests of everything that launches kernels on the oldest and the newest Triton that are supported.
 # With a GPU, make test-gpu runs every test that needs one, and make memcheck runs every kernel under compute-sanitizer.
 # To measure, on a GPU if there is one: make bench
+# To call every public function with right and wrong arguments, against an oracle: make fuzz
 #
 # Variables, for each:
 #
@@ -15,6 +16,7 @@
 #   BROWSER=none                 make test: do not install a browser when there is none
 #   VERSIONS="3.8.0"             make test-triton: the versions of Triton, instead of the oldest and the newest
 #   WHAT=steps                   make bench: what to measure (kvgather bench --help has the list)
+#   CALLS=20000 SEED=0           make fuzz: how many calls, and which; ARGS="--only 1234" repeats one
 #
 # Paths are relative and nothing runs through a console script, so that the clone may lie under any path.
 
@@ -26,11 +28,13 @@ WHAT = gather
 VERSIONS = 3.6.0 3.9.0
 TRITON_TESTS = tests/attention tests/batch tests/gather tests/kernels tests/lab tests/scatter \
 	tests/test_cache.py tests/test_plan.py
+CALLS = 20000
+SEED = 0
 NOTEBOOKS = $(sort $(wildcard notebooks/*.ipynb))
 NBVAL = --nbval --nbval-sanitize-with tests/notebooks/sanitize.cfg --nbval-cell-timeout 120 $(NOTEBOOKS)
 export PYTHON TORCH
 
-.PHONY: help lab test test-triton test-gpu memcheck bench setup browser lint types format notebooks clean
+.PHONY: help lab test test-triton test-gpu memcheck bench fuzz setup browser lint types format notebooks clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -58,6 +62,10 @@ memcheck: setup
 # ARGS="--case SHUFFLE-8x64 --csv" measures some cases and keeps their rows in benchmarks/results/.
 bench: setup
 	@$(PY) -m kvgather bench $(WHAT) $(ARGS)
+
+# About 60 calls a second on one core. tests/fuzz/test_short.py runs some hundred of them.
+fuzz: setup
+	@$(PY) tools/fuzz.py --calls $(CALLS) --seed $(SEED) $(ARGS)
 
 setup:
 	@sh tools/setup.sh

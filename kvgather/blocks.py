@@ -79,7 +79,7 @@ class BlockPool:
         try:
             hash(extra_key)
         except TypeError:
-            raise TypeError(f"extra_key is {extra_key!r:.60}; accepted: any hashable value") from None
+            raise TypeError(f"extra_key is {shown(extra_key)}; accepted: any hashable value") from None
         content_key = _typed(extra_key)
         hits = self._lookup(tokens, content_key)
         num_new = -(-len(tokens) // self.page_size) - len(hits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -77,12 +78,15 @@ class PagedKVCache:
         v_dim = k_dim if v_head_dim is None else check_int(v_head_dim, "v_head_dim", minimum=1)
         where = resolve_device(device)
         kinds = _pair_of_kinds(scale)
-        key_cache = torch.zeros(
-            key_shape(layout, blocks, page, heads, k_dim, dtype.itemsize), dtype=dtype, device=where
-        )
-        value_cache = torch.zeros(
-            value_shape(layout, blocks, page, heads, v_dim, dtype.itemsize), dtype=dtype, device=where
-        )
+        k_shape = key_shape(layout, blocks, page, heads, k_dim, dtype.itemsize)
+        v_shape = value_shape(layout, blocks, page, heads, v_dim, dtype.itemsize)
+        if (most := max(math.prod(k_shape), math.prod(v_shape)) * dtype.itemsize) >= 2**63:
+            raise ValueError(
+                f"num_blocks {blocks}, page_size {page}, num_kv_heads {heads} and head_dim {max(k_dim, v_dim)} make a "
+                f"pool of {most:.1e} bytes; accepted: fewer than 2^63"
+            )
+        key_cache = torch.zeros(k_shape, dtype=dtype, device=where)
+        value_cache = torch.zeros(v_shape, dtype=dtype, device=where)
         scales = [
             torch.ones(kind_shape(kind, blocks, heads, page) or (1,), dtype=torch.float32, device=where)
             if given is None and kind != "none"

@@ -12,6 +12,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -172,7 +173,11 @@ def parse_device(device: object, name: str = "device") -> torch.device:
     """
     accepted = "accepted: a torch.device or its name: cpu, cuda, cuda:0, …"
     if not isinstance(device, (str, torch.device)):
-        raise TypeError(f"{name} is {type(device).__name__} {device!r:.60}; {accepted}")
+        try:
+            came = f"{device!r:.60}"
+        except ValueError:  # Python refuses to print integers of more than 4300 digits
+            came = "of too many digits to print"
+        raise TypeError(f"{name} is {type(device).__name__} {came}; {accepted}")
     try:
         return torch.device(device)
     except RuntimeError:
@@ -248,7 +253,17 @@ def fp8_in_hardware(backend: str, arch: str) -> frozenset[torch.dtype]:
     Args:
         backend: "cuda" or "hip".
         arch: a compute capability without its dot ("90", "120"), or a name such as "gfx942".
+
+    Raises:
+        TypeError, ValueError: `backend` is another one, or `arch` is no architecture of it.
     """
+    for name, word in (("backend", backend), ("arch", arch)):
+        if not isinstance(word, str):
+            raise TypeError(f"{name} is {type(word).__name__}; accepted: a string")
+    if backend not in ("cuda", "hip"):
+        raise ValueError(f"backend is {backend!r:.60}; accepted: cuda, hip")
+    if backend == "cuda" and not re.fullmatch("[0-9]{2,4}", arch):
+        raise ValueError(f"arch is {arch!r:.60}; accepted for cuda: a compute capability without its dot, such as 90")
     if backend == "cuda":
         ocp, fnuz = int(arch) >= 89, False
     else:

@@ -74,6 +74,8 @@ def test_bad_tokens_raise_and_change_nothing(tokens: Any, error: type[Exception]
 
 def test_bad_extra_key_and_bad_appended_token() -> None:
     pool = BlockPool(num_blocks=4, page_size=4)
+    with pytest.raises(TypeError, match="extra_key is of too many digits to print; accepted: any hashable value"):
+        BlockPool(4, 4).allocate([1], extra_key=[10**5000])  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"extra_key is \['a'\]; accepted: any hashable value"):
         pool.allocate([1], ["a"])
     seq = pool.allocate([1, 2, 3, 4])

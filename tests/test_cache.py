@@ -53,6 +53,11 @@ def test_check_reads_every_scale() -> None:
     [
         ({"num_blocks": -1}, ValueError, r"num_blocks is -1; accepted: 0 to"),
         ({"page_size": 0}, ValueError, r"page_size is 0; accepted: 1 to"),
+        (
+            {"num_blocks": 2**31 - 1, "page_size": 2**31 - 1},
+            ValueError,
+            r"num_blocks 2147483647, page_size 2147483647, .* make a pool of 1\.5e\+20 bytes; accepted: fewer than",
+        ),
         ({"num_kv_heads": 2.5}, TypeError, r"num_kv_heads is float 2.5; accepted: an int"),
         ({"head_dim": "64"}, TypeError, r"head_dim is str '64'; accepted: an int"),
         ({"v_head_dim": 0}, ValueError, r"v_head_dim is 0; accepted: 1 to"),

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -200,6 +201,7 @@ BAD_DEVICES = [
     ("gpu", ValueError, r"device is 'gpu'; accepted: a torch.device or its name"),
     ("", ValueError, r"device is ''; accepted: "),
     ("cuda:-1", ValueError, r"device is 'cuda:-1'; accepted: "),
+    pytest.param(10**5000, TypeError, r"device is int of too many digits to print; accepted: ", id="huge"),
 ]
 
 
@@ -258,6 +260,21 @@ def test_what_amd_gpus_decode(monkeypatch: pytest.MonkeyPatch, arch: str, hardwa
     monkeypatch.setattr(torch.version, "hip", "7.0")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda where: Properties)
     assert {dtype for dtype, how in device.fp8_support("cuda").items() if how == "hardware"} == hardware
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (("rocm", "gfx942"), ValueError, "backend is 'rocm'; accepted: cuda, hip"),
+        ((None, "90"), TypeError, "backend is NoneType; accepted: a string"),
+        (("cuda", 90), TypeError, "arch is int; accepted: a string"),
+        (("cuda", "9.0"), ValueError, "arch is '9.0'; accepted for cuda: a compute capability without its dot"),
+        (("cuda", "sm_90"), ValueError, "arch is 'sm_90'; accepted for cuda"),
+    ],
+)
+def test_what_is_no_architecture(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        device.fp8_in_hardware(*arguments)
 
 
 def test_the_doctor_says_what_runs_here() -> None:

@@ -69,7 +69,8 @@ class Children:
         return [sys.executable, "-m", self.child, str(self.seed), str(first), str(end), *more]
 
     def environment(self) -> dict[str, str]:
-        return with_path(ROOT) | {"OMP_NUM_THREADS": "1"}
+        """On the CPU, where a kernel runs in the interpreter, also on a machine with a GPU."""
+        return with_path(ROOT) | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
 
     def run(self, first: int, end: int) -> Run:
         """Calls `first` to `end` - 1 in one process, as far as it gets."""

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..device import parse_device
-from ..formats.checks import as_float, check_int, check_tensor, described, dtype_name
+from ..formats.checks import as_float, check_int, check_tensor, described, dtype_name, shown
 from ._gpu_pages import GpuPages
 
 SIDES = ("after", "before")
@@ -67,8 +67,9 @@ def fenced(
     Source: the guard pages of Electric Fence (Bruce Perens, 1987); on a GPU, the driver's virtual memory
         management (cuMemAddressReserve, cuMemMap).
     """
-    if side not in SIDES:
-        raise FenceError(f"side is {side!r}; accepted: 'after', 'before'")
+    if not isinstance(side, str) or side not in SIDES:
+        came = shown(side) if isinstance(side, str) else described(side)
+        raise FenceError(f"side is {came}; accepted: 'after', 'before'")
     try:
         guard_bytes = check_int(guard_bytes, "guard_bytes", minimum=1, maximum=MAX_GUARD_BYTES)
     except ValueError as error:
@@ -77,6 +78,8 @@ def fenced(
     where = parse_device(device)
     if where.type not in ("cpu", "cuda"):
         raise FenceError(f"device is {where}; accepted: a CPU, or a GPU that torch calls cuda")
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise FenceError(f"device is {where}, and torch sees no GPU here; accepted: cpu")
     if source.numel() == 0:
         return torch.empty(source.shape, dtype=source.dtype, device=where)
     nbytes = source.numel() * source.element_size()
@@ -100,8 +103,8 @@ def _source(value: object) -> Tensor:
     if number is None:
         raise TypeError(f"value is {described(value)}; accepted: a tensor or a number")
     held = torch.tensor([number], dtype=torch.float32, device="cpu")
-    if bool(held.isinf()) and abs(number) != float("inf"):
-        raise ValueError(f"value is {number}; accepted: numbers that FP32 can hold")
+    if bool(held.isinf()) and value != held.item():
+        raise ValueError(f"value is {shown(value)}; accepted: numbers that FP32 can hold")
     return held
 
 
@@ -129,8 +132,6 @@ def _cpu_bytes(nbytes: int, side: str, guard_bytes: int) -> Tensor:
 
 def _gpu_bytes(nbytes: int, side: str, guard_bytes: int, device: torch.device) -> Tensor:
     """`nbytes` of uint8 in a mapping of their own, with reserved and unmapped addresses on both sides."""
-    if not torch.cuda.is_available():
-        raise FenceError(f"device is {device}, and torch sees no GPU here; accepted: cpu")
     index = device.index if device.index is not None else torch.cuda.current_device()
     try:
         pages = GpuPages(nbytes, guard_bytes, index)

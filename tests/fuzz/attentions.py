@@ -10,8 +10,9 @@ import torch
 from tests.fuzz import attend, forms
 from tests.fuzz.attend import Row, check_all, check_row, softmax_row
 from tests.fuzz.caches import cache_lines, check_write
-from tests.fuzz.case import BAD, EITHER, GOOD, Builder, Case, Draw, Facts, Wrong, bad, either, good
+from tests.fuzz.case import BAD, EITHER, GOOD, Builder, Case, Draw, Facts, Wrong, bad, good
 from tests.fuzz.floats import product
+from tests.fuzz.junk import JUNK, NO_TENSORS
 from tests.fuzz.pages import Pool, Scales
 from tests.fuzz.pools import FLOATS, KINDS, Sizes, sizes
 from tests.fuzz.prefixes import Checked, batch_lines, build_call, prefix
@@ -20,12 +21,14 @@ from tests.fuzz.prefixes import Checked, batch_lines, build_call, prefix
 def prefix_attention(draw: Draw) -> Case:
     direct = draw.chance(0.12)
     of = sizes(draw)
-    given = prefix(draw, of, most_new=3 if direct else 5, most_cached=8 if direct else 16)
+    given = prefix(draw, of, most_new=3 if direct else draw.choice([4, 9]), most_cached=8 if direct else 16)
     kinds = draw.choice(KINDS), draw.choice(KINDS)
     function = "prefix_attention (direct)" if direct else "prefix_attention"
     overlapping = draw.chance(0.1)
     lines = [*cache_lines(draw, of, kinds, overlapping, tame=True, finite=True), *batch_lines(draw, given)]
     build = Builder(draw, function, "kg.prefix_attention", [*lines, f"batch = {build_call(given, of)}"])
+    if direct:
+        build.trace()
     rows, q_heads = given.total_q, of.heads * draw.one(1, 1, 2, 3)
     q_dtype = draw.choice(FLOATS)
     _add_rows(build, "q", (rows, q_heads, of.k_dim), q_dtype)
@@ -36,23 +39,27 @@ def prefix_attention(draw: Draw) -> Case:
             build.forms[name] += bad("None", names=("k_new", "v_new"))
         else:
             build.line(f"{name} = None")
-            wrong = bad(*forms.NO_TENSORS[1:], f"torch.zeros({rows}, {of.heads}, {dim})", names=("k_new", "v_new"))
+            wrong = bad(*NO_TENSORS[1:], names=("k_new", "v_new"))
+            if name == "k_new":  # with one for v_new too it would be right
+                wrong += bad(f"torch.zeros({rows}, {of.heads}, {dim})", names=("k_new", "v_new"))
             build.arg(name, "None", wrong)
     page_1 = f"kg.PagedKVCache({of.blocks}, {of.page + 1}, {of.heads}, {of.k_dim}, device='cpu', dtype=torch.float32)"
-    build.arg("cache", "cache", bad(*forms.JUNK, page_1, "cache.key_cache", "batch", names=("batch", "q")))
-    build.arg("batch", "batch", bad(*forms.JUNK, "batch.plan", "kg.PrefixBatch", "cache"))
-    build.arg("softmax_scale", draw.one("None", "None", "0.3", "1", "np.float32(0.5)"), forms.number(),
+    build.arg("cache", "cache", bad(*JUNK, page_1, "cache.key_cache", "batch", names=("batch", "q")))
+    build.arg("batch", "batch", bad(*JUNK, "batch.plan", "kg.PrefixBatch", "cache"))
+    build.arg("softmax_scale", draw.one("None", "None", "0.3", "1", "np.float32(0.5)", "1e-30"), forms.number(),
               good("fractions.Fraction(1, 2)"), leave_out=0.3)  # fmt: skip
     if draw.chance(0.4):
         seed, dtype = draw.number(), draw.choice(FLOATS)
-        sinks = forms.strided(draw, f"normal(SHAPE, seed={seed}).to(torch.{dtype})", (q_heads,), overlapping=True)
+        inner = draw.one("{}", "{}", "{}", "{} * 1e4", "{} * 0 - torch.inf")
+        inner = inner.format(f"normal(SHAPE, seed={seed})")
+        sinks = forms.strided(draw, f"({inner}).to(torch.{dtype})", (q_heads,), overlapping=True)
         build.line(f"sinks = {sinks}")
         wrong = forms.tensors("sinks", "float64", "int32", optional=True) + bad(f"normal({q_heads + 1})", "sinks[None]")
         build.arg("sinks", "sinks", wrong, good("None", f"negative(normal({q_heads}))"))
-    window = draw.choice([None, None, 1, 2, 3, 50])
+    window = draw.choice([None, None, 1, 2, 3, 50, 2**31 - 1])
     build.arg("window", str(window), forms.integer(1)[1:], bad("0"), leave_out=0.3 if window is None else 0)
     verdict, names = GOOD, ()
-    workspace = None if draw.chance(0.6) else draw.choice([1, 2, 4, 8, 100])
+    workspace = None if draw.chance(0.6) else draw.choice([1, 2, 4, 8, 100, 2**31 - 1])
     if workspace is not None and workspace < (window or 1) * (1 if given.known else max(1, len(given.table))):
         verdict, names = EITHER, ("workspace_tokens",)
     build.arg("workspace_tokens", str(workspace), forms.integer(1, names=("window",))[1:], bad("0"),
@@ -163,7 +170,8 @@ def merge_states(draw: Draw) -> Case:
         make = f"normal(SHAPE, seed={draw.number()}).to(torch.{draw.choice(FLOATS)})"
         build.line(f"out_{side} = {forms.strided(draw, make, (n, heads, dim), overlapping=True)}")
         inner = f"normal(SHAPE, seed={draw.number()}) * {draw.one('1', '30')}"
-        make = f"torch.where(normal(SHAPE, seed={draw.number()}) > {draw.one('0.5', '9.')}, {draw.one('-', '')}torch.inf, {inner})"
+        where = f"normal(SHAPE, seed={draw.number()}) > {draw.one('0.5', '9.')}"
+        make = f"torch.where({where}, {draw.one('-', '')}torch.inf, {inner})"
         build.line(f"lse_{side} = {forms.strided(draw, make, (n, heads), overlapping=True)}")
         if draw.chance(0.3):
             build.line(f"out_{side} = torch.where(normal({n}, {heads}, {dim}, seed={draw.number()}) > 1.2, torch.nan, "
@@ -215,8 +223,6 @@ def _check_merged(
         lse = top + math.log(sum(weights))
     for d, (have, right) in enumerate(zip(got, want, strict=True)):
         check_row(f"{name}[{d}]", [have], None, Row([right], 0.0, max(map(abs, (out_a[d], out_b[d], 1e-30)))), dtype)
-    if not (math.isnan(lse) and math.isnan(got_lse) or got_lse == lse or abs(got_lse - lse) < 1e-4 * (1 + abs(lse))):
+    both_nan, close = math.isnan(lse) and math.isnan(got_lse), abs(got_lse - lse) < 1e-4 * (1 + abs(lse))
+    if not (both_nan or close or got_lse == lse):
         raise Wrong(f"{name} has log-sum-exp {got_lse}, and should have {lse}")
-
-
-__all__ = ["BAD", "either", "merge_states", "prefix_attention"]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 from tests.fuzz import forms
 from tests.fuzz.caches import cache_lines
-from tests.fuzz.case import BAD, GOOD, Builder, Case, Draw, Facts, Wrong, bad, good
+from tests.fuzz.case import BAD, GOOD, Builder, Case, Draw, Facts, Wrong, bad
 from tests.fuzz.gathers import TABLE
+from tests.fuzz.junk import JUNK
 from tests.fuzz.pages import rows_of_plan
 from tests.fuzz.pools import KINDS, Sizes, sizes
 from tests.fuzz.prefixes import Prefix, batch_args, batch_lines, build_call, prefix
@@ -50,7 +52,7 @@ def faults(given: Prefix, of: Sizes, window: int | None) -> list[str]:
     totals = [n["total_q"] if n["total_q"] is not None else given.cu_q[-1],
               n["total_k"] if n["total_k"] is not None else given.cu_k[-1]]  # fmt: skip
     for name, cu, total in (("cu_seqlens_q", given.cu_q, totals[0]), ("cu_seqlens_k", given.cu_k, totals[1])):
-        if cu[0] != 0 or any(not a <= b <= total for a, b in zip(cu, cu[1:], strict=False)):
+        if cu[0] != 0 or any(not a <= b <= total for a, b in pairwise(cu)):
             found.append(name)
     if found:
         return found
@@ -100,7 +102,7 @@ def check_plan(draw: Draw) -> Case:
         lines.append("block_table.zero_(), cu_seqlens_k.zero_()")
     build = Builder(draw, "GatherPlan.check", "plan.check", lines, spoils=(1.0,), warm=0)
     cu, found = given.cu, []
-    if cu[0] != 0 or any(not a <= b <= total for a, b in zip(cu, cu[1:], strict=False)) or cu[0] > total:
+    if cu[0] != 0 or any(not a <= b <= total for a, b in pairwise(cu)) or cu[0] > total:
         found.append("cu_seqlens_k")
     elif "bad" in rows_of_plan(given.table, cu, given.starts, of.page, of.blocks, total):
         found += ["block_table", "seq_starts"]
@@ -152,7 +154,7 @@ def explain(draw: Draw) -> Case:
     name = "prepare" if prepares else "explain"
     build = Builder(draw, f"PrefixBatch.{name}", f"batch.{name}", lines)
     heads = of.heads * draw.one(1, 2, 4)
-    build.arg("cache", "cache", forms.bad(*forms.JUNK, "batch", "kg.PagedKVCache", "cache.key_cache"))
+    build.arg("cache", "cache", forms.bad(*JUNK, "batch", "kg.PagedKVCache", "cache.key_cache"))
     wrong = forms.integer(1), forms.same_integer(heads), bad(str(of.heads + 1)) if of.heads > 1 else []
     build.arg("num_q_heads", str(heads), *wrong)
     window = draw.choice([None, None, 1, 3, 100])
@@ -173,6 +175,3 @@ def explain(draw: Draw) -> Case:
             raise Wrong(f"gave {result!r:.200}")
 
     return build.finish(check)
-
-
-__all__ = ["build_batch", "check_batch", "check_plan", "equality", "explain", "good"]

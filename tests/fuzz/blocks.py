@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from tests.fuzz import forms
-from tests.fuzz.case import BAD, GOOD, Builder, Case, Draw, Facts, Wrong, bad, good
+from tests.fuzz.case import Builder, Case, Draw, Facts, Wrong, bad, good
+from tests.fuzz.junk import JUNK
 
 Content = tuple[Hashable, tuple[int, ...]]
 KEYS = ("None", "'a'", "1", "True", "1.0", "('a', 1)", "('a', True)", "np.int64(1)", "frozenset({1})", "float('inf')")
@@ -143,14 +144,17 @@ def exact(key: Any) -> Hashable:
 def cu_seqlens(draw: Draw) -> Case:
     lengths = [draw.choice([0, 1, 5, 100]) for _ in range(draw.randint(0, 5))]
     build = Builder(draw, "cu_seqlens", "kg.cu_seqlens", warm=0)
-    form = draw.one("{}", "tuple({})", "iter({})", "torch.tensor({}, dtype=torch.int64)", "np.array({}, dtype=np.int32)",
-                    "torch.tensor({} * 2, dtype=torch.int32)[::2]", "[np.int64(n) for n in {}]", "(n for n in {})",
+    form = draw.one("{}", "tuple({})", "iter({})", "torch.tensor({}, dtype=torch.int64)",
+                    "np.array({}, dtype=np.int32)", "torch.tensor({} * 2, dtype=torch.int32)[::2]",
+                    "[np.int64(n) for n in {}]", "(n for n in {})",
                     "torch.tensor({}, dtype=torch.uint8)", "dict.fromkeys({})")  # fmt: skip
-    wrong = bad(*(code for code in forms.JUNK if code not in ("[]", "()", "{}", "b'x'", "[1, 2]")), "[1, -1]", "[True]",
-                "[2**31 - 1, 1]", "[2**31]", "['1']", "[1.0]", "[None]", "torch.tensor([1.0])", "torch.tensor([[1], [2]])",
-                "torch.tensor([-1])", "torch.tensor([True])", "torch.ones(2).to('meta')", "np.array([1.5])", "'12'",
+    wrong = bad(*(code for code in JUNK if code not in ("[]", "()", "{}", "b'x'", "[1, 2]")), "[1, -1]", "[True]",
+                "[2**31 - 1, 1]", "[2**31]", "['1']", "[1.0]", "[None]", "torch.tensor([1.0])",
+                "torch.tensor([[1], [2]])", "torch.tensor([-1])", "torch.tensor([True])",
+                "torch.ones(2).to('meta')", "np.array([1.5])", "'12'",
                 "[float('nan')]", "[10**5000]", "torch.tensor([1, 2]).to_sparse()", "[[1]]", "np.zeros((2, 2), int)",
-                "torch.tensor([2**62, 2**62])", "{'a': 1}", "[1j]", "[np.bool_(1)]", "torch.tensor([1 + 1j])")  # fmt: skip
+                "torch.tensor([2**62, 2**62])", "{'a': 1}", "[1j]", "[np.bool_(1)]",
+                "torch.tensor([1 + 1j])")  # fmt: skip
     build.arg("lengths", form.format(lengths), wrong, good("[]", "()", "{}", "b'x'", "[1, 2]", "range(4)"))
     build.arg("device", "'cpu'", forms.device(), good("None"), leave_out=0.6)
     plain = form in ("{}", "tuple({})")
@@ -180,6 +184,3 @@ def pool_of(draw: Draw) -> Case:
         check_pool(pool, Twin(blocks, size), {})
 
     return build.finish(check)
-
-
-__all__ = ["BAD", "GOOD", "KEYS", "Twin", "check_pool", "cu_seqlens", "exact", "pool_of"]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.fuzz import attentions, batches, blocks, caches, gathers, histories
+from tests.fuzz import attentions, batches, blocks, caches, engines, gathers, histories, new_caches, others
 from tests.fuzz.case import Case, Draw
 
 MAKERS: list[tuple[Callable[[Draw], Case], int]] = [
     (gathers.build_plan, 10),
     (gathers.gather, 18),
-    (gathers.engines_call, 14),
-    (caches.constructor, 6),
-    (caches.from_tensors, 6),
+    (engines.engines_call, 14),
+    (new_caches.constructor, 6),
+    (new_caches.from_tensors, 6),
     (caches.write, 14),
     (caches.cache_gather, 8),
     (caches.cache_check, 2),
@@ -26,6 +26,8 @@ MAKERS: list[tuple[Callable[[Draw], Case], int]] = [
     (batches.explain, 4),
     (attentions.prefix_attention, 22),
     (attentions.merge_states, 5),
+    (others.device, 3),
+    (others.fenced, 4),
 ]
 
 

@@ -10,13 +10,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from tests.fuzz.junk import EVERYWHERE
+
 Value = TypeVar("Value")
 
 GOOD, EITHER, BAD = "good", "either", "bad"
 """What has to come of an argument: the right result; that or an error of ours; an error of ours."""
 
 PREAMBLE = """
-import decimal, enum, fractions, itertools
+import contextlib, decimal, enum, fractions, functools, itertools
 import numpy as np
 import torch
 import kvgather as kg
@@ -48,11 +50,43 @@ def without_memory(x):
     x.untyped_storage().resize_(max(0, x.untyped_storage().nbytes() - 1))
     return x
 
+def over(x, shape, dtype):
+    begin, needed = x.storage_offset() * x.element_size(), int(np.prod(shape)) * dtype.itemsize
+    if not 0 < needed <= x.untyped_storage().nbytes() - begin or begin % dtype.itemsize or not x.numel():
+        return 0
+    return torch.empty(0, dtype=dtype).set_(x.untyped_storage(), begin // dtype.itemsize, shape)
+
+class Named(torch.Tensor):
+    pass
+
+def of_subclass(x):
+    return x.as_subclass(Named)
+
+@contextlib.contextmanager
+def by_default(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+def traced(call, strict, **named):
+    with trace(strict=strict) as found:
+        result = call(**named)
+    assert not found.violations, found.report()
+    return result
+
 def shrunk(cache):
     cache.key_cache.untyped_storage().resize_(0)
     return cache
 """
 """What the code of calls may use; `tests.fuzz.snippet` prints the part of it that a call needs."""
+SURROUNDINGS = (
+    "by_default(torch.bfloat16)", "by_default(torch.float64)", "torch.device('meta')", "torch.inference_mode()",
+    "torch.autocast('cpu', dtype=torch.bfloat16)", "torch.no_grad()",
+)  # fmt: skip
+"""Of a call; they change nothing."""
 
 
 class Wrong(Exception):
@@ -84,11 +118,13 @@ class Form:
         code: an expression.
         verdict: what has to come of it.
         names: arguments that an error may name beside this one.
+        large: whether it requests so much memory that there is too little.
     """
 
     code: str
     verdict: str = GOOD
     names: tuple[str, ...] = ()
+    large: bool = False
 
 
 def bad(*codes: str, names: tuple[str, ...] = ()) -> list[Form]:
@@ -97,6 +133,10 @@ def bad(*codes: str, names: tuple[str, ...] = ()) -> list[Form]:
 
 def either(*codes: str, names: tuple[str, ...] = ()) -> list[Form]:
     return [Form(code, EITHER, names) for code in codes]
+
+
+def large(*codes: str) -> list[Form]:
+    return [Form(code, EITHER, large=True) for code in codes]
 
 
 def good(*codes: str) -> list[Form]:
@@ -136,6 +176,7 @@ class Case:
         check: of its result.
         writes: expressions of the tensors whose elements it may change; of the arguments, or of the scope.
         large: whether so much memory is requested that there may be too little.
+        surroundings: an expression of what it is made in, or nothing.
         after_refusal: raises `Wrong` where a refused call changed something, seen in the scope.
     """
 
@@ -148,6 +189,7 @@ class Case:
     check: Check
     writes: tuple[str, ...] = ()
     large: bool = False
+    surroundings: str = ""
     after_refusal: Callable[[dict[str, Any]], None] | None = None
 
     @property
@@ -178,28 +220,36 @@ class Builder:
             self.args[name] = code
         self.forms[name] = [form for group in forms for form in group]
 
+    def trace(self, share: float = 0.3) -> None:
+        """Make the call of a kernel inside `trace` at times, which finds accesses outside of tensors."""
+        if self.draw.chance(share):
+            self.callee = f"functools.partial(traced, {self.callee}, {self.draw.one(True, False)})"
+            self.function = f"trace of {self.function.split(' ')[0]}"
+
     def finish(
-        self, check: Check, writes: tuple[str, ...] = (), verdict: str = GOOD, names: tuple[str, ...] = (),
-        large: bool = False,
-    ) -> Case:  # fmt: skip
+        self, check: Check, writes: tuple[str, ...] = (), verdict: str = GOOD, names: tuple[str, ...] = ()
+    ) -> Case:
         """The case.
 
         Args:
             verdict, names: of the call in its good forms, where an error may come all the same.
         """
-        draw, args, blamed, verdicts = self.draw, dict(self.args), set(names), {verdict}
+        draw, args, blamed, verdicts, large = self.draw, dict(self.args), set(names), {verdict}, False
         if verdict == GOOD and draw.chance(self.warm):
             self.lines.append(f"{self.callee}({', '.join(f'{name}={code}' for name, code in args.items())})")
         self.lines += self.late
         able = [name for name, forms in self.forms.items() if forms]
         count = draw.choices(range(len(self.spoils)), self.spoils)[0]
         for name in draw.sample(able, min(count, len(able))):
-            form = draw.choice(self.forms[name])
+            rarer = [form for form in self.forms[name] if form.code not in EVERYWHERE]
+            form = draw.choice(rarer if rarer and draw.chance(0.6) else self.forms[name])
             args[name] = form.code
             verdicts.add(form.verdict)
+            large |= form.large
             if form.verdict != GOOD:
                 blamed |= {name, *form.names}
         worst = BAD if BAD in verdicts else EITHER if EITHER in verdicts else GOOD
         return Case(
-            self.function, self.lines, self.callee, args, worst, frozenset(blamed), check, writes, large
+            self.function, self.lines, self.callee, args, worst, frozenset(blamed), check, writes, large,
+            draw.choice(SURROUNDINGS) if draw.chance(0.06) else "",
         )  # fmt: skip

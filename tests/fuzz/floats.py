@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import struct
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ TINY = 2.0**-126
 """FP32's smallest normal number."""
 
 
-@lru_cache(maxsize=None)
+@cache
 def decode(code: int, name: str) -> float:
     """The value of a byte, by its sign, exponent and mantissa."""
     fmt = FP8[name]
@@ -48,7 +48,7 @@ def decode(code: int, name: str) -> float:
     return sign * math.ldexp((1 << fmt.mantissa_bits) + mantissa, exponent - fmt.bias - fmt.mantissa_bits)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _finite(name: str) -> list[tuple[float, int]]:
     """Values and codes that are not negative and finite, in order."""
     values = [(decode(code, name), code) for code in range(128)]

@@ -3,17 +3,7 @@
 from __future__ import annotations
 
 from tests.fuzz.case import Draw, Form, bad, either, good
-
-JUNK = (
-    "None", "True", "3", "-1", "2.5", "float('nan')", "'x'", "b'x'", "[]", "()", "{}", "object()", "[1, 2]", "2**70",
-    "-10**5000", "torch.float32", "torch.tensor(3)", "torch.zeros(2)", "np.zeros(3)", "np.float32(1)", "np.int64(1)",
-    "(lambda: 0)", "kg", "int", "1j", "torch.device('cpu')", "[None]", "[torch.zeros(1)]", "slice(2)",
-)  # fmt: skip
-NO_TENSORS = tuple(code for code in JUNK if code not in ("torch.tensor(3)", "torch.zeros(2)"))
-NO_NUMBERS = (
-    "None", "True", "False", "2.5", "1.0", "'3'", "b'3'", "[]", "[3]", "{}", "object()", "torch.tensor(3)", "1j",
-    "np.float32(3)", "np.array([3])", "np.bool_(True)", "decimal.Decimal(3)", "fractions.Fraction(3)", "torch.int32",
-)  # fmt: skip
+from tests.fuzz.junk import NO_NUMBERS, NO_TENSORS
 
 
 def tensors(name: str, *dtypes: str, optional: bool = False, names: tuple[str, ...] = ()) -> list[Form]:
@@ -29,13 +19,14 @@ def tensors(name: str, *dtypes: str, optional: bool = False, names: tuple[str, .
     forms = bad(*junk, names=names)
     forms += bad(
         f"{name}[None]", f"{name}.to('meta')", "torch.zeros(2, 3).to_sparse()", f"{name}.float().numpy()",
-        f"{name}.tolist()", "torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=torch.jagged)",
+        f"{name}.tolist()", "torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])",
         "torch.quantize_per_tensor(torch.zeros(2), 1.0, 0, torch.qint8)", f"{name}.float().to(torch.complex64)",
         f"{name}.float() > 0", f"({name},)", names=names,
     )  # fmt: skip
     forms += either(f"without_memory({name})", names=names)  # a tensor of no elements needs none
     forms += bad(*(f"{name}.to(torch.{dtype})" for dtype in dtypes), names=names)
-    return forms
+    forms += either(f"of_subclass({name})", names=names)
+    return forms + good(f"torch.nn.Parameter({name}, requires_grad=False)")
 
 
 def flattened(name: str, names: tuple[str, ...] = ()) -> list[Form]:
@@ -73,8 +64,9 @@ def number(names: tuple[str, ...] = ()) -> list[Form]:
 
 
 def dtype(*wrong: str) -> list[Form]:
-    return bad("None", "'bfloat16'", "np.float32", "float", "3", "torch.zeros(1)", "[]", "{}", "np.dtype('float32')",
-               *(f"torch.{name}" for name in (*wrong, "float64", "int8", "int32", "bool", "complex64", "uint8")))  # fmt: skip
+    others = (*wrong, "float64", "int8", "int32", "bool", "complex64", "uint8")
+    junk = ("None", "'bfloat16'", "np.float32", "float", "3", "torch.zeros(1)", "[]", "{}", "np.dtype('float32')")
+    return bad(*junk, *(f"torch.{name}" for name in others))
 
 
 def device() -> list[Form]:
@@ -130,7 +122,7 @@ def whole_numbers(draw: Draw, rows: list[list[int]] | list[int], dtype: str, col
     Args:
         columns: of a table, for one without rows.
     """
-    if rows and isinstance(rows[0], int) or not (rows or columns):
+    if (rows and isinstance(rows[0], int)) or not (rows or columns):
         way = draw.one("plain", "plain", "step", "offset")
         if way == "step":
             spread = [n for row in rows for n in (row, -7)]

@@ -1,4 +1,4 @@
-"""Calls of `GatherPlan.build`, `gather` and the engines' call, and what has to come of them."""
+"""Calls of `GatherPlan.build` and `gather`, and what has to come of them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,21 @@ import torch
 from torch import Tensor
 
 from tests.fuzz import forms
-from tests.fuzz.case import BAD, GOOD, Builder, Case, Draw, Facts, Wrong, bad, either, good
+from tests.fuzz.case import BAD, Builder, Case, Draw, Facts, Wrong, bad, either, good, large
+from tests.fuzz.junk import JUNK
 from tests.fuzz.pages import Pool, Scales, check_rows, rows_of_plan, used_offsets
-from tests.fuzz.pools import FLOATS, KINDS, Sizes, add_pools, kind_forms, pool_lines, scale_code, scale_forms, sizes
+from tests.fuzz.pools import (
+    FLOATS,
+    FP8,
+    KINDS,
+    Sizes,
+    add_pools,
+    kind_forms,
+    pool_lines,
+    scale_code,
+    scale_forms,
+    sizes,
+)
 from tests.fuzz.tables import Batch, batch, index_forms
 
 TABLE = ("block_table", "cu_seqlens_k", "seq_starts")
@@ -47,15 +59,14 @@ def add_table(build: Builder, given: Batch, of: Sizes) -> None:
         build.line(f"{name} = {code}")
     build.arg("block_table", "block_table", index_forms("block_table", 2, TABLE), bad("block_table.flatten()"))
     build.arg("cu_seqlens_k", "cu_seqlens_k", index_forms("cu_seqlens_k", 1, TABLE), bad("cu_seqlens_k[:-1]"))
-    starts = index_forms("cu_seqlens_k", 1, TABLE, optional=True) if given.starts is None else index_forms(
-        "seq_starts", 1, TABLE, optional=True
-    )  # fmt: skip
-    build.arg("seq_starts", "seq_starts", [form for form in starts if "without" not in form.code])
+    starts = index_forms("cu_seqlens_k" if given.starts is None else "seq_starts", 1, TABLE, optional=True)
+    build.arg("seq_starts", "seq_starts", [form for form in starts if given.starts or form.verdict == BAD])
     sizes_forms = forms.integer(1), forms.same_integer(of.page)
     build.arg("page_size", str(of.page), *sizes_forms, either("2**31 - 1", "1", names=TABLE[1:2]))
     build.arg("num_blocks", str(of.blocks), forms.integer(), forms.same_integer(of.blocks), good("2**31 - 1"))
     total = forms.integer()[1:]  # None is one of its forms
     code = "None" if given.given_total is None else str(given.given_total)
+    total += large("2**31 - 1") if of.page == 1 else []  # 16 GiB of records
     build.arg("total_tokens", code, total, forms.same_integer(given.total), leave_out=0.5 if code == "None" else 0)
 
 
@@ -95,7 +106,7 @@ def add_plan(build: Builder, of: Sizes, most: int = 24, sick: float = 0.2) -> Ba
     build.line(f"plan = kg.GatherPlan.build(block_table, cu_seqlens_k, {sizes_code}{total}, seq_starts=seq_starts)")
     others = (f"page_size={of.page + 1}, num_blocks=0", f"page_size={of.page}, num_blocks={of.blocks + 1}")
     wrong = [f"kg.GatherPlan.build(block_table[:, :0], cu_seqlens_k * 0, {sizes})" for sizes in others]
-    build.arg("plan", "plan", forms.bad(*forms.JUNK, "plan.records", "kg.GatherPlan", *wrong, "(plan,)"))
+    build.arg("plan", "plan", forms.bad(*JUNK, "plan.records", "kg.GatherPlan", *wrong, "(plan,)"))
     return given
 
 
@@ -111,20 +122,27 @@ def rows_of(facts: Facts) -> list[Any]:
 def add_out(build: Builder, of: Sizes, total: int, out_dtype: str, names: tuple[str, ...] = ()) -> bool:
     """The argument `out`; returns whether it is given."""
     draw = build.draw
-    junk = forms.bad(*(code for code in forms.JUNK if code != "None"), "(None, None)", "[torch.zeros(1)] * 2",
+    junk = forms.bad(*(code for code in JUNK if code != "None"), "(None, None)", "[torch.zeros(1)] * 2",
                      "(key_cache, value_cache)", "(torch.zeros(0), 3)")  # fmt: skip
     if draw.chance(0.5):
         build.arg("out", "None", junk, leave_out=0.5)
         return False
     add_rows(build, of, total, out_dtype, ("k_out", "v_out"))
     wrong = bad(
-        "(k_out, k_out)", "(k_out, v_out.double())", "(k_out.to('meta'), v_out)", "(k_out[None], v_out)", "(v_out,)",
+        "(k_out, v_out.double())", "(k_out.to('meta'), v_out)", "(k_out[None], v_out)", "(v_out,)",
         "(k_out, v_out, v_out)", "(k_out.flatten(), v_out)", "(k_out, v_out[..., None])", "{'k': k_out, 'v': v_out}",
         f"(k_out, v_out.new_zeros(1).expand({max(2, total)}, {of.heads}, {of.v_dim}))", "iter((k_out, v_out))",
         f"(k_out[: {max(0, total - 1)}] if {total} else k_out.new_zeros(()), v_out)",
         "(k_out, torch.zeros(3, 3).to_sparse())", names=names,
     )  # fmt: skip
+    both = ("(k_out, k_out)", "[v_out, v_out]")  # which may be without elements
+    wrong += bad(*both, names=names) if total else either(*both, names=names)
+    if out_dtype == "float32":
+        wrong += bad("(negative(k_out), v_out)", "(k_out, negative(v_out))", names=names)
     wrong += either("(without_memory(k_out), v_out)", "[k_out, without_memory(v_out)]")
+    shape, dtype = f"({total}, {of.heads}, {of.k_dim})", f"torch.{out_dtype}"
+    wrong += bad(f"(over(key_cache, {shape}, {dtype}), v_out)", f"(k_out, over(k_out, v_out.shape, {dtype}))",
+                 f"(over(value_cache, {shape}, {dtype}), v_out)", names=names)  # fmt: skip
     build.arg("out", "(k_out, v_out)", junk, wrong, good("[k_out, v_out]"))
     return True
 
@@ -133,10 +151,7 @@ def add_rows(build: Builder, of: Sizes, total: int, dtype: str, names: tuple[str
     """Lines that make outputs of at least `total` rows, in some memory."""
     draw = build.draw
     rows = total + draw.choice([0, 0, 1, 3])
-    fill = (
-        "codes(SHAPE)" if dtype in ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2") else "torch.full((SHAPE,), 7.)"
-    )
-    make = f"{fill}.view(torch.{dtype})" if "codes" in fill else f"{fill}.to(torch.{dtype})"
+    make = f"codes(SHAPE).view(torch.{dtype})" if dtype in FP8 else f"torch.full((SHAPE,), 7.).to(torch.{dtype})"
     if of.k_dim == of.v_dim and draw.chance(0.2):
         both = make.replace("SHAPE", f"{rows}, 2, {of.heads}, {of.k_dim}")
         build.line(f"both_out = {both}")
@@ -150,15 +165,16 @@ def gather(draw: Draw) -> Case:
     triton = draw.chance(0.12)
     of = sizes(draw)
     build = Builder(draw, "gather (triton)" if triton else "gather", "kg.gather")
+    if triton:
+        build.trace()
     build.lines += pool_lines(draw, of)
     add_pools(build, of)
     kinds = draw.choice(KINDS), draw.choice(KINDS)
     raw = kinds == ("none", "none") and draw.chance(0.4)
     out_dtype = of.dtype if raw else draw.choice(FLOATS)
     given = add_plan(build, of, 12 if triton else 24)
-    build.arg(
-        "layout", repr(of.layout), forms.word("NHD", "HND", "SHUFFLE"), leave_out=0.5 if of.layout == "NHD" else 0
-    )
+    left_out = 0.5 if of.layout == "NHD" else 0
+    build.arg("layout", repr(of.layout), forms.word("NHD", "HND", "SHUFFLE"), leave_out=left_out)
     for side, kind in zip("kv", kinds, strict=True):
         code = scale_code(draw, of, kind)
         build.line(f"{side}_scale = {code}")
@@ -201,70 +217,3 @@ def check_pair(result: Any, out: Any, dtype: Any, total: int, of: Sizes) -> None
     for tensor, dim in zip(result, (of.k_dim, of.v_dim), strict=True):
         if tuple(tensor.shape) != (total, of.heads, dim) or tensor.dtype != dtype:
             raise Wrong(f"returned {tensor.dtype} of shape {list(tensor.shape)}, and should {[total, of.heads, dim]}")
-
-
-def engines_call(draw: Draw) -> Case:
-    of = sizes(draw)
-    flat = of.layout == "SHUFFLE" and draw.chance(0.4)
-    build = Builder(draw, "cp_mha_gather_cache", "kg.cp_mha_gather_cache")
-    if flat:
-        like = Sizes("NHD", of.blocks, of.page, of.heads, of.k_dim, of.v_dim, of.dtype)
-        if of.v_dim % of.x and draw.chance(0.5):
-            like.v_dim = of.v_dim = of.k_dim
-        for line in pool_lines(draw, like, overlapping=False):
-            build.line(line)
-        build.line("key_cache, value_cache = (pool.contiguous() for pool in (key_cache, value_cache))")
-    else:
-        build.lines += pool_lines(draw, of)
-    add_pools(build, of)
-    given = batch(draw, of, 24, 0.2)
-    names = ("block_tables", "cu_seqlens_kv", "seq_starts")
-    for name, code in zip(names, given.codes(draw), strict=True):
-        build.line(f"{name} = {code}")
-    dequant, out_dtype = draw.chance(0.7), draw.choice(FLOATS)
-    if not dequant and draw.chance(0.3):
-        out_dtype = of.dtype
-    add_rows(build, of, given.total, out_dtype, ("key", "value"))
-    for name, other in (("key", "value"), ("value", "key")):
-        wrong = bad(f"{name}[None]", f"{name}.double()", f"{name}.new_zeros(1).expand(400, 9, 9)", other
-                    if of.k_dim == of.v_dim else f"{name}.flatten()", f"{name}[..., :-1]", names=(other,))  # fmt: skip
-        build.arg(name, name, forms.tensors(name, names=(other, "key's dtype")), wrong)
-    build.arg("block_tables", names[0], index_forms(names[0], 2, names))
-    build.arg("cu_seqlens_kv", names[1], index_forms(names[1], 1, names))
-    build.arg("seq_starts", names[2], index_forms(names[2] if given.starts else names[1], 1, names, optional=True))
-    allowed = ["per-tensor", "per-head", "per-token-head"]
-    kinds = draw.choice(allowed), draw.choice(allowed)
-    for side, kind in zip("kv", kinds, strict=True):
-        build.line(f"{side}_scales = {scale_code(draw, of, kind)}")
-        wrong = [f for f in scale_forms(of, f"{side}_scales", kind) if f.verdict == BAD]
-        wrong += either(f"torch.ones({of.blocks}, {of.heads})", names=("per_token_quant",)) + bad("None")
-        if not dequant:  # not looked at
-            wrong = good("None", "'junk'", "torch.ones(3, 3)", "object()")
-        build.arg(f"{side}_scales", f"{side}_scales", wrong)
-    follow = [draw.randrange(max(1, len(given.table))) for _ in range(given.total)]  # it is not used
-    say = "None" if draw.chance(0.5) else forms.whole_numbers(draw, follow, draw.one("int32", "int64"))
-    build.line(f"token_to_batch = {say}")
-    wrong_follow = bad("3", "'x'", "[0]", "torch.zeros(500)", "torch.zeros(500, 1, dtype=torch.int32)")
-    build.arg("token_to_batch", "token_to_batch", wrong_follow)
-    build.arg("dequant", str(dequant), bad("None", "1", "0", "'True'", "np.bool_(True)", "torch.tensor(True)"))
-    build.arg("kv_cache_layout", repr(of.layout), forms.word("NHD", "HND", "SHUFFLE"))
-    build.arg("total_tokens", str(given.total), forms.integer(), forms.same_integer(given.total),
-              bad(str(given.total + 400), names=("key", "value", "token_to_batch")))  # fmt: skip
-    per_token = True if "per-token-head" in kinds else draw.chance(0.5)
-    build.arg("per_token_quant", str(per_token), bad("None", "1", "'no'", "np.bool_(False)"), leave_out=0.3)
-    if "per_token_quant" not in build.args and not per_token:
-        build.args["per_token_quant"] = "False"
-
-    def check(facts: Facts, result: Any) -> None:
-        args = facts.args
-        if result is not None:
-            raise Wrong(f"returned {type(result).__name__}, and should return None")
-        table, cu, starts = (numbers(args[name]) for name in names)
-        assert table is not None and cu is not None
-        rows = rows_of_plan(table, cu, starts, of.page, of.blocks, int(args["total_tokens"]))
-        for which, side in (("key", "k"), ("value", "v")):
-            pool = Pool.of(args[f"{which}_cache"], of.layout, which, flat)
-            scale = Scales(args[f"{side}_scales"] if args["dequant"] else None)
-            check_rows(which, args[which], facts.before(args[which]), pool, scale, rows)
-
-    return build.finish(check, writes=("args['key']", "args['value']"), verdict=GOOD)

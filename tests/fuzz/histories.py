@@ -10,6 +10,7 @@ from tests.fuzz import forms
 from tests.fuzz.blocks import KEYS, Twin, check_pool, exact
 from tests.fuzz.case import BAD, GOOD, Builder, Case, Draw, Facts, Wrong, bad, good
 from tests.fuzz.judge import base
+from tests.fuzz.junk import JUNK
 
 OPERATIONS = ("allocate", "append", "commit", "free", "withdraw", "reset", "slots", "block_table", "block")
 TRIED = """
@@ -152,13 +153,14 @@ def _allocate(build: Builder, twin: Twin) -> Case:
     tokens, key = _prompt(draw, twin), draw.choice(KEYS)
     form = draw.one("{}", "{}", "tuple({})", "iter({})", "torch.tensor({})", "np.array({})", "torch.tensor({}).int()",
                     "[np.int32(n) for n in {}]")  # fmt: skip
-    wrong = bad(*(code for code in forms.JUNK if code not in ("b'x'", "[1, 2]")), "[1, -1]", "[0, True]", "[2**63]",
+    wrong = bad(*(code for code in JUNK if code not in ("b'x'", "[1, 2]")), "[1, -1]", "[0, True]", "[2**63]",
                 "[1.0]", "['1']", "[None]", "torch.tensor([[1]])", "torch.tensor([1.0])", "'12'", "[[1]]", "[10**5000]",
                 "torch.tensor([-1])", "torch.tensor([], dtype=torch.int64)", "torch.ones(3).to('meta')", "iter([])",
-                "torch.tensor([True])", "[0, float('nan')]", "{'a': 1}", "torch.tensor([1, 2]).to_sparse()")  # fmt: skip
+                "torch.tensor([True])", "[0, float('nan')]", "{'a': 1}",
+                "torch.tensor([1, 2]).to_sparse()")  # fmt: skip
     build.arg("token_ids", form.format(tokens), wrong)
-    build.arg("extra_key", key, bad("[]", "{}", "set()", "(1, [])", "np.zeros(2)", "{1: 2}", "bytearray(1)", "('a', {})"),
-              leave_out=0.5 if key == "None" else 0)  # fmt: skip
+    unhashable = "[]", "{}", "set()", "(1, [])", "np.zeros(2)", "{1: 2}", "bytearray(1)", "('a', {})", "[10**5000]"
+    build.arg("extra_key", key, bad(*unhashable), leave_out=0.5 if key == "None" else 0)
     probe = Twin(twin.blocks, twin.page)
     probe.content, probe.refs, probe.free = list(twin.content), list(twin.refs), list(twin.free)
     room = probe.allocate("new", tokens, exact(eval(key, dict(base()))))
@@ -192,9 +194,8 @@ def _block_table(build: Builder, twin: Twin) -> Case:
     draw = build.draw
     names = [name for name in twin.seqs if draw.chance(0.6)]
     listed = f"[{', '.join(names)}]"
-    wrong = bad(
-        "None", "3", "pool", "object()", "[None]", "[gone]", "[other_seq]", "'x'", "torch.zeros(1)", "[[]]", "gone"
-    )
+    junk = "None", "3", "pool", "object()", "[None]", "[gone]", "[other_seq]", "'x'", "torch.zeros(1)", "[[]]", "gone"
+    wrong = bad(*junk)
     build.arg("seqs", draw.one(listed, f"iter({listed})", f"tuple({listed})"), wrong)
     build.arg("device", "'cpu'", forms.device(), good("None"), leave_out=0.5)
 
@@ -218,6 +219,3 @@ def _block(build: Builder, twin: Twin) -> Case:
             raise Wrong(f"gave {result}, {result.state}, and should be block {block}, {state}")
 
     return with_refusals(build.finish(check), twin)
-
-
-__all__ = ["good", "history"]

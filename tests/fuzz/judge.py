@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import re
 import traceback
@@ -82,7 +83,8 @@ def run(case: Case) -> str:
         memory = Memory(named)
         warnings.simplefilter("error")
         try:
-            result = callee(**args)
+            with eval(case.surroundings, scope) if case.surroundings else contextlib.nullcontext():
+                result = callee(**args)
         except Exception as error:
             check_error(error, case)
             memory.check()

@@ -64,7 +64,8 @@ class Memory:
             return tensor.detach()
         copy = self._copies[storage.data_ptr()][2]
         view = torch.empty(0, dtype=tensor.dtype)
-        return view.set_(copy.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())  # type: ignore[call-overload]
+        view.set_(copy.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())  # type: ignore[call-overload]
+        return -view if tensor.is_neg() else view
 
     def check(self, written: Iterable[Tensor] = ()) -> None:
         """Raise if a byte changed that belongs to none of the elements of `written`."""

@@ -116,7 +116,7 @@ def scale_forms(of: Sizes, name: str, kind: str) -> list[Form]:
     found = forms.number() + forms.bad(
         "'per-tensor'", "object()", "[0.5]", "np.zeros(3)", "torch.zeros(0)", "torch.ones(1).to('meta')",
         "torch.ones(1).double()", "torch.ones(1).bfloat16()", "torch.ones(1, dtype=torch.int32)", "torch.ones(1) > 0",
-        "negative(torch.ones(1))", f"torch.ones({of.heads + 1})", f"torch.ones({of.blocks + 1}, {of.heads})",
+        "negative(torch.ones(1))", f"torch.ones({of.heads + 1})", f"torch.ones({of.blocks + 2}, {of.heads})",
         f"torch.ones({of.blocks}, {of.heads + 1}, {of.page})", f"torch.ones({of.blocks}, {of.heads}, {of.page + 1})",
         f"torch.ones({of.blocks}, {of.page + 1}, {of.heads + 1}, 1)", "without_memory(torch.ones(1))",
         "torch.tensor([-1.0])", "torch.tensor(float('nan'))", "torch.tensor([[0.0]])", "torch.tensor([float('inf')])",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tests.fuzz import forms
-from tests.fuzz.case import Builder, Draw, Form, bad, either, good
+from tests.fuzz.case import Builder, Draw, Form, bad, good, large
 from tests.fuzz.pages import used_offsets
 from tests.fuzz.pools import Sizes
 from tests.fuzz.tables import WIDE, index_forms
@@ -122,7 +122,7 @@ def prefix(draw: Draw, of: Sizes, most_new: int = 4, most_cached: int = 14, sick
         for _ in range(draw.randint(1, 2)):
             colliding |= _spoil(draw, table, cu_q, cu_k, of)
         cu_q, cu_k = ([max(min(n, MOST), -MOST - 1) for n in cu] for cu in (cu_q, cu_k))
-    total_q, total_k = (max(0, min(cu[-1], 60)) for cu in (cu_q, cu_k))
+    total_q, total_k = (max(0, min(cu[-1], 60)) if is_sick else cu[-1] for cu in (cu_q, cu_k))
     spare = [None if not is_sick else 0, 0, 0, draw.randint(1, 3)]
     numbers: dict[str, int | None] = {}
     for name, total in (("total_q", total_q), ("total_k", total_k)):
@@ -180,6 +180,7 @@ def batch_args(build: Builder, given: Prefix, of: Sizes) -> None:
         number = given.numbers[name]
         wrong = forms.integer(names=near)[1:]  # None is one of its forms
         same = forms.same_integer(number) if number is not None else []
+        same += large("2**31 - 1") if name == "total_q" else []  # 16 GiB of slots
         build.arg(name, str(number), wrong, same, leave_out=0.5 if number is None else 0)
     for at, name in enumerate(lengths):
         lens = given.known[at] if given.known else None
@@ -191,7 +192,8 @@ def batch_args(build: Builder, given: Prefix, of: Sizes) -> None:
         same: list[Form] = [] if lens is None else good(f"tuple({lens})", f"[np.int64(n) for n in {lens}]")
         build.arg(name, str(lens), wrong, same, leave_out=0.5 if lens is None else 0)
     windows = draw.one("()", "(3,)", "[1, 2]", "{4}", "iter([2])", "range(1, 3)", "np.array([2, 3])", "(100,)")
-    wrong = bad("None", "3", "'12'", "[0]", "[-1]", "[True]", "[None]", "torch.tensor([2])", "[1.5]", "['2']", "[2**31]",
+    wrong = bad("None", "3", "'12'", "[0]", "[-1]", "[True]", "[None]", "torch.tensor([2])", "[1.5]", "['2']",
+                "[2**31]",
                 "object()", "b'x'", "[[1]]", "[10**5000]", "[float('nan')]", "(1, 0)")  # fmt: skip
     build.arg("windows", windows, wrong, leave_out=0.5)
 
@@ -202,6 +204,3 @@ def build_call(given: Prefix, of: Sizes) -> str:
     lens = f", seqlens_q={given.known[0]}, seqlens_k={given.known[1]}" if given.known else ""
     sizes = f"page_size={of.page}, num_blocks={of.blocks}"
     return f"kg.PrefixBatch.build({', '.join(BATCH)}, {sizes}{numbers}{lens})"
-
-
-__all__ = ["BATCH", "NUMBERS", "Checked", "Prefix", "batch_args", "batch_lines", "build_call", "either", "prefix"]

@@ -6,21 +6,30 @@ import ast
 
 from tests.fuzz.case import GOOD, PREAMBLE, Case
 
+NEEDED = {
+    "codes": ("source",), "normal": ("source",), "scales": ("source",), "sparkled": ("source",),
+    "of_subclass": ("Named",),
+}  # fmt: skip
+"""What others of the preamble use."""
+
 
 def snippet(case: Case) -> str:
     """Python that builds the arguments and makes the call."""
-    body = "\n".join([*case.lines, f"print({case.call})"])
+    call = f"print({case.call})"
+    if case.surroundings:
+        call = f"with {case.surroundings}:\n    result = {case.call}\nprint(result)"
+    body = "\n".join([*case.lines, call])
     wanted = "a right result" if case.verdict == GOOD else f"an error that names one of {', '.join(sorted(case.names))}"
     if case.verdict not in (GOOD, "bad"):
         wanted = f"a right result, or {wanted}"
     used = {node.id for node in ast.walk(ast.parse(body)) if isinstance(node, ast.Name)}
     lines = []
     for part in ast.parse(PREAMBLE).body:
-        if isinstance(part, ast.FunctionDef):
-            if part.name in used | {"source"}:
+        if isinstance(part, (ast.FunctionDef, ast.ClassDef)):
+            if part.name in used | {name for user in used for name in NEEDED.get(user, ())}:
                 lines.append("\n" + ast.unparse(part))
         elif isinstance(part, ast.ImportFrom):
-            if any(alias.name in used for alias in part.names):
+            if any(alias.name in used | ({"trace"} if "traced" in used else set()) for alias in part.names):
                 lines.append(ast.unparse(part))
         else:
             lines.append(ast.unparse(part))

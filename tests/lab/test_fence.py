@@ -98,7 +98,9 @@ print(ctypes.c_uint8.from_address(inside + step * {int(outside)}).value)
         ({"side": "left"}, "side is 'left'; accepted: 'after', 'before'"),
         ({"guard_bytes": 0}, "guard_bytes is 0; accepted: 1 to 70368744177664"),
         ({"guard_bytes": -(10**5000)}, "guard_bytes is of too many digits to print; accepted: 1 to "),
-        ({"side": []}, r"side is \[\]; accepted: 'after', 'before'"),
+        ({"side": []}, r"side is list \[\]; accepted: 'after', 'before'"),
+        ({"side": np.array(["after", "before"])}, "side is ndarray array.*; accepted: 'after', 'before'"),
+        ({"side": torch.zeros(2)}, r"side is Tensor of shape \[2\]; accepted: 'after', 'before'"),
         ({"device": "meta"}, "device is meta; accepted"),
     ],
 )
@@ -114,6 +116,7 @@ def test_wrong_arguments(arguments, message):
         ({"value": "x"}, TypeError, "value is str 'x'; accepted: a tensor or a number"),
         ({"value": [1.0]}, TypeError, r"value is list \[1.0\]; accepted: a tensor or a number"),
         ({"value": 1e300}, ValueError, r"value is 1e\+300; accepted: numbers that FP32 can hold"),
+        ({"value": 10**400}, ValueError, r"value is 10000.*; accepted: numbers that FP32 can hold"),
         ({"value": torch.ones(2, device="meta")}, ValueError, "value is on meta, which holds no values; accepted"),
         ({"value": torch.ones(2).to_sparse()}, ValueError, "value has layout torch.sparse_coo; accepted: a dense"),
         ({"guard_bytes": 1.5}, TypeError, "guard_bytes is float 1.5; accepted: an int"),
@@ -150,6 +153,8 @@ def test_no_gpu_is_said_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(FenceError, match="device is cuda, and torch sees no GPU here"):
         fenced(torch.ones(1), "cuda")
+    with pytest.raises(FenceError, match="device is cuda:3, and torch sees no GPU here"):
+        fenced(torch.ones(0), "cuda:3")
 
 
 def test_a_missing_driver_binding_is_said_so(monkeypatch):
