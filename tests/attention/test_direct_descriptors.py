@@ -32,7 +32,7 @@ JOBS = {
         sequences=4,
     ): (64, 128, 64, 64),
     Job("cuda:90", "SHUFFLE", dims=(128, 32), new=8, state=True, q_dtype=torch.float16): (64, 128, 128, 64),
-    Job("cuda:90", "HND", ("none", "none"), torch.bfloat16, dims=(16, 64), heads=(8, 8), new=200): (128, 64, 64, 64),
+    Job("cuda:90", "HND", ("none", "none"), torch.bfloat16, dims=(16, 64), heads=(8, 8), new=200): (128, 128, 64, 64),
     Job("cuda:90", "SHUFFLE", dims=(32, 192), heads=(8, 8), new=200, window=128): (64, 64, 64, 256),
     Job(
         "cuda:90", "SHUFFLE", dims=(16, 16), dtype=torch.float8_e4m3fnuz, new=9, tile=(64, 16, 4, 2, 1),
