@@ -1,24 +1,25 @@
-# Two commands are all it takes:
+# Two commands suffice:
 #
 #   make lab    set everything up in .venv and open JupyterLab on the first chapter
 #   make test   set everything up and run every check
 #
-# make test-triton runs the tests of everything that launches kernels on the oldest and the newest Triton that are supported.
-# With a GPU, make test-gpu runs every test that needs one, and make memcheck runs every kernel under compute-sanitizer.
+# make test-triton runs the tests of kernels on the oldest and the newest supported Triton.
+# On a machine with a GPU, make test-gpu runs every test marked gpu, and make memcheck runs every kernel under
+# compute-sanitizer.
 # To measure, on a GPU if there is one: make bench
 # To call every public function with right and wrong arguments, against an oracle: make fuzz
 #
-# Variables, for each:
+# Variables:
 #
 #   PYTHON=/path/to/python3.12   the Python to set up with (3.11 to 3.14)
 #   TORCH=own                    use the torch that PYTHON already has, not the pinned one
 #   ARGS="--no-browser"          more arguments: for JupyterLab, for pytest, or for kvgather bench
-#   BROWSER=none                 make test: do not install a browser when there is none
+#   BROWSER=none                 make test: do not install a browser
 #   VERSIONS="3.8.0"             make test-triton: the versions of Triton, instead of the oldest and the newest
 #   WHAT=steps                   make bench: what to measure (kvgather bench --help has the list)
 #   CALLS=20000 SEED=0           make fuzz: how many calls, and which; ARGS="--only 1234" repeats one
 #
-# Paths are relative and nothing runs through a console script, so that the clone may lie under any path.
+# Paths are relative and no target uses a console script, so that the clone may have any path.
 
 SHELL = /bin/sh
 PY = .venv/bin/python
@@ -42,24 +43,25 @@ help:
 lab: setup
 	@$(PY) -m kvgather.workbook.launch $(ARGS)
 
-# Two workers on two cores, one thread each: threads that wait for each other cost ten times as much. The last line of the
-# output is pytest's own: CI reads it.
+# Two workers with one thread each: more threads than cores make the tests ten times slower. CI reads the last line of the
+# output, which is pytest's summary.
 test: setup lint types browser
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadscope tests $(if $(NOTEBOOKS),$(NBVAL)) $(ARGS)
 
-# VERSIONS begins with the oldest that pyproject.toml accepts and ends with the newest that was tried.
+# VERSIONS begins with the oldest version that pyproject.toml accepts and ends with the newest tested version.
 test-triton: setup
 	@OMP_NUM_THREADS=1 sh tools/triton_versions.sh "$(VERSIONS)" -n 2 --dist loadscope $(TRITON_TESTS) $(ARGS)
 
-# Each file in a process of its own, 10 minutes on one H100 with 16 cores at most; writes benchmarks/results/gpu_suite.json.
+# Runs each file in a process of its own, within 10 minutes on one H100 with 16 cores; writes
+# benchmarks/results/gpu_suite.json.
 test-gpu: setup
 	@$(PY) tools/gpu_suite.py $(ARGS)
 
-# compute-sanitizer over one launch of every kernel variant; writes benchmarks/results/memcheck.json.
+# Runs compute-sanitizer over one launch of every kernel variant; writes benchmarks/results/memcheck.json.
 memcheck: setup
 	@$(PY) tools/memcheck.py $(ARGS)
 
-# ARGS="--case SHUFFLE-8x64 --csv" measures some cases and keeps their rows in benchmarks/results/.
+# ARGS="--case SHUFFLE-8x64 --csv" measures the matching cases and writes their rows to benchmarks/results/.
 bench: setup
 	@$(PY) -m kvgather bench $(WHAT) $(ARGS)
 
@@ -81,13 +83,13 @@ format: setup
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-# Runs every chapter again and writes its outputs back.
+# Executes every chapter and writes the outputs to its notebook.
 notebooks: setup
 	$(PY) -m kvgather.workbook.execute $(NOTEBOOKS)
 
 browser:
 	@BROWSER="$(BROWSER)" sh tools/browser.sh
 
-# my-notebooks/ stays: the reader's work is in it.
+# Keeps my-notebooks/, which contains the reader's work.
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

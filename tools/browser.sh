@@ -1,6 +1,6 @@
 #!/bin/sh
-# Installs Debian's Chromium and its driver for tests/browser/ where that takes no question: as root, with apt-get.
-# Everywhere else the browser tests say why they skip.
+# Installs Debian's Chromium and its driver for tests/browser/ if this runs as root and apt-get exists: no prompt appears.
+# On other machines the browser tests are skipped, with the reason.
 set -eu
 
 [ "${BROWSER:-chromium}" != none ] || exit 0
@@ -12,6 +12,6 @@ log=$(mktemp)
 export DEBIAN_FRONTEND=noninteractive
 if ! { apt-get update && apt-get install --yes --no-install-recommends chromium chromium-driver; } >"$log" 2>&1 </dev/null; then
     tail -n 3 "$log" >&2
-    echo "kvgather: that did not work; the browser tests will skip" >&2
+    echo "kvgather: the installation failed; the browser tests will be skipped" >&2
 fi
 rm -f "$log"

@@ -1,4 +1,4 @@
-"""The processes of `gpu_suite`: cuts test files into shards and runs each shard in a process of its own."""
+"""The processes of `gpu_suite`: divides test files into shards and runs each shard in a process of its own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 from gpu_record import with_path
 
 MARKS = re.compile(r"pytest\.mark\.gpu|from tests\.where import")
-"""A file without these words has no GPU test; it may need packages that a GPU machine lacks."""
+"""A file without a match has no GPU test; its imports may need packages that a GPU machine lacks."""
 
 SECONDS_A_TEST = {
     "tests/attention/test_dense_gpu.py": 0.6,
@@ -37,28 +37,28 @@ SECONDS_A_TEST = {
     "tests/lab/test_crash.py": 8.1,
     "tests/scatter/test_kernel.py": 0.3,
 }
-"""About how long a test of a file takes with 16 processes on an H100, mostly compiling; elsewhere `USUAL`."""
+"""Mean seconds of a test with 16 processes on an H100, mostly compilation; files not listed take `USUAL`."""
 USUAL = 1.0
 SHARD_SECONDS = 60.0
-"""A file that takes longer is cut into shards of about this length; a process takes 7 s before its first test."""
+"""A longer file is divided into shards of about this length; a process takes 7 s before its first test."""
 GIGABYTES = {
     "tests/attention/test_direct_gpu.py": 5,
     "tests/attention/test_direct_large.py": 6,
     "tests/bench/test_prefix.py": 5,
     "tests/gather/test_large.py": 24,
 }
-"""GPU memory that a process takes at most, where it is more than `USUAL_GIGABYTES`."""
+"""Peak GPU memory of a file's process; files not listed take at most `USUAL_GIGABYTES`."""
 USUAL_GIGABYTES = 3
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Some tests of one file, run by one process.
+    """Tests of one file that run in one process.
 
     Attributes:
-        file: its path from the root, with slashes.
+        file: the file's path from the root, with slashes.
         ids: the tests, in the order of the file.
-        part: such as "2/5", or "" for a whole file.
+        part: the shard's number, such as "2/5"; "" for a whole file.
     """
 
     file: str
@@ -80,7 +80,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class End:
-    """What became of one test: "passed", "failed", "errors" or "skipped", and why."""
+    """The end of one test: "passed", "failed", "errors" or "skipped", with the reason."""
 
     id: str
     outcome: str
@@ -90,7 +90,7 @@ class End:
 
 @dataclass
 class Running:
-    """A shard's process; `folder` holds its ids, events and output."""
+    """A shard's process; `folder` contains its ids, events and output."""
 
     shard: Shard
     process: subprocess.Popen[bytes]
@@ -99,22 +99,22 @@ class Running:
     killed: str = ""
 
     def quiet(self) -> float:
-        """Seconds since it last began or ended a test."""
+        """Seconds since the process last began or ended a test."""
         events = self.folder / "events"
-        since = time.time() - events.stat().st_mtime if events.exists() else float("inf")
-        return min(since, time.monotonic() - self.begun)
+        age = time.time() - events.stat().st_mtime if events.exists() else float("inf")
+        return min(age, time.monotonic() - self.begun)
 
 
 def candidates(root: Path, paths: Sequence[str]) -> list[str]:
-    """Test files under `paths` that may hold GPU tests, from the root, with slashes."""
-    found: set[Path] = set()
+    """The test files under `paths` that may contain GPU tests, relative to the root, with slashes."""
+    files: set[Path] = set()
     for path in paths:
-        found |= {root / path} if path.endswith(".py") else set((root / path).rglob("test_*.py"))
-    return sorted(str(file.relative_to(root).as_posix()) for file in found if MARKS.search(file.read_text("utf-8")))
+        files |= {root / path} if path.endswith(".py") else set((root / path).rglob("test_*.py"))
+    return sorted(str(file.relative_to(root).as_posix()) for file in files if MARKS.search(file.read_text("utf-8")))
 
 
 def cut(file: str, ids: Sequence[str]) -> list[Shard]:
-    """The shards of a file: every n-th test, since neighbours take about equally long."""
+    """The shards of a file. A shard has every n-th test, because neighbouring tests take about the same time."""
     whole = Shard(file, tuple(ids))
     parts = max(1, min(len(ids), round(whole.seconds / SHARD_SECONDS)))
     if parts == 1:
@@ -123,7 +123,7 @@ def cut(file: str, ids: Sequence[str]) -> list[Shard]:
 
 
 def events_of(folder: Path) -> list[dict[str, Any]]:
-    """What a process wrote down, less a last line that its death cut off."""
+    """The events that a process has written, without an incomplete last line."""
     file = folder / "events"
     lines = file.read_text().splitlines() if file.exists() else []
     events = []
@@ -135,24 +135,24 @@ def events_of(folder: Path) -> list[dict[str, Any]]:
     return events
 
 
-def command(root: Path, files: Sequence[str], *more: str) -> list[str]:
+def command(root: Path, files: Sequence[str], *options: str) -> list[str]:
     return [
         sys.executable, "-X", "faulthandler", "-m", "pytest", "-p", "gpu_shard", "-p", "no:cacheprovider",
-        "--rootdir", str(root), "--tb=short", "--color=no", *more, *files,
+        "--rootdir", str(root), "--tb=short", "--color=no", *options, *files,
     ]  # fmt: skip
 
 
 def environment(folder: Path, cache: Path, ids: Sequence[str] | None) -> dict[str, str]:
-    """A child's: one thread, a kernel cache that all share, and none of the plugins that happen to be installed."""
-    made = with_path(Path(__file__).resolve().parent)
-    made |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    made.setdefault("TRITON_CACHE_DIR", str(cache / "triton"))
-    made.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
-    made["KVGATHER_EVENTS"] = str(folder / "events")
+    """A child's environment: one thread, a kernel cache that all children share, and no installed pytest plugins."""
+    variables = with_path(Path(__file__).resolve().parent)
+    variables |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    variables.setdefault("TRITON_CACHE_DIR", str(cache / "triton"))
+    variables.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
+    variables["KVGATHER_EVENTS"] = str(folder / "events")
     if ids is not None:
         (folder / "ids").write_text(json.dumps(list(ids)))
-        made["KVGATHER_IDS"] = str(folder / "ids")
-    return made
+        variables["KVGATHER_IDS"] = str(folder / "ids")
+    return variables
 
 
 def collect(root: Path, files: Sequence[str], work: Path, timeout: float) -> tuple[dict[str, list[str]], list[End]]:
@@ -162,7 +162,7 @@ def collect(root: Path, files: Sequence[str], work: Path, timeout: float) -> tup
     if not files:
         return {}, []
     try:
-        done = subprocess.run(
+        collection = subprocess.run(
             command(root, files, "--collect-only", "-q", "--continue-on-collection-errors"),
             cwd=root, env=environment(folder, work, None), capture_output=True, text=True, timeout=timeout,
         )  # fmt: skip
@@ -177,7 +177,7 @@ def collect(root: Path, files: Sequence[str], work: Path, timeout: float) -> tup
             by_file.setdefault(test.split("::")[0], []).append(test)
         complete = complete or "collected" in event
     if not complete and not broken:
-        broken.append(End("collection", "errors", (done.stdout + done.stderr)[-600:]))
+        broken.append(End("collection", "errors", (collection.stdout + collection.stderr)[-600:]))
     return by_file, broken
 
 
@@ -192,7 +192,7 @@ def start(root: Path, shard: Shard, folder: Path, cache: Path) -> Running:
 
 
 def kill(running: Running, reason: str) -> None:
-    """End a process and the children it started."""
+    """End a process and its children."""
     running.killed = reason
     try:
         os.killpg(running.process.pid, signal.SIGKILL)
@@ -202,7 +202,7 @@ def kill(running: Running, reason: str) -> None:
 
 
 def ends_of(running: Running) -> list[End]:
-    """What became of each test of a shard whose process has ended."""
+    """The end of each test of a shard whose process has ended."""
     ends: dict[str, End] = {}
     begun, stopped, broken = "", "", ""
     for event in events_of(running.folder):
@@ -212,17 +212,17 @@ def ends_of(running: Running) -> list[End]:
         if "end" in event:
             outcome = "errors" if event["outcome"] == "error" else event["outcome"]
             ends[event["end"]] = End(event["end"], outcome, event["reason"], event["seconds"])
-    reason = stopped or running.killed or broken or _how_it_ended(running.process.returncode)
+    reason = stopped or running.killed or broken or _end_text(running.process.returncode)
     for test in running.shard.ids:
         if test not in ends:
-            when = "" if stopped or broken else " in this test" if test == begun else " before this test"
-            ends[test] = End(test, "errors", reason + when)
+            time_text = "" if stopped or broken else " in this test" if test == begun else " before this test"
+            ends[test] = End(test, "errors", reason + time_text)
     if running.process.returncode not in (0, 1) and all(end.outcome in ("passed", "skipped") for end in ends.values()):
         ends[running.shard.name] = End(running.shard.name, "errors", f"every test ended, then {reason}")
     return list(ends.values())
 
 
-def _how_it_ended(status: int) -> str:
+def _end_text(status: int) -> str:
     if status >= 0:
         return f"the process ended with status {status}"
     try:
@@ -245,37 +245,37 @@ def run_shards(
     """Run each shard in a process, `workers` at a time, the longest first.
 
     Args:
-        root: where the tests are run.
-        shards: what to run.
-        work: an empty folder, for the processes' events and output and for the kernels they compile.
-        workers: processes at a time.
-        gigabytes: GPU memory that they may take together; a shard that needs more runs alone.
-        limit: seconds without a test that begins or ends, after which a process is killed.
-        until: the monotonic time at which all of them are.
-        ended: called with each shard that ends, what became of its tests, its seconds, and its process's folder.
+        root: the working directory of the processes.
+        shards: the shards to run.
+        work: an empty folder for the processes' events and output, and for the kernels that they compile.
+        workers: number of processes that run at the same time.
+        gigabytes: GPU memory of all processes together; a shard that needs more runs alone.
+        limit: seconds without the begin or the end of a test after which a process is killed.
+        until: the monotonic time at which every process is killed.
+        ended: called with each finished shard, the ends of its tests, its seconds, and its process's folder.
     """
     waiting = sorted(shards, key=lambda shard: -shard.seconds)
     running: list[Running] = []
     while waiting or running:
-        over = time.monotonic() > until
+        expired = time.monotonic() > until
         for shard in list(waiting):
-            if over:
+            if expired:
                 waiting.remove(shard)
-                late = [End(test, "errors", "not begun: the suite's time was over") for test in shard.ids]
-                ended(shard, late, 0.0, work)
+                ends = [End(test, "errors", "not begun: the suite's time was over") for test in shard.ids]
+                ended(shard, ends, 0.0, work)
             elif len(running) < workers and _fits(shard, running, gigabytes):
                 waiting.remove(shard)
                 running.append(start(root, shard, work / f"{len(shards) - len(waiting):03}", work))
-        for one in list(running):
-            if one.process.poll() is None and over:
-                kill(one, "killed: the suite's time was over,")
-            elif one.process.poll() is None and one.quiet() > limit:
-                kill(one, f"killed: no test began or ended for {limit:g} s,")
-            if one.process.poll() is not None:
-                running.remove(one)
-                ended(one.shard, ends_of(one), time.monotonic() - one.begun, one.folder)
+        for current in list(running):
+            if current.process.poll() is None and expired:
+                kill(current, "killed: the suite's time was over,")
+            elif current.process.poll() is None and current.quiet() > limit:
+                kill(current, f"killed: no test began or ended for {limit:g} s,")
+            if current.process.poll() is not None:
+                running.remove(current)
+                ended(current.shard, ends_of(current), time.monotonic() - current.begun, current.folder)
         time.sleep(0.05)
 
 
 def _fits(shard: Shard, running: Sequence[Running], gigabytes: float) -> bool:
-    return not running or shard.gigabytes + sum(one.shard.gigabytes for one in running) <= gigabytes
+    return not running or shard.gigabytes + sum(other.shard.gigabytes for other in running) <= gigabytes

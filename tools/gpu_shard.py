@@ -1,12 +1,12 @@
-"""The pytest plugin of `gpu_suite`: keeps the GPU tests of one shard, and writes down what becomes of each at once.
+"""The pytest plugin of `gpu_suite`: selects the GPU tests of one shard, and writes an event for each begin and end.
 
-A process that dies leaves its events behind: one JSON object a line, in the file that KVGATHER_EVENTS names.
+Events are JSON objects, one a line, in the file that KVGATHER_EVENTS names. The file outlives a process that dies.
 
     {"collected": [ids]}             before the first test
     {"start": id}
     {"end": id, "outcome": …, "reason": …, "seconds": …}   outcome: passed, failed, error, skipped
     {"broken": file, "reason": …}    a file that cannot be collected
-    {"stopped": reason}              no more tests are run in this process
+    {"stopped": reason}              this process runs no more tests
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 EVENTS, IDS = "KVGATHER_EVENTS", "KVGATHER_IDS"
-"""Environment variables: the file to write events to, and a file of the ids to run, as a JSON list; without it, all."""
+"""Environment variables: the file for events, and a JSON list of the ids to run; if it is not set, all tests run."""
 
 _ended: dict[str, dict[str, Any]] = {}
 
@@ -31,10 +31,10 @@ def _write(**event: Any) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    wanted = set(json.loads(Path(os.environ[IDS]).read_text())) if IDS in os.environ else None
-    kept = [item for item in items if item.get_closest_marker("gpu") and (wanted is None or item.nodeid in wanted)]
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = kept
+    ids = set(json.loads(Path(os.environ[IDS]).read_text())) if IDS in os.environ else None
+    selected = [item for item in items if item.get_closest_marker("gpu") and (ids is None or item.nodeid in ids)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in selected])
+    items[:] = selected
     _write(collected=[item.nodeid for item in items])
 
 
@@ -61,13 +61,13 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def pytest_runtest_logfinish(nodeid: str) -> None:
     end = _ended.pop(nodeid)
     _write(end=nodeid, **end | {"seconds": round(end["seconds"], 2)})
-    if end["outcome"] in ("failed", "error") and (dead := _dead_context()):
-        _write(stopped=f"the CUDA context died in {nodeid}: {dead}")
-        os._exit(3)  # every later test would fail for this test's reason, and so would CUDA's own clean-up
+    if end["outcome"] in ("failed", "error") and (message := _context_error()):
+        _write(stopped=f"the CUDA context died in {nodeid}: {message}")
+        os._exit(3)  # later tests and CUDA's clean-up would fail with the same error
 
 
 def _reason(report: pytest.CollectReport | pytest.TestReport) -> str:
-    """The exception's first lines, or the report's last line where there is no exception."""
+    """The exception's message, or the report's last line if it has no exception."""
     crash = getattr(report.longrepr, "reprcrash", None)
     text = crash.message if crash is not None else (report.longreprtext.splitlines() or [""])[-1].removeprefix("E   ")
     return str(text)[:600]
@@ -80,8 +80,8 @@ def _skip_reason(report: pytest.TestReport) -> str:
     return str(skip[2]).removeprefix("Skipped: ") if isinstance(skip, tuple) else str(skip)
 
 
-def _dead_context() -> str:
-    """Why the GPU takes no more work from this process; empty if it does, or if none was used."""
+def _context_error() -> str:
+    """The error of a dead CUDA context; empty if the context works, or if this process has none."""
     import torch
 
     if not torch.cuda.is_initialized():

@@ -1,4 +1,4 @@
-"""Prints what pyproject.toml asks for, less torch and triton: the installs of `make ... TORCH=own`."""
+"""Prints the requirements of pyproject.toml without torch and triton, which `make ... TORCH=own` installs."""
 
 import re
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Print one requirement a line: the core ones and those of the extras in argv[1], comma-separated."""
+    """Print one requirement a line: the dependencies and those of the extras in argv[1], separated by commas."""
     project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
     requirements = list(project["dependencies"])
     for extra in sys.argv[1].split(","):

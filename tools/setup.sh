@@ -1,10 +1,10 @@
 #!/bin/sh
-# Makes .venv, or brings it up to date, or finds that nothing changed. `make` calls it from the repository root.
+# Creates .venv, or updates it if its inputs have changed. `make` calls this script from the repository root.
 #
-#   PYTHON   the Python to use; without it the first of python3, python3.11 … python3.14 that fits
+#   PYTHON   the Python to use; default: the first supported one of python3, python3.11 … python3.14
 #   TORCH    "pinned": torch and triton from constraints.txt; "own": the torch that PYTHON already has
 #
-# Both are remembered in .venv, so that they need to be said once.
+# .venv stores both values, which later calls use by default.
 set -eu
 
 say() { printf 'kvgather: %s\n' "$*" >&2; }
@@ -13,25 +13,25 @@ fail() { say "$*"; exit 1; }
 [ -f pyproject.toml ] || fail "run this from the repository root, where pyproject.toml is"
 [ -w . ] || fail "this folder cannot be written to, and .venv belongs in it: make a clone where you may write"
 
-remembered() { sed -n "$1p" .venv/chosen 2>/dev/null || true; }
-torch=${TORCH:-$(remembered 1)}
+stored() { sed -n "$1p" .venv/chosen 2>/dev/null || true; }
+torch=${TORCH:-$(stored 1)}
 torch=${torch:-pinned}
 case $torch in pinned|own) ;; *) fail "TORCH=$torch is neither 'pinned' nor 'own'" ;; esac
 
 extras=notebooks,test
 ! command -v nvidia-smi >/dev/null 2>&1 || extras=$extras,nvidia
 
-# The folder is part of the key because a moved clone must be installed again.
+# The key contains the folder because a moved clone must be installed again.
 key=$({ pwd; echo "$torch $extras"; cat pyproject.toml constraints.txt tools/setup.sh; } | cksum)
-python=$(remembered 2)
+python=$(stored 2)
 if [ "$key" = "$(cat .venv/ready 2>/dev/null)" ] && [ "${PYTHON:-$python}" = "$python" ] &&
     .venv/bin/python -c '' 2>/dev/null; then
     exit 0
 fi
 
-fits() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null; }
+supported() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null; }
 
-# A Python that was asked for is the only candidate.
+# If PYTHON is set, it is the only candidate.
 if [ -n "${PYTHON:-}" ]; then
     set -- "$PYTHON"
 else
@@ -39,15 +39,15 @@ else
 fi
 python=
 for candidate in "$@"; do
-    if fits "$candidate"; then
+    if supported "$candidate"; then
         python=$candidate
         break
     fi
 done
 if [ -z "$python" ]; then
     candidate=${PYTHON:-python3}
-    found=$("$candidate" --version 2>&1) || found="no $candidate"
-    fail "needs Python 3.11 to 3.14, and found $found. Install one, or name it: make lab PYTHON=/path/to/python3.12"
+    version=$("$candidate" --version 2>&1) || version="no $candidate"
+    fail "needs Python 3.11 to 3.14, and found $version. Install one, or name it: make lab PYTHON=/path/to/python3.12"
 fi
 "$python" -c 'import ensurepip, venv' 2>/dev/null ||
     fail "$("$python" --version) lacks its venv module (on Debian and Ubuntu: apt-get install python3-venv)"
@@ -56,11 +56,11 @@ if [ "$torch" = own ]; then
         fail "TORCH=own needs a torch in $python, and it has none. Name the Python that has one with PYTHON="
 fi
 
-# An environment of the other mode, of another Python or with a lost Python is made anew; any other is updated.
-wanted=$("$python" -c 'import sys; print(*sys.version_info[:2])')
-present=$(.venv/bin/python -c 'import sys; print(*sys.version_info[:2])' 2>/dev/null) || present=none
-if [ "$wanted" != "$present" ] || [ "$torch" != "$(remembered 1)" ]; then
-    say "making .venv with $("$python" --version)"
+# Another mode, another version of Python or a missing Python requires a new environment; otherwise .venv is updated.
+new_version=$("$python" -c 'import sys; print(*sys.version_info[:2])')
+old_version=$(.venv/bin/python -c 'import sys; print(*sys.version_info[:2])' 2>/dev/null) || old_version=none
+if [ "$new_version" != "$old_version" ] || [ "$torch" != "$(stored 1)" ]; then
+    say "creating .venv with $("$python" --version)"
     if [ "$torch" = own ]; then
         "$python" -m venv --clear --system-site-packages .venv
     else
@@ -71,14 +71,14 @@ rm -f .venv/ready
 printf '%s\n' "$torch" "$python" >.venv/chosen
 
 say "installing into .venv (the first time takes a few minutes)"
-# A person sees pip's progress; a log has only what went wrong.
+# A terminal shows pip's progress; a log contains errors only.
 quiet=--progress-bar=on
 [ -t 1 ] || quiet=-qq
 install() { .venv/bin/python -m pip install $quiet --disable-pip-version-check "$@"; }
-# Without isolation, so that the build backend too is the one that constraints.txt pins.
+# Without build isolation, so that constraints.txt pins the build backend too.
 install -c constraints.txt hatchling editables
 if [ "$torch" = own ]; then
-    # PYTHON may itself be a virtual environment, whose packages --system-site-packages does not show.
+    # --system-site-packages does not include packages of a PYTHON that is itself a virtual environment.
     folder=$("$python" -c 'import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))')
     printf '%s\n' "$folder" >"$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/own-torch.pth"
     say "using torch $(.venv/bin/python -c 'import torch; print(torch.__version__)') from $folder"

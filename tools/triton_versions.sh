@@ -1,11 +1,11 @@
 #!/bin/sh
-# Runs tests on other versions of Triton than the pinned one. `make test-triton` calls it from the repository root.
+# Runs tests on versions of Triton other than the pinned one. `make test-triton` calls this script from the repository root.
 #
 #   $1       the versions, separated by spaces: "3.6.0 3.9.0"
 #   $2 ...   arguments for pytest
 #
-# Each version is installed once, into a folder of .venv that precedes site-packages on the path; torch and everything else
-# are shared. tests/conftest.py refuses to run when another version than KVGATHER_TRITON was imported.
+# The script installs each version once, into a folder of .venv that precedes site-packages on Python's path. All versions
+# share torch and every other package. tests/conftest.py stops unless the imported version is KVGATHER_TRITON.
 set -eu
 
 say() { printf 'kvgather: %s\n' "$*" >&2; }
@@ -15,7 +15,7 @@ versions=$1
 shift
 [ -n "$versions" ] || fail 'name the versions: make test-triton VERSIONS="3.6.0 3.9.0"'
 
-# All are installed before the first test, so that a version that does not exist costs no test run.
+# All versions are installed before the first test run, so that a version that does not exist fails early.
 for version in $versions; do
     case $version in
         [0-9]*.[0-9]*.[0-9]*) ;;
@@ -35,7 +35,7 @@ done
 failed=
 for version in $versions; do
     say "tests on triton $version"
-    # Absolute, because tests start processes in other folders.
+    # An absolute path, because tests start processes in other folders.
     KVGATHER_TRITON=$version PYTHONPATH=$PWD/.venv/triton-$version${PYTHONPATH:+:$PYTHONPATH} \
         .venv/bin/python -m pytest "$@" || failed="$failed $version"
 done

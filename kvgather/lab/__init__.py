@@ -1,5 +1,5 @@
-"""What the workbook dissects: the gather as it was, and the tools that show what is wrong with it.
+"""The subject of the workbook: the gather before the fix, and the tools that show its bug.
 
-Nothing outside lab, workbook and tests imports this. `fence` and `trace` are general tools: they work on
-anyone's Triton kernel.
+Only lab, bench, workbook, the command line and tests import this package. `fence` and `trace` are general tools: they
+work on any Triton kernel.
 """

@@ -1,7 +1,7 @@
-"""The child process of `assembly`: compiles the gather kernel and answers in JSON, one line a job.
+"""The child process of `assembly`: compiles the gather kernel and prints one JSON object for each job.
 
-Everything a compilation depends on comes from where a launch has it: the tile, the constants and the strides from
-`GatherLaunch`, the argument types from Triton's own specialization of tensors that have shapes and no memory.
+A compilation uses the same inputs as a launch: the tile, the constants and the strides come from `GatherLaunch`, the
+argument types from Triton's specialization of meta tensors.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ META = torch.device("meta")
 
 
 class NoDriver:
-    """What Triton asks of a driver to compile for a GPU that is not here."""
+    """The part of a Triton driver that a compilation calls, for a GPU that this machine does not have."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -37,7 +37,7 @@ class NoDriver:
         return self.target
 
     def get_current_device(self) -> str:
-        return str(self.target)  # kernels are kept by device, and those of two targets must not mix
+        return str(self.target)  # Triton caches kernels by device, and each target needs its own kernels
 
     def get_current_stream(self, device: object) -> int:
         return 0
@@ -75,12 +75,12 @@ def warm_up(launch: GatherLaunch, k: Side, v: Side, page: Tensor, hardware: bool
 
     Args:
         page: records, or a block table.
-        hardware: whether the target decodes the pool's format: the one constant that a launch asks the device for.
+        hardware: whether the target decodes the pool's format: the only constant that a launch reads from its device.
     """
     pairs = zip(pointers_of(k, v), (*k.views, *v.views), strict=True)
     pointers = [p if view is None else p.view(view) for p, view in pairs]  # type: ignore[union-attr]
     constants = launch.constants | {"HARDWARE": hardware}
-    numbers = (7, 1024, 1024, 1024, 1024, 3)  # run-time numbers, for which nothing is specialized
+    numbers = (7, 1024, 1024, 1024, 1024, 3)  # run-time numbers, for which Triton does not specialize
     return gather_kernel.warmup(page, page, page, *pointers, *numbers, *launch.strides, **constants, grid=(1,))
 
 
@@ -105,12 +105,13 @@ def compile_one(variant: Variant, target: str) -> dict[str, Any]:
 
 
 def plain(constants: dict[str, Any]) -> dict[str, Any]:
-    """A kernel's constants for JSON: a format is its name, and "" for floats."""
+    """A kernel's constants in a form that JSON has: the name of the FP8 format, or "" for a pool of floats."""
     code = constants["CODE"]
     return constants | {"CODE": "" if code is None else code.name}
 
 
 def words_of(error: BaseException) -> str:
+    """Type and message of the first exception in a chain of causes."""
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {error}".strip()[:500]

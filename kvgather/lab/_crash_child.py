@@ -1,6 +1,6 @@
-"""The child process of `kvgather.lab.crash`: runs one gather that may kill it, and says how it went.
+"""The child process of `kvgather.lab.crash`: runs one gather that may kill the process, and prints its result.
 
-Prints one JSON object a line: first where it runs, then, if it is still alive, the result.
+It prints one JSON object a line: first the device and torch's version, then the result if the gather returns.
 """
 
 from __future__ import annotations
@@ -18,35 +18,35 @@ import kvgather
 from kvgather.formats.fp8 import quantize
 from kvgather.formats.layout import convert
 from kvgather.lab import before_fix
-from kvgather.lab.crash import leave_no_core
+from kvgather.lab.child import leave_no_core
 from kvgather.lab.fence import fenced
 
 LAYOUT, PAGE_SIZE, NUM_HEADS, HEAD_DIM, NUM_BLOCKS = "SHUFFLE", 16, 2, 16, 32
 LENGTHS = (5, 3)
 SCALES = {"per-tensor": [0.5], "per-head": [0.5, 0.25]}
-ARENA = 4096  # elements; the furthest that [block, head, slot] can reach here is 32 * 2 * 16
+ARENA = 4096  # elements; an index [block, head, slot] of these pools is below 32 * 2 * 16
 
 
 def place(values: list[float], placement: str, device: str) -> Tensor:
-    """The scale, against a guard, or where an ordinary allocation would put it."""
+    """The scale next to a guard, in an ordinary GPU allocation, or at the start of an arena on a CPU."""
     scale = torch.tensor(values)
     if placement == "guarded":
         return fenced(scale, device)
     if device == "cuda":
         return scale.to(device)
-    arena = torch.arange(ARENA, dtype=torch.float32)  # what lies behind it: element i holds i
+    arena = torch.arange(ARENA, dtype=torch.float32)  # element i holds i: a wrong index gives a known scale
     arena[: len(values)] = scale
     return arena[: len(values)]
 
 
 def run(kernel: str, scale: str, placement: str, device: str) -> dict[str, Any]:
-    """Gather with one kernel, one kind of scale, and compare with what plain indexing gives."""
+    """Gather with one kernel and one kind of scale, and compare the rows with those of plain indexing."""
     generator = torch.Generator().manual_seed(0)
     shape = (NUM_BLOCKS, PAGE_SIZE, NUM_HEADS, HEAD_DIM)
     pools = [quantize(torch.randn(shape, generator=generator), 0.5, torch.float8_e4m3fn) for _ in range(2)]
     block_table = torch.tensor([[20], [31]], dtype=torch.int32)
     per_head = torch.tensor(SCALES[scale])[:, None].expand(NUM_HEADS, 1)
-    want = [
+    expected = [
         torch.cat([pool[b, :n].float() * per_head for (b,), n in zip(block_table, LENGTHS, strict=True)])
         for pool in pools
     ]
@@ -92,11 +92,11 @@ def run(kernel: str, scale: str, placement: str, device: str) -> dict[str, Any]:
             LAYOUT,
             tokens,
         )
-    got = [key.cpu(), value.cpu()]  # waits for the GPU: an illegal access shows up here
-    if all(torch.equal(g, w) for g, w in zip(got, want, strict=True)):
+    rows = [key.cpu(), value.cpu()]  # synchronizes: the driver reports an illegal access here
+    if all(torch.equal(a, b) for a, b in zip(rows, expected, strict=True)):
         return {"kind": "ok", "relative_error": 0.0}
-    difference = torch.cat([(g - w).double().flatten() for g, w in zip(got, want, strict=True)])
-    error = float(difference.norm() / torch.cat([w.double().flatten() for w in want]).norm())
+    difference = torch.cat([(a - b).double().flatten() for a, b in zip(rows, expected, strict=True)])
+    error = float(difference.norm() / torch.cat([b.double().flatten() for b in expected]).norm())
     return {"kind": "silent corruption", "relative_error": error if error < float("inf") else "inf"}
 
 
@@ -110,9 +110,9 @@ def main() -> None:
     except RuntimeError as error:
         if device != "cuda" or "illegal memory access" not in str(error):
             raise
-        first = next(line for line in str(error).splitlines() if "illegal memory access" in line)
-        print(json.dumps({"kind": "illegal access", "message": first}), flush=True)
-        os._exit(1)  # the context is gone, and with it every clean way out
+        message = next(line for line in str(error).splitlines() if "illegal memory access" in line)
+        print(json.dumps({"kind": "illegal access", "message": message}), flush=True)
+        os._exit(1)  # the CUDA context is dead, and a regular exit would report further errors
     print(json.dumps(result), flush=True)
 
 

@@ -1,6 +1,6 @@
-"""Device memory with nothing mapped on either side of it, through the driver's virtual memory management.
+"""Device memory with unmapped addresses on both sides, through the driver's virtual memory management.
 
-CUDA's names are written out; HIP has the same functions under its own prefix.
+CUDA and HIP name the functions alike but for a prefix: `cuMemMap`, `hipMemMap`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 
 class _Driver:
-    """`cuda.bindings.driver`, or hip-python's `hip`, called the same way."""
+    """One interface to `cuda.bindings.driver` and to hip-python's `hip`."""
 
     def __init__(self) -> None:
         self.hip = torch.version.hip is not None
@@ -33,30 +33,30 @@ class _Driver:
         return values[0] if values else None
 
     def properties(self, index: int) -> Any:
-        """What to allocate: pinned memory of GPU `index`."""
+        """The allocation properties of pinned memory on GPU `index`."""
         m = self.module
         if self.hip:
-            wanted = m.hipMemAllocationProp()
-            wanted.type = m.hipMemAllocationType.hipMemAllocationTypePinned
-            wanted.location.type = m.hipMemLocationType.hipMemLocationTypeDevice
+            properties = m.hipMemAllocationProp()
+            properties.type = m.hipMemAllocationType.hipMemAllocationTypePinned
+            properties.location.type = m.hipMemLocationType.hipMemLocationTypeDevice
         else:
-            wanted = m.CUmemAllocationProp()
-            wanted.type = m.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
-            wanted.location.type = m.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
-        wanted.location.id = index
-        return wanted
+            properties = m.CUmemAllocationProp()
+            properties.type = m.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+            properties.location.type = m.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+        properties.location.id = index
+        return properties
 
-    def set_access(self, address: int, nbytes: int, wanted: Any) -> None:
-        """Let the GPU that owns the memory read and write it."""
+    def set_access(self, address: int, nbytes: int, properties: Any) -> None:
+        """Give the GPU that owns the memory read and write access."""
         m = self.module
         if self.hip:
             access = m.hipMemAccessDesc()
-            access.location.type, access.location.id = wanted.location.type, wanted.location.id
+            access.location.type, access.location.id = properties.location.type, properties.location.id
             access.flags = m.hipMemAccessFlags.hipMemAccessFlagsProtReadWrite
             self("MemSetAccess", address, nbytes, access, 1)
         else:
             access = m.CUmemAccessDesc()
-            access.location = wanted.location
+            access.location = properties.location
             access.flags = m.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
             self("MemSetAccess", m.CUdeviceptr(address), nbytes, [access], 1)
 
@@ -68,37 +68,37 @@ class GpuPages:
     """One mapping in the middle of a larger range of reserved addresses.
 
     Args:
-        nbytes: how much memory is wanted; rounded up to the driver's granularity (2 MiB on most GPUs).
-        guard_bytes: how much address space is kept unmapped on each side; rounded up the same way.
-        index: of the GPU.
+        nbytes: bytes to map, rounded up to the driver's granularity (2 MiB on most GPUs).
+        guard_bytes: bytes of address space that stay unmapped on each side, rounded up to the same granularity.
+        index: index of the GPU.
 
     Raises:
         ImportError: the Python binding of the driver is missing.
-        RuntimeError: the driver refused.
+        RuntimeError: a driver call failed.
     """
 
     def __init__(self, nbytes: int, guard_bytes: int, index: int) -> None:
         driver = _Driver()
-        torch.cuda.synchronize(index)  # makes the GPU's primary context exist
+        torch.cuda.synchronize(index)  # creates the GPU's primary context
         with torch.cuda.device(index):
-            wanted = driver.properties(index)
-            granularities = (
+            properties = driver.properties(index)
+            minimum = (
                 driver.module.hipMemAllocationGranularity_flags.hipMemAllocationGranularityMinimum
                 if driver.hip
                 else driver.module.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
             )
-            unit = int(driver("MemGetAllocationGranularity", wanted, granularities))
+            unit = int(driver("MemGetAllocationGranularity", properties, minimum))
             self.size, guard = (math.ceil(n / unit) * unit for n in (nbytes, guard_bytes))
             reserved = self.size + 2 * guard
             base = int(driver("MemAddressReserve", reserved, 0, driver.pointer(0), 0))
             self.address = base + guard
             undo: list[tuple[Any, ...]] = [("MemAddressFree", driver.pointer(base), reserved)]
             try:
-                handle = driver("MemCreate", self.size, wanted, 0)
+                handle = driver("MemCreate", self.size, properties, 0)
                 undo.insert(0, ("MemRelease", handle))
                 driver("MemMap", driver.pointer(self.address), self.size, 0, handle, 0)
                 undo.insert(0, ("MemUnmap", driver.pointer(self.address), self.size))
-                driver.set_access(self.address, self.size, wanted)
+                driver.set_access(self.address, self.size, properties)
             except RuntimeError:
                 _free(driver, undo, index)
                 raise
@@ -110,7 +110,7 @@ class GpuPages:
 
 
 class _Window:
-    """Some bytes of the pages as uint8; the tensor made from it keeps it, and it keeps the pages."""
+    """A range of the mapping as uint8. A tensor over the window keeps the window alive, and the window the mapping."""
 
     def __init__(self, pages: GpuPages, address: int, nbytes: int) -> None:
         self.pages = pages
@@ -124,7 +124,7 @@ class _Window:
 
 
 def _free(driver: _Driver, undo: list[tuple[Any, ...]], index: int) -> None:
-    """Give everything back once no kernel can still be using it; after a crash the context is gone anyway."""
+    """Free mapping and addresses after every kernel has finished; a dead context has no memory to free."""
     try:
         torch.cuda.synchronize(index)
         for call in undo:

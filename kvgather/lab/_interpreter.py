@@ -1,8 +1,8 @@
-"""Hooks into Triton's interpreter: who is launched with what, and each access before it happens.
+"""Hooks into Triton's interpreter that report each launch with its arguments, and each access before it is executed.
 
-Triton has no interface for this, so four of its internals are wrapped, and only while a trace lasts:
-`GridExecutor` (a launch), `_implicit_cvt` (a tensor becomes a pointer), `InterpreterBuilder` (an access)
-and, where kernels are compiled, `JITFunction`. Known to fit triton 3.6 to 3.9.
+Triton has no interface for this. A trace therefore wraps four of Triton's internals while it runs: `GridExecutor`
+(launches), `_implicit_cvt` (conversion of a tensor to a pointer), `InterpreterBuilder` (accesses) and, in processes
+that compile kernels, `JITFunction`. Tested with triton 3.6 to 3.9.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-TAG_SHIFT = 56  # user addresses end below 2^56, so the top byte is free for the argument's number
-BIAS = 1 << 55  # keeps an address that went below 0 from borrowing from the tag
+TAG_SHIFT = 56  # user addresses are below 2^56, which leaves the top byte for the number of the argument
+BIAS = 1 << 55  # an address below 0 would borrow from the tag; the bias keeps every address positive
 ADDRESS_MASK = np.uint64((1 << TAG_SHIFT) - 1)
-KNOWN = "3.6 to 3.9"
+TESTED_VERSIONS = "3.6 to 3.9"
 
 
 class TraceError(ValueError):
-    """Triton's interpreter is missing here, or is not one that can be hooked; the message says which."""
+    """Triton's interpreter cannot be imported, or lacks functions that the hooks replace; the message gives the cause."""
 
 
 @dataclass
@@ -35,12 +35,11 @@ class Launch:
     """One launch of a kernel.
 
     Attributes:
-        number: which launch of the trace it is, from 0.
+        number: index of the launch in the trace, from 0.
         kernel: the kernel's name.
-        arguments: its tensor arguments by name, as the interpreter sees them (copies on the CPU of GPU
-            tensors).
-        grid: the grid, as many axes as were given.
-        program: the program that is running, its index along each axis.
+        arguments: the kernel's tensor arguments by name, as the interpreter uses them (a CPU copy of a GPU tensor).
+        grid: the grid, with as many axes as the caller specified.
+        program: index of the current program along each axis.
     """
 
     number: int
@@ -50,16 +49,14 @@ class Launch:
     program: tuple[int, ...] = ()
 
     def tag(self, tensor: Tensor) -> int:
-        """The number to put into the top byte of this tensor's pointer: 1 for the first, 0 for an unknown
-        one."""
+        """The tag for the top byte of a tensor's pointer: the argument's number from 1, or 0 for any other tensor."""
         for number, argument in enumerate(self.arguments.values(), start=1):
             if argument is tensor:
                 return number
         return 0
 
     def locate(self, address: NDArray[np.uint64]) -> tuple[str, NDArray[np.int64]]:
-        """The argument that tagged addresses were computed from, and their byte offsets from its first
-        element."""
+        """The argument that tagged addresses were computed from, and byte offsets from the argument's first element."""
         tags = address >> np.uint64(TAG_SHIFT)
         tag = int(tags.flat[0]) if tags.size else 0
         if not 1 <= tag <= len(self.arguments):
@@ -74,12 +71,13 @@ Record = Callable[[Launch, str, NDArray[np.uint64], int, NDArray[np.bool_], tupl
 
 @dataclass
 class Recorder:
-    """Where launches and accesses go.
+    """Receives launches and accesses.
 
     Attributes:
-        launches: filled with each launch.
+        launches: the launches so far; the hooks append each one.
         record: called before each access with launch, kind, tagged addresses, width in bytes, mask and
-            (file, line); returns the lanes that must not be carried out.
+            (file, line); returns the lanes to skip.
+        current: the launch that is running.
     """
 
     launches: list[Launch]
@@ -88,15 +86,14 @@ class Recorder:
 
 
 def _import_interpreter() -> tuple[Any, Any]:
-    """The modules `triton` and `triton.runtime.interpreter`, with everything there that is about to be
-    wrapped."""
+    """The modules `triton` and `triton.runtime.interpreter`, checked to have every function that `hooked` wraps."""
     try:
         import triton
         from triton.runtime import interpreter
     except ImportError as error:
         raise TraceError(f"a trace needs triton and its interpreter, which cannot be imported here: {error}") from error
     builder = getattr(interpreter, "InterpreterBuilder", None)
-    wanted = {
+    parameters = {
         "create_masked_load": "ptrs mask other",
         "create_masked_store": "ptrs value mask",
         "create_atomic_rmw": "rmwOp ptr val mask",
@@ -104,7 +101,7 @@ def _import_interpreter() -> tuple[Any, Any]:
     }
     missing = [
         f"InterpreterBuilder.{name}({', '.join(arguments.split())}, …)"
-        for name, arguments in wanted.items()
+        for name, arguments in parameters.items()
         if list(inspect.signature(getattr(builder, name, lambda: None)).parameters)[1:][: len(arguments.split())]
         != arguments.split()
     ]
@@ -116,14 +113,14 @@ def _import_interpreter() -> tuple[Any, Any]:
     if missing:
         raise TraceError(
             f"cannot hook the interpreter of triton {triton.__version__}: it has no {', no '.join(missing)}; "
-            f"accepted: triton {KNOWN}"
+            f"accepted: triton {TESTED_VERSIONS}"
         )
     return triton, interpreter
 
 
 @contextmanager
 def hooked(recorder: Recorder) -> Iterator[None]:
-    """Wrap the interpreter so that everything launched inside goes through `recorder`."""
+    """Context manager that wraps the interpreter: every kernel launched in its body reports to `recorder`."""
     triton, interpreter = _import_interpreter()
     package = os.path.dirname(os.path.abspath(triton.__file__)) + os.sep
     executor, builder, handle = (
@@ -139,10 +136,10 @@ def hooked(recorder: Recorder) -> Iterator[None]:
 
     def new_call(self: Any, *args: Any, **kwargs: Any) -> Any:
         launch = Launch(len(recorder.launches), self.fn.__name__)
-        given = self.grid
+        caller_grid = self.grid
 
         def grid(meta: Any) -> tuple[int, ...]:
-            launch.grid = tuple(given(meta) if callable(given) else given)
+            launch.grid = tuple(caller_grid(meta) if callable(caller_grid) else caller_grid)
             return launch.grid
 
         self.grid = grid
@@ -170,7 +167,7 @@ def hooked(recorder: Recorder) -> Iterator[None]:
         return result
 
     def check(self: Any, kind: str, pointer: Any, mask: Any) -> tuple[Any, NDArray[np.bool_]]:
-        """The pointer without its tag, and the lanes that may be carried out."""
+        """The pointer without its tag, and the lanes to execute."""
         tagged = np.asarray(pointer.data, dtype=np.uint64)
         lanes = np.broadcast_to(np.asarray(_data(mask, handle), dtype=bool), tagged.shape)
         launch = recorder.current
@@ -186,7 +183,7 @@ def hooked(recorder: Recorder) -> Iterator[None]:
         bare, lanes = check(self, "load", ptrs, mask)
         result = original["create_masked_load"](self, bare, _mask(handle, interpreter, lanes), other, *rest, **named)
         skipped = np.asarray(_data(mask, handle), dtype=bool) & ~lanes
-        if skipped.any():  # the kernel's own `other` is for lanes that it switched off itself
+        if skipped.any():  # `other` applies to lanes that the kernel's own mask disables; a skipped lane gives 0
             result.data = np.where(skipped, np.zeros_like(result.data), result.data)
         return result
 
@@ -202,7 +199,7 @@ def hooked(recorder: Recorder) -> Iterator[None]:
         bare, lanes = check(self, "atomic", ptr, np.ones(ptr.data.shape, bool))
         if lanes.all():
             return original["create_atomic_cas"](self, bare, cmp, val, *rest, **named)
-        return handle(np.zeros_like(cmp.data), cmp.dtype.scalar)  # it has no mask: all or nothing
+        return handle(np.zeros_like(cmp.data), cmp.dtype.scalar)  # a CAS has no mask: one skipped lane skips all
 
     replacements = [
         (executor, "__call__", new_call),
@@ -221,7 +218,7 @@ def hooked(recorder: Recorder) -> Iterator[None]:
 
 
 def _interpret_compiled(triton: Any, interpreter: Any) -> list[tuple[Any, str, Any]]:
-    """Replacements that send kernels decorated for compilation through the interpreter."""
+    """Replacements that run kernels decorated for compilation in the interpreter."""
 
     def interpreted(self: Any) -> Any:
         return interpreter.InterpretedFunction(self.fn)
@@ -231,7 +228,7 @@ def _interpret_compiled(triton: Any, interpreter: Any) -> list[tuple[Any, str, A
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         function = interpreted(self)
-        scope = interpreter._patch_lang(self.fn)  # the interpreter itself would leave the language patched
+        scope = interpreter._patch_lang(self.fn)  # without a scope to restore, the language would stay patched
         try:
             return function.rewrite()(*args, **kwargs)
         finally:
@@ -242,8 +239,7 @@ def _interpret_compiled(triton: Any, interpreter: Any) -> list[tuple[Any, str, A
 
 
 def _tensors(bound: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Named tensors among a launch's arguments; those in tuples and descriptors get a name made from the
-    argument's."""
+    """The tensors among a launch's arguments, with names; `x[0]` is the first item of a tuple `x`."""
     for name, value in bound.items():
         if isinstance(value, tuple):
             yield from _tensors({f"{name}[{i}]": item for i, item in enumerate(value)})
@@ -266,7 +262,7 @@ def _mask(handle: Any, interpreter: Any, lanes: NDArray[np.bool_]) -> Any:
 
 
 def _source(package: str) -> tuple[str, int]:
-    """File and line of the kernel that is running: the first frame up that is neither here nor in triton."""
+    """File and line of the running kernel: the innermost frame outside this file and outside triton."""
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename

@@ -1,4 +1,4 @@
-"""The child process of `warps`: compiles the kernels of chapter 07 and answers in JSON, one line a job."""
+"""The child process of `warps`: compiles the kernels of chapter 07 and prints one JSON object for each job."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .steps import STEPS, constants_of
 
 
 def _warm_up(name: str, case: Case, target: str) -> tuple[Any, int]:
-    """One compiled kernel, and its warps; every argument is as a launch for the case would have it."""
+    """One compiled kernel and its number of warps; its arguments have the types of a launch for the case."""
     key, value = pools_of(Variant(case))
     scale = torch.empty(1, device=META)
     rows = torch.empty(case.total_tokens, case.num_heads, case.k_dim, dtype=case.out_dtype, device=META)
@@ -55,7 +55,7 @@ def _warm_up(name: str, case: Case, target: str) -> tuple[Any, int]:
 
 
 def _kernel_in(source: str) -> Any:
-    """The kernel that a piece of source defines; Triton reads kernels from files."""
+    """The kernel that a source text defines, imported from a file because Triton reads a kernel's source from one."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel_of_a_reader.py"
         path.write_text(f"import triton\nimport triton.language as tl\n\n\n{source}\n")
@@ -63,7 +63,7 @@ def _kernel_in(source: str) -> Any:
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        return next(thing for thing in vars(module).values() if isinstance(thing, triton.JITFunction))
+        return next(value for value in vars(module).values() if isinstance(value, triton.JITFunction))
 
 
 def compile_one(name: str, case: Case, target: str) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""Runs a module, and ends its process after a time limit even if the process that started it is gone.
+"""Runs a module, and ends its process after a time limit even if the parent process has exited.
 
     python -P _time_limit.py SECONDS MODULE ARGUMENTS…
 
-A parent that is killed cannot stop its child, and a child that hangs in compiled code runs no Python. The system's own
-timer ends both. This file is run by its path and imports nothing that takes time: the limit holds from the beginning.
+A parent that was killed cannot stop its child, and a child that hangs in compiled code runs no Python. A timer of the
+operating system ends the child in both cases. The command runs this file by its path, and this file imports only
+standard modules that load fast, so that the limit applies from the start of the process.
 """
 
 import os
@@ -14,9 +15,9 @@ import threading
 
 
 def limit(seconds: float) -> None:
-    """End this process after `seconds`, whatever it does then."""
+    """End this process after `seconds`, even if it runs compiled code at that time."""
     if hasattr(signal, "setitimer"):
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # a parent's choice is inherited; the default ends the process
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process; a parent may have set the signal to ignored
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
         signal.setitimer(signal.ITIMER_REAL, seconds)
     else:  # Windows has no such timer

@@ -1,7 +1,7 @@
-"""The gather kernel's assembly for GPUs that are not here, and how many bytes each of its instructions moves.
+"""The gather kernel's assembly for any GPU that Triton supports, and how many bytes each of its instructions moves.
 
-Triton compiles for a target that this machine need not have, but not in a process that has its interpreter on. So it
-runs in a child process of its own, from shapes alone: the pools, scales and rows it compiles for have no memory.
+Triton can compile for a GPU that this machine does not have, but not in a process whose interpreter is enabled. The
+compilation therefore runs in a child process. Its pools, scales and rows are meta tensors.
 """
 
 from __future__ import annotations
@@ -22,25 +22,26 @@ TARGETS = (
     "cuda:80", "cuda:89", "cuda:90", "cuda:100", "cuda:120",
     "hip:gfx90a", "hip:gfx942", "hip:gfx950", "hip:gfx1100", "hip:gfx1201", "hip:gfx1250",
 )  # fmt: skip
-"""NVIDIA's by compute capability, from Ampere to Blackwell; AMD's by name, from CDNA2 and RDNA3 on."""
+"""NVIDIA GPUs by compute capability, from Ampere to Blackwell; AMD GPUs by name, from CDNA2 and RDNA3 on."""
 
 _PTX = re.compile(r"\b((?:ld|st)\.(?:[\w:]+\.)*global[\w.:]*)")
 _AMD = re.compile(r"^\s*((?:global|buffer|flat)_(?:load|store)_\w+)", re.MULTILINE)
 
 
 class AssemblyError(ValueError):
-    """There is no such target, or Triton cannot compile for it; the message says why."""
+    """A target does not exist, or Triton cannot compile for it; the message gives the cause."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to compile the kernel: what a launch for this case would ask for.
+    """One specialization of the kernel: the one that a launch for this case compiles.
 
     Attributes:
-        case: the cache and the rows; `num_blocks` is the pool's size, which decides how AMD GPUs address it.
-        by_table: pages are found in a block table, as in the engines' call, and not in a plan's records.
-        heads_outermost: each pool has its heads outside its blocks, as when one tensor holds a pool for each head.
-        for_attention: V's rows of a bad block id are 0, as attention gathers them.
+        case: the cache and the rows; `num_blocks` is the pool's size, which decides how AMD GPUs address the pool.
+        heads_outermost: whether heads are the outermost axis of each pool, as in one tensor with a pool for each head.
+        by_table: whether the kernel reads block ids from a block table, as in the engines' call, instead of from a
+            plan's records.
+        for_attention: whether V's rows of a bad block id are 0, as attention requires, instead of NaN.
     """
 
     case: Case
@@ -56,14 +57,14 @@ class Variant:
 
 @dataclass(frozen=True)
 class Assembly:
-    """What became of one compilation.
+    """The result of one compilation.
 
     Attributes:
-        variant, target: of what, and for what.
-        text: the assembly, PTX or AMD's; empty if there is none.
-        lanes: threads of a warp (NVIDIA) or a wave (AMD) there.
+        variant, target: the specialization and the GPU.
+        text: the assembly, PTX or AMD's; empty if the compilation failed.
+        lanes: threads of a warp (NVIDIA) or a wave (AMD) of the target.
         constants: the kernel's constexpr values and `num_warps`.
-        error: why there is no assembly, in Triton's words.
+        error: Triton's error message if the compilation failed.
     """
 
     variant: Variant
@@ -79,42 +80,44 @@ def compile_all(jobs: Sequence[tuple[Variant, str]], *, timeout: float = 300.0) 
 
     Args:
         jobs: pairs of a variant and one of `TARGETS`.
-        timeout: seconds that all of it may take.
+        timeout: seconds that the child may take.
 
     Returns:
-        One `Assembly` for each job, in their order. A failed compilation does not raise: its `error` says why.
+        One `Assembly` for each job, in the order of `jobs`. A failed compilation does not raise; `error` gives its
+        cause.
 
     Raises:
-        AssemblyError: there is no such target, or the child did not answer in time.
+        AssemblyError: a target does not exist, or the child exceeded `timeout`.
     """
     for _, target in jobs:
         if target not in TARGETS:
             raise AssemblyError(f"target is {target!r}; accepted: {', '.join(TARGETS)}")
     timeout = check_seconds(timeout)
-    done: list[Assembly] = []
-    with tempfile.TemporaryDirectory() as cache:  # a compiler's cache would hide what this Triton can do
+    results: list[Assembly] = []
+    with tempfile.TemporaryDirectory() as cache:  # an old cache may contain kernels that this Triton cannot compile
         variables = environment(TRITON_INTERPRET="0", TRITON_CACHE_DIR=cache)
-        while len(done) < len(jobs):
+        while len(results) < len(jobs):
             try:
                 child = subprocess.run(
                     command("kvgather.lab._assembly_child", seconds=timeout),
-                    input=pickle.dumps(list(jobs[len(done) :])),
+                    input=pickle.dumps(list(jobs[len(results) :])),
                     env=variables,
                     capture_output=True,
                     timeout=timeout,
                 )
             except subprocess.TimeoutExpired:
                 raise AssemblyError(f"{len(jobs)} compilations took longer than {timeout:g} s") from None
-            before, lines = len(done), child.stdout.decode(errors="replace").splitlines()
+            first, lines = len(results), child.stdout.decode(errors="replace").splitlines()
             try:
-                for job, answer in zip(jobs[before:], answers(iter(lines)), strict=False):
-                    done.append(_assembly(job, answer))
+                for job, answer in zip(jobs[first:], answers(iter(lines)), strict=False):
+                    results.append(_assembly(job, answer))
             except AnswerError as error:
-                done.append(Assembly(*jobs[len(done)], error=str(error)))
-            if len(done) == before:  # LLVM ended the process, and not for something that an earlier job left behind
-                words = child.stderr.decode(errors="replace").strip().splitlines()[-3:]
-                done.append(Assembly(*jobs[len(done)], error=f"exit {child.returncode}: " + " | ".join(words)))
-    return done
+                results.append(Assembly(*jobs[len(results)], error=str(error)))
+            if len(results) == first:  # LLVM aborted a child whose first job this was, so no earlier job is the cause
+                last_lines = child.stderr.decode(errors="replace").strip().splitlines()[-3:]
+                error_text = f"exit {child.returncode}: " + " | ".join(last_lines)
+                results.append(Assembly(*jobs[len(results)], error=error_text))
+    return results
 
 
 def _assembly(job: tuple[Variant, str], answer: dict[str, Any]) -> Assembly:
@@ -125,7 +128,7 @@ def _assembly(job: tuple[Variant, str], answer: dict[str, Any]) -> Assembly:
 
 
 def compile_for(case: Case, target: str) -> str:
-    """The assembly that a gather of a case runs on a target.
+    """The assembly of the kernel that gathers a case on a target.
 
     Args:
         case: the cache and the rows.
@@ -141,30 +144,30 @@ def compile_for(case: Case, target: str) -> str:
 
 
 def widths(assembly: str) -> dict[str, int]:
-    """The instructions that load from and store to the GPU's memory, and how often each is there.
+    """Count the instructions that load from and store to the GPU's memory.
 
     Args:
         assembly: PTX, or AMD's assembly.
 
     Returns:
-        Counts by instruction, such as `{"ld.global.v4.b32": 2}` or `{"global_load_dwordx4": 2}`, in their first order.
-        Loads through AMD's scalar unit, which fetch a kernel's arguments and records, are not counted.
+        Counts by instruction, such as `{"ld.global.v4.b32": 2}` or `{"global_load_dwordx4": 2}`, in the order of first
+        occurrence. Loads through AMD's scalar unit, which fetch a kernel's arguments and records, are not counted.
     """
     return dict(Counter(_PTX.findall(assembly) or _AMD.findall(assembly)))
 
 
 def width(instruction: str) -> int:
-    """The bytes that one thread moves with one of the instructions that `widths` counts.
+    """The bytes that one thread moves with an instruction that `widths` counts.
 
     Raises:
-        AssemblyError: the instruction's name does not say.
+        AssemblyError: the instruction's name does not contain a width.
     """
     if ptx := re.search(r"(?:\.v(\d+))?\.[bsuf](\d+)$", instruction):
         return int(ptx[1] or 1) * int(ptx[2]) // 8
-    if words := re.search(r"_dword(?:x(\d))?$", instruction):
-        return 4 * int(words[1] or 1)
-    if small := re.search(r"_[su]?(byte|short)(?:_d16)?(?:_hi)?$", instruction):
-        return {"byte": 1, "short": 2}[small[1]]
+    if dwords := re.search(r"_dword(?:x(\d))?$", instruction):
+        return 4 * int(dwords[1] or 1)
+    if narrow := re.search(r"_[su]?(byte|short)(?:_d16)?(?:_hi)?$", instruction):
+        return {"byte": 1, "short": 2}[narrow[1]]
     if bits := re.search(r"_[bui](\d+)$", instruction):
         return int(bits[1]) // 8
     raise AssemblyError(f"instruction is {instruction!r}; accepted: a load or store of PTX or of an AMD GPU")

@@ -1,8 +1,8 @@
-"""The gather as it was: one program per (token, head), and a flag that says what the scale is.
+"""The gather before the fix: one program per (token, head), and a flag that states the kind of the scale.
 
-Upstream's form of the kernel in our own rewrite, bug included: 21 arguments, the page size a constexpr. It indexes
-the scale as `[block, head, slot]` whenever it is told `PER_TOKEN`, which the launcher sets from the caller's flag
-alone: a one-element scale is then read far beyond its end. `kvgather.gather` is the gather as it should be.
+Our rewrite of upstream's kernel, with its bug: 21 arguments, the page size a constexpr. With `PER_TOKEN` the kernel
+indexes the scale as `[block, head, slot]`. The launcher sets `PER_TOKEN` from the caller's flag without a check of the
+scale's shape, so that a one-element scale is read far beyond its end. `kvgather.gather` is the correct gather.
 """
 
 from __future__ import annotations
@@ -96,24 +96,24 @@ def cp_mha_gather_cache(
     total_tokens: int,
     per_token_quant: bool = True,
 ) -> None:
-    """Gather K and V out of a paged cache, and believe `per_token_quant` whatever the scales are: the bug.
+    """Gather K and V from a paged cache, without a check of the scales' shapes against `per_token_quant`: the bug.
 
     With the default flag and a scale of fewer elements than `[blocks, heads, page]` this reads outside the
     scale: run it fenced, traced, or in a child process. Under Triton's interpreter float32 results are exact
-    for finite FP8 codes; bfloat16 is truncated, not rounded, and some versions refuse e4m3fnuz.
+    for finite FP8 codes; bfloat16 is truncated instead of rounded, and some versions reject e4m3fnuz.
 
     Args:
         key_cache, value_cache: contiguous pools, NHD `[blocks, page, heads, dim]` or SHUFFLE.
         key, value: outputs `[tokens, heads, dim]`, written in place.
         block_tables: `[batch, max_blocks]` int32.
-        k_scales, v_scales: FP32 tensors, or None when `dequant` is False.
+        k_scales, v_scales: FP32 tensors, or None if `dequant` is False.
         cu_seqlens_kv: `[batch + 1]` int32, prefix sums of the tokens to gather.
-        token_to_batch: `[tokens]` int32, the sequence each token belongs to.
-        seq_starts: `[batch]` int32, where the gather of each sequence begins.
+        token_to_batch: `[tokens]` int32, the sequence of each token.
+        seq_starts: `[batch]` int32, the position of the first gathered token of each sequence.
         dequant: whether to multiply by the scales.
         kv_cache_layout: "NHD" or "SHUFFLE".
-        total_tokens: how many tokens to gather.
-        per_token_quant: True indexes the scales as `[block, head, slot]`, False reads their element 0.
+        total_tokens: number of tokens to gather.
+        per_token_quant: True indexes the scales as `[block, head, slot]`, False reads element 0 of each scale.
 
     Raises:
         ValueError: the layout is unknown, a pool is not contiguous, or a scale is missing.
@@ -163,9 +163,10 @@ def raw_launch(
     total_tokens: int,
     per_token_quant: bool = True,
 ) -> Callable[[], object]:
-    """One launch `kernel[grid](…)` and nothing else, on the current GPU: the yardstick of the benchmarks.
+    """A function that makes one launch `kernel[grid](…)` on the current GPU: the unit of the host-time benchmarks.
 
-    Nothing is checked. Strides and constants are read here, once, so that a call costs what Triton costs.
+    The arguments are not checked. Strides and constants are read once, before the first call, so that the time of a
+    call is the time of Triton's launch.
 
     Args:
         key_cache, value_cache, key, value, block_tables, k_scales, v_scales, cu_seqlens_kv, token_to_batch,
@@ -173,7 +174,7 @@ def raw_launch(
             at least one token.
 
     Returns:
-        The launch.
+        The function, without parameters.
     """
     shuffle = kv_cache_layout == "SHUFFLE"
     page_size = key_cache.shape[3] if shuffle else key_cache.shape[1]
@@ -226,17 +227,17 @@ def cp_mha_gather_cache_shipped_fix(
     total_tokens: int,
     per_token_quant: bool = True,
 ) -> None:
-    """The same gather with upstream's fix, rewritten too: one-element scales are per-tensor, whatever the flag.
+    """The gather with upstream's fix, in our rewrite: a one-element scale is per-tensor for either value of the flag.
 
-    It closes the case that was reported. A per-head scale `[heads]` has more than one element, so it is still
-    indexed as `[block, head, slot]` and read outside its end.
+    This fixes the reported case. A per-head scale `[heads]` has more than one element, so the kernel still indexes it
+    as `[block, head, slot]` and reads past its end.
 
     Args:
         key_cache, value_cache, key, value, block_tables, k_scales, v_scales, cu_seqlens_kv, token_to_batch,
             seq_starts, dequant, kv_cache_layout, total_tokens, per_token_quant: see `cp_mha_gather_cache`.
 
     Raises:
-        ValueError: as there, or one scale has one element and the other has more.
+        ValueError: as in `cp_mha_gather_cache`, or one scale has one element and the other has more.
     """
     if dequant and k_scales is not None and v_scales is not None:
         k_is_scalar, v_is_scalar = k_scales.numel() == 1, v_scales.numel() == 1
@@ -266,6 +267,6 @@ def cp_mha_gather_cache_shipped_fix(
 
 
 def token_to_batch(cu_seqlens: Tensor) -> Tensor:
-    """The sequence that each token belongs to, int32 `[tokens]`, from prefix sums `[batch + 1]`."""
+    """The sequence of each token, int32 `[tokens]`, from prefix sums `[batch + 1]`."""
     sequences = torch.arange(len(cu_seqlens) - 1, dtype=torch.int32, device=cu_seqlens.device)
     return sequences.repeat_interleave(cu_seqlens.diff())

@@ -1,7 +1,8 @@
-"""Child processes that may die, hang or print anything: how they are started, and how their answers are read."""
+"""Child processes that may die, hang or print arbitrary text: the command that starts them, and their answers."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -16,11 +17,11 @@ STARTER = "_time_limit.py"
 MAX_SECONDS = 1e6
 """Longest time limit, more than 11 days: the system calls that wait count milliseconds in 32 bits."""
 GRACE = 2.0
-"""Seconds that a child gets beyond its limit before it ends itself: its parent, if it lives, is first."""
+"""Seconds between a child's time limit, when its parent kills it, and the time when the child ends itself."""
 
 
 class AnswerError(ValueError):
-    """A child printed a line that is no answer; the message shows it."""
+    """A child printed a line that is no answer; the message contains the line."""
 
 
 def check_seconds(timeout: object, name: str = "timeout") -> float:
@@ -39,9 +40,9 @@ def command(module: str, *arguments: str, seconds: float, options: tuple[str, ..
     """The command that runs a module in this Python, without the working directory on its path.
 
     Args:
-        module, arguments: what to run.
-        seconds: after these and `GRACE` the process ends itself, for its parent may be gone by then.
-        options: of Python, such as ("-X", "faulthandler").
+        module, arguments: the module to run and its command-line arguments.
+        seconds: the time limit. The process ends itself `GRACE` seconds after it, even if its parent has exited.
+        options: Python's own options, such as ("-X", "faulthandler").
     """
     return [
         sys.executable,
@@ -55,13 +56,13 @@ def command(module: str, *arguments: str, seconds: float, options: tuple[str, ..
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """This process's environment with this package on the path, and with `variables`."""
+    """This process's environment with this package on the path, updated with `variables`."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return dict(os.environ) | {"PYTHONPATH": path} | variables
 
 
 def answers(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
-    """The JSON objects among the lines that a child printed; lines that do not begin with a brace are passed over.
+    """The JSON objects among the lines that a child printed; lines that do not begin with a brace are skipped.
 
     Raises:
         AnswerError: a line begins with a brace and is no JSON object.
@@ -72,3 +73,11 @@ def answers(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
             except (ValueError, RecursionError):
                 raise AnswerError(f"the child printed {line.strip():.60}, which is no JSON object") from None
+
+
+def leave_no_core() -> None:
+    """Disable core files in this process, for a child that crashes on purpose."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

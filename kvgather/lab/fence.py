@@ -1,16 +1,16 @@
-"""Tensors that end, or begin, at memory that faults: an access one element outside stops the program at once.
+"""Tensors that end, or begin, at memory that faults: an access one element outside the tensor ends the program.
 
-A general tool. Put it around any argument of any Triton kernel, on a CPU under the interpreter or on a GPU:
+A general tool. It applies to any argument of any Triton kernel, on a CPU under the interpreter or on a GPU:
 
     from kvgather.lab.fence import fenced
 
-    scale = fenced(torch.tensor([0.5]), "cuda")  # the next 64 MiB after its four bytes are not mapped
-    my_kernel[grid](x, scale, out)  # reads scale[1]? "an illegal memory access was encountered", every time
+    scale = fenced(torch.tensor([0.5]), "cuda")  # the 64 MiB after the scale's four bytes are not mapped
+    my_kernel[grid](x, scale, out)  # a read of scale[1] always gives "an illegal memory access was encountered"
 
-An ordinary allocation hides such a read: it is rounded up to pages, segments and arenas that are all mapped,
-so the kernel computes with whatever lies there. The price of a fence is that the process (CPU) or its CUDA
-context (GPU) does not survive: run it in a child process. An example that runs, with a kernel that reads one
-element before its tensor (`kvgather.lab.planted`, 20 lines; signal 11, and the kernel's line):
+An ordinary allocation hides such a read: allocators round sizes up to pages, segments and arenas, all of which are
+mapped, and the kernel reads bytes of another allocation. A fault ends the process (CPU) or its CUDA context (GPU), so
+run fenced kernels in a child process. A runnable example, with a kernel that reads one element before its tensor
+(`kvgather.lab.planted`; the process ends with signal 11, and faulthandler prints the kernel's line):
 
     python -X faulthandler -m kvgather.lab.planted cu_seqlens_ptr before
 """
@@ -31,13 +31,13 @@ from ._gpu_pages import GpuPages
 
 SIDES = ("after", "before")
 GUARD_BYTES = 2**26
-"""How far the guard reaches: address space, no memory. An access beyond it may land elsewhere."""
+"""Size of the guard, which takes address space but no memory. An access beyond the guard may reach other memory."""
 MAX_GUARD_BYTES = 2**46
-"""Half of the addresses that a process has on x86-64 and on most ARM machines."""
+"""Half of a process's address space on x86-64 and on most ARM machines."""
 
 
 class FenceError(ValueError):
-    """A fence cannot be built here, or its arguments are wrong; the message says which."""
+    """This machine cannot build a fence, or an argument is wrong; the message gives the cause."""
 
 
 def fenced(
@@ -47,21 +47,21 @@ def fenced(
     *,
     guard_bytes: int = GUARD_BYTES,
 ) -> Tensor:
-    """Copy a tensor to where its last byte is followed, or its first byte preceded, by memory that faults.
+    """Copy a tensor to memory that faults right after its last byte, or right before its first byte.
 
     Args:
         value: a tensor of any dtype, shape and strides; or a number, which becomes FP32 of shape `[1]`.
         device: "cpu" or a CUDA or ROCm device.
-        side: "after", the guard begins right after the last byte; "before", it ends right before the first.
-        guard_bytes: how far the guard reaches, at least; rounded up to whole pages.
+        side: "after" places the guard after the last byte, "before" places it before the first byte.
+        guard_bytes: minimum size of the guard, rounded up to whole pages.
 
     Returns:
-        A contiguous tensor with `value`'s dtype, shape and values. Its memory and the guard are freed when
-        the last view of it dies. A tensor with no elements has no address at all: its pointer is 0.
+        A contiguous tensor with `value`'s dtype, shape and values. The tensor's memory and the guard are freed
+        together with the tensor's last view. A tensor without elements has no address: its pointer is 0.
 
     Raises:
-        FenceError: `side` or `guard_bytes` is wrong, or this machine has no way to build a fence.
-        TypeError, ValueError: `value` is neither a dense tensor with values nor a number that FP32 can hold, or
+        FenceError: `side` or `guard_bytes` is wrong, or this machine cannot build a fence.
+        TypeError, ValueError: `value` is neither a dense tensor with values nor a number that FP32 can represent, or
             `device` is no device.
 
     Source: the guard pages of Electric Fence (Bruce Perens, 1987); on a GPU, the driver's virtual memory
@@ -92,7 +92,7 @@ def fenced(
 
 
 def _source(value: object) -> Tensor:
-    """The values to copy: a dense tensor, or FP32 `[1]` of a number, which may be NaN or infinite."""
+    """The values to copy: a dense tensor, or a number as FP32 `[1]`, which may be NaN or infinite."""
     if isinstance(value, Tensor):
         if value.is_quantized:
             raise TypeError(f"value has dtype {dtype_name(value.dtype)}; accepted: a tensor that is not quantized")
@@ -113,7 +113,7 @@ def round_up(nbytes: int, unit: int) -> int:
 
 
 def _cpu_bytes(nbytes: int, side: str, guard_bytes: int) -> Tensor:
-    """`nbytes` of uint8 in an anonymous mapping of their own, one side of which is PROT_NONE."""
+    """`nbytes` of uint8 in a new anonymous mapping whose guard is PROT_NONE."""
     if sys.platform == "win32":
         raise FenceError("a fence on a CPU needs mprotect, which Windows does not have; accepted: Linux, macOS")
     body, guard = round_up(nbytes, mmap.PAGESIZE), round_up(guard_bytes, mmap.PAGESIZE)
@@ -122,16 +122,16 @@ def _cpu_bytes(nbytes: int, side: str, guard_bytes: int) -> Tensor:
     except OSError as error:
         raise FenceError(f"guard_bytes is {guard_bytes}, and no memory was mapped: {error.strerror}") from error
     base = ctypes.addressof(ctypes.c_char.from_buffer(pages))
-    guard_at, data_at = (base + body, body - nbytes) if side == "after" else (base, guard)
+    guard_address, data_offset = (base + body, body - nbytes) if side == "after" else (base, guard)
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mprotect(ctypes.c_void_p(guard_at), ctypes.c_size_t(guard), 0) != 0:
+    if libc.mprotect(ctypes.c_void_p(guard_address), ctypes.c_size_t(guard), 0) != 0:
         raise FenceError(f"mprotect of {guard} bytes failed: {os.strerror(ctypes.get_errno())}")
-    # The tensor's storage holds `pages`: the mapping goes when the last view does.
-    return torch.frombuffer(pages, dtype=torch.uint8, count=nbytes, offset=data_at)
+    # The tensor's storage references `pages`, so the mapping is freed together with the last view.
+    return torch.frombuffer(pages, dtype=torch.uint8, count=nbytes, offset=data_offset)
 
 
 def _gpu_bytes(nbytes: int, side: str, guard_bytes: int, device: torch.device) -> Tensor:
-    """`nbytes` of uint8 in a mapping of their own, with reserved and unmapped addresses on both sides."""
+    """`nbytes` of uint8 in a new mapping, with reserved and unmapped addresses on both sides."""
     index = device.index if device.index is not None else torch.cuda.current_device()
     try:
         pages = GpuPages(nbytes, guard_bytes, index)

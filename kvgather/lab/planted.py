@@ -1,6 +1,6 @@
-"""A small kernel with a mistake in it, for chapter 05: its results are right, and it reads outside a tensor.
+"""A small kernel with a planted bug, for chapter 05: its results are right, and it reads outside a tensor.
 
-`python -m kvgather.lab.planted ARGUMENT SIDE` runs it with one argument fenced on one side, in this process.
+`python -m kvgather.lab.planted ARGUMENT SIDE` runs the kernel in this process, with one argument fenced on one side.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvgather.lab.crash import leave_no_core
+from kvgather.lab.child import leave_no_core
 from kvgather.lab.fence import fenced
 
 ARGUMENTS = ("lengths_ptr", "cu_seqlens_ptr")

@@ -1,7 +1,7 @@
-"""Every load and store of a Triton kernel: which bytes a program touches, and which lie outside their tensor.
+"""Every load and store of a Triton kernel: the bytes that a program accesses, and those outside their tensor.
 
-A general tool. It runs the kernels launched inside it in Triton's interpreter, GPU or not, and writes down
-each access with its source line, its argument and its program:
+A general tool. A trace runs kernels in Triton's interpreter, on machines with and without a GPU, and records each
+access with its source line, its argument and its program:
 
     from kvgather.lab.trace import trace
 
@@ -9,11 +9,10 @@ each access with its source line, its argument and its program:
         my_kernel[grid](x, scale, out)
     print(t.report())  # scale_ptr: element 656 of 1, line 93, program (0, 5)
 
-Accesses outside their tensor are not carried out (a load gives 0), so the process survives and the trace
-shows all of them. An address belongs to the argument it was computed from, even where it lies inside
-another tensor: while the kernel runs, each pointer carries the number of its argument in its top byte. A
-pointer that was loaded from memory carries none; its accesses are recorded without an argument, and not
-checked.
+The trace skips accesses outside their tensor (a load gives 0), so that the process survives and the trace contains all
+of them. An access belongs to the argument that its address was computed from, even if the address is inside another
+tensor: while the kernel runs, the top byte of each pointer contains the number of its argument. A pointer that a kernel
+loads from memory has no such number; its accesses are recorded without an argument and are not checked.
 """
 
 from __future__ import annotations
@@ -37,17 +36,17 @@ class Access:
     """One load, store or atomic, by one program.
 
     Attributes:
-        kernel, launch: the kernel's name, and which launch it was, from 0.
+        kernel, launch: the kernel's name, and the index of the launch, from 0.
         program: the program's index along each axis of the grid.
         kind: "load", "store" or "atomic".
         argument: the kernel's argument that the address was computed from, or "" for a pointer from memory.
         file, line: the source line.
-        bytes: int64, first byte of each lane, counted from the argument's `data_ptr()`; the kernel's shape.
+        bytes: int64, offset of each lane's first byte from the argument's `data_ptr()`; the shape of the access.
         width: bytes per lane.
-        elements: int64, the same in elements of the argument's dtype, rounded down.
-        mask: which lanes the kernel switched on.
-        outside: which of those lanes are not wholly inside the argument.
-        size: how many elements the argument spans, from its first to its last.
+        elements: int64, `bytes` in elements of the argument's dtype, rounded down.
+        mask: lanes that the kernel's mask enables.
+        outside: enabled lanes with at least one byte outside the argument.
+        size: elements that the argument spans, from its first to its last.
     """
 
     kernel: str
@@ -67,7 +66,7 @@ class Access:
 
 @dataclass(frozen=True)
 class Violation:
-    """One element that was accessed outside its tensor; `str()` of it is a line of the report."""
+    """One accessed element outside its tensor; `str(violation)` is a line of the report."""
 
     argument: str
     element: int
@@ -84,14 +83,14 @@ class Violation:
 
 @dataclass
 class Trace:
-    """What the launches inside `trace()` did."""
+    """The launches in the body of `trace()`, and their accesses."""
 
     accesses: list[Access] = field(default_factory=list)
     launches: list[Launch] = field(default_factory=list)
 
     @property
     def violations(self) -> list[Violation]:
-        """Every accessed element outside its tensor, in the order of execution."""
+        """Accessed elements outside their tensor, in the order of execution."""
         return [
             Violation(a.argument, int(element), a.size, a.kind, a.file, a.line, a.program)
             for a in self.accesses
@@ -99,18 +98,18 @@ class Trace:
         ]
 
     def report(self, limit: int | None = 20) -> str:
-        """The violations, one a line, or one line that says that there are none.
+        """The violations, one a line, or "no access outside its tensor" with the number of accesses and launches.
 
         Args:
-            limit: how many to print before "and N more"; None for all.
+            limit: violations to print before "and N more"; None for all.
         """
-        found = self.violations
-        if not found:
+        violations = self.violations
+        if not violations:
             count, launches = len(self.accesses), len(self.launches)
             return f"no access outside its tensor; accesses: {count}, launches: {launches}"
-        lines = [str(v) for v in (found if limit is None else found[:limit])]
-        if len(found) > len(lines):
-            lines.append(f"and {len(found) - len(lines)} more")
+        lines = [str(v) for v in (violations if limit is None else violations[:limit])]
+        if len(violations) > len(lines):
+            lines.append(f"and {len(violations) - len(lines)} more")
         return "\n".join(lines)
 
     def select(
@@ -119,7 +118,7 @@ class Trace:
         program: tuple[int, ...] | None = None,
         kind: str | None = None,
     ) -> Iterator[Access]:
-        """The accesses of one argument, one program and one kind; None is any."""
+        """The accesses of one argument, one program and one kind; None selects all."""
         for access in self.accesses:
             if (
                 argument in (None, access.argument)
@@ -131,11 +130,11 @@ class Trace:
     def bytes_touched(
         self, argument: str, program: tuple[int, ...] | None = None, kind: str | None = None
     ) -> NDArray[np.int64]:
-        """The bytes of an argument that were accessed, those outside it included: sorted, each once.
+        """The bytes that a kernel accessed through an argument, inside and outside the tensor: sorted, unique.
 
         Args:
-            argument: the kernel's name for it.
-            program: only that program's; None for all.
+            argument: the argument's name in the kernel.
+            program: the program whose accesses to include; None for all.
             kind: "load", "store" or "atomic"; None for all.
 
         Returns:
@@ -149,22 +148,22 @@ class Trace:
 
 @contextmanager
 def trace(*, strict: bool = False, skip_outside: bool = True) -> Iterator[Trace]:
-    """Run the Triton kernels launched inside in the interpreter, and record all they read and write.
+    """Context manager that runs Triton kernels in the interpreter and records their loads, stores and atomics.
 
-    Kernels that were compiled for a GPU are interpreted too while this lasts; their tensors are copied to
-    the CPU and back by Triton's interpreter. Not for several threads at once.
+    In its body, kernels that were decorated for a GPU run in the interpreter too; the interpreter copies their tensors
+    to the CPU and back. Only one thread may trace at a time.
 
     Args:
-        strict: also count an element as outside that lies between the first and the last of a strided view
-            and does not belong to it. The default is the range from `data_ptr()` to the last element.
-        skip_outside: do not carry out accesses that are outside: loads give 0, stores do nothing. False
-            carries them out, crash included.
+        strict: whether an element between the first and the last element of a strided view that is not part of the
+            view counts as outside. By default, the range from `data_ptr()` to the last element is inside.
+        skip_outside: whether to skip accesses outside their tensor: loads give 0, stores have no effect. False
+            executes them, which may crash the process.
 
     Yields:
-        A `Trace`, filled as kernels run.
+        A `Trace`, to which each kernel appends its accesses.
 
     Raises:
-        TraceError: triton is missing, or its interpreter is not one that this module knows how to hook.
+        TraceError: triton is missing, or this module cannot hook its interpreter.
     """
     result = Trace()
 
@@ -174,7 +173,7 @@ def trace(*, strict: bool = False, skip_outside: bool = True) -> Iterator[Trace]
         address: NDArray[np.uint64],
         width: int,
         mask: NDArray[np.bool_],
-        at: tuple[str, int],
+        source: tuple[str, int],
     ) -> NDArray[np.bool_]:
         argument, offset = launch.locate(address)
         tensor = launch.arguments.get(argument)
@@ -186,8 +185,8 @@ def trace(*, strict: bool = False, skip_outside: bool = True) -> Iterator[Trace]
                 program=launch.program,
                 kind=kind,
                 argument=argument,
-                file=at[0],
-                line=at[1],
+                file=source[0],
+                line=source[1],
                 bytes=offset,
                 width=width,
                 elements=offset // (tensor.element_size() if tensor is not None else width),
@@ -203,14 +202,14 @@ def trace(*, strict: bool = False, skip_outside: bool = True) -> Iterator[Trace]
 
 
 def _span(tensor: Tensor) -> int:
-    """Elements from a tensor's first to its last, both included."""
+    """Elements from a tensor's first to its last, both counted."""
     if tensor.numel() == 0:
         return 0
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _outside(tensor: Tensor, offset: NDArray[np.int64], width: int, strict: bool) -> NDArray[np.bool_]:
-    """Which accesses of `width` bytes at these byte offsets are not wholly inside the tensor."""
+    """Mask of the accesses of `width` bytes that have a byte outside the tensor."""
     itemsize = tensor.element_size()
     outside = (offset < 0) | (offset + width > _span(tensor) * itemsize)
     if strict and not tensor.is_contiguous():

@@ -18,7 +18,7 @@ from torch import Tensor
 import kvgather as kg
 from tests.digests.inputs import covering, normal, positive, raw, shuffled
 
-PATHS = ("gather", "direct", "auto")
+PATHS = ("gather", "direct", "hybrid", "auto")
 """Of `prefix_attention`. A path more changes no other digest."""
 LAYOUTS = ("NHD", "HND", "SHUFFLE")
 KINDS = ("none", "per-tensor", "per-head", "per-page-head", "per-token-head")

@@ -1,4 +1,4 @@
-"""A small paged cache, and the call that the gather as it was is made with."""
+"""A small paged cache, and a call of the gather before the fix with its expected result."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ BLOCKS, PAGE, HEADS, K_DIM, V_DIM = 6, 16, 2, 16, 24
 TABLE = [[4, 1], [3, 0]]
 LENGTHS = [2, 1]
 STARTS = [15, 1]
-PLACES = [(4, 15), (1, 0), (3, 1)]  # (block, slot) of the three tokens, worked out by hand
+PLACES = [(4, 15), (1, 0), (3, 1)]  # (block, page offset) of the three tokens, computed by hand
 
 
 @dataclass
 class Call:
-    """Arguments of `cp_mha_gather_cache`, and what it should give."""
+    """Arguments of `cp_mha_gather_cache`, and the expected K and V."""
 
     arguments: dict[str, Any]
     want: tuple[Tensor, Tensor]
@@ -70,7 +70,8 @@ def make_call(
         "total_tokens": 3,
     }
     arguments = {
-        name: a.to(DEVICE) if isinstance(a, Tensor) and a.device.type == "cpu" else a for name, a in arguments.items()
+        name: value.to(DEVICE) if isinstance(value, Tensor) and value.device.type == "cpu" else value
+        for name, value in arguments.items()
     }
     return Call(arguments, (want[0].to(DEVICE), want[1].to(DEVICE)))
 

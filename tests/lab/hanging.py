@@ -1,4 +1,4 @@
-"""A child process that hangs in compiled code; `python -m tests.lab.hanging FILE` first writes its number to FILE."""
+"""A child process that hangs in compiled code; `python -m tests.lab.hanging FILE` first writes its pid to FILE."""
 
 import os
 import re
@@ -10,4 +10,4 @@ if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     Path(sys.argv[1]).write_text(f"{os.getpid()}\n", encoding="utf-8")
-    re.match(r"(a+)+$", "a" * 64 + "b")  # holds the interpreter's lock for years
+    re.match(r"(a+)+$", "a" * 64 + "b")  # exponential time in C code that holds the GIL

@@ -1,4 +1,4 @@
-"""The gather as it was: right when it is told the truth, and it believes what it is told."""
+"""The gather before the fix: exact if the flag matches the scales, and wrong if it does not."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LAYOUTS = ("NHD", "SHUFFLE")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16])
 @pytest.mark.parametrize("per_token", [True, False])
-def test_exact_when_the_flag_tells_the_truth(call, layout, dtype, per_token):
+def test_a_flag_that_matches_the_scale_gives_exact_rows(call, layout, dtype, per_token):
     scale = torch.rand(6, 2, 16) + 0.5 if per_token else torch.tensor([0.75])
     case = call(layout, dtype, scale)
     before_fix.cp_mha_gather_cache(**case.arguments, per_token_quant=per_token)
@@ -31,9 +31,9 @@ def test_without_dequant_no_scale_is_read(call):
     assert torch.equal(case.got[0], case.want[0])
 
 
-def test_the_default_flag_reads_a_scalar_as_if_it_had_a_row_per_token(call):
+def test_the_default_flag_indexes_a_scalar_by_block_head_and_slot(call):
     device = "cuda" if has_gpu() else "cpu"
-    arena = torch.arange(256, dtype=torch.float32, device=device)  # mapped memory behind the scalar: element i holds i
+    arena = torch.arange(256, dtype=torch.float32, device=device)  # memory after the scalar: element i holds i
     arena[0] = 0.5
     case = call("SHUFFLE", torch.float8_e4m3fn, arena[:1])
     before_fix.cp_mha_gather_cache(**case.arguments)
@@ -43,7 +43,7 @@ def test_the_default_flag_reads_a_scalar_as_if_it_had_a_row_per_token(call):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_shipped_fix_is_exact_for_scalars_whatever_the_flag(call, layout):
+def test_the_shipped_fix_is_exact_for_scalars_with_either_flag(call, layout):
     for flag in (True, False):
         case = call(layout, torch.float8_e4m3fn, torch.tensor([0.5]))
         before_fix.cp_mha_gather_cache_shipped_fix(**case.arguments, per_token_quant=flag)
@@ -51,7 +51,7 @@ def test_the_shipped_fix_is_exact_for_scalars_whatever_the_flag(call, layout):
         assert torch.equal(case.got[1], case.want[1])
 
 
-def test_the_shipped_fix_refuses_one_scalar_and_one_not(call):
+def test_the_shipped_fix_rejects_a_scalar_with_a_larger_scale(call):
     case = call("NHD", torch.float8_e4m3fn, torch.tensor([0.5]), torch.ones(6, 2, 16))
     with pytest.raises(ValueError, match=r"k_scales has 1 elements, v_scales 192; accepted"):
         before_fix.cp_mha_gather_cache_shipped_fix(**case.arguments)
@@ -78,12 +78,12 @@ def test_no_tokens_launches_nothing(call):
 
 
 def test_token_to_batch_skips_empty_sequences():
-    found = before_fix.token_to_batch(torch.tensor([0, 2, 2, 3], dtype=torch.int32))
-    assert found.tolist() == [0, 0, 2]
-    assert found.dtype == torch.int32
+    sequences = before_fix.token_to_batch(torch.tensor([0, 2, 2, 3], dtype=torch.int32))
+    assert sequences.tolist() == [0, 0, 2]
+    assert sequences.dtype == torch.int32
 
 
-def test_the_kernel_has_upstreams_form():
+def test_the_kernel_has_the_21_parameters_of_upstreams_kernel():
     parameters = inspect.signature(before_fix.gather_one_head_kernel.fn).parameters
     assert len(parameters) == 21
     assert "constexpr" in str(parameters["PAGE_SIZE"].annotation) and "page_size" not in parameters
@@ -97,7 +97,7 @@ def test_a_raw_launch_is_one_launch_with_21_arguments(call, layout, monkeypatch)
 
     class Kernel:
         def __getitem__(self, grid):
-            return lambda *given, **named: launches.append((grid, len(given) + len(named)))
+            return lambda *args, **kwargs: launches.append((grid, len(args) + len(kwargs)))
 
     with monkeypatch.context() as patched:
         patched.setattr(before_fix, "gather_one_head_kernel", Kernel())

@@ -1,4 +1,4 @@
-"""Child processes: the environment that they are started in."""
+"""The environment of child processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvgather.lab.child import environment
 
 @pytest.mark.triton
 def test_a_child_imports_the_same_triton_from_any_folder(tmp_path: Path) -> None:
-    """`make test-triton` puts another version on the path; what children compile has to come from that one too."""
+    """`make test-triton` puts another version of Triton on the path, and children must import that version too."""
     assert device.triton_available()
     import triton
 

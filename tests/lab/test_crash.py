@@ -1,4 +1,4 @@
-"""Crash cases: what becomes of real children on a CPU, and of children that die in other ways."""
+"""Crash cases: the outcomes of real children on a CPU, and of children that end in every other way."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 
-from kvgather.lab import before_fix, crash
+from kvgather.lab import before_fix, crash, faults
 from kvgather.lab.child import GRACE, ROOT
 from kvgather.lab.crash import CASES, CrashError, Outcome
 
@@ -32,7 +32,7 @@ def live():
     return {outcome.case: outcome for outcome in crash.run_all(LIVE)}
 
 
-def test_every_live_outcome_is_as_expected(live):
+def test_every_cpu_outcome_is_as_expected(live):
     assert list(live) == LIVE
     assert [outcome.as_expected for outcome in live.values()] == [True] * len(LIVE), live
 
@@ -47,14 +47,14 @@ def test_a_guarded_scale_stops_the_kernel_at_its_line(live, name):
     assert str(outcome) == f"segfault (exit -11) at {outcome.file}:{outcome.line}"
 
 
-def test_an_unguarded_scale_is_silent_and_repeats(live):
+def test_an_unguarded_scale_gives_reproducible_silent_corruption(live):
     outcome = live["before/unguarded/cpu"]
     assert (outcome.kind, outcome.exit_code) == ("silent corruption", 0)
     # The arena's element i holds i, so sequence 0 used scales of at least 20 * 2 * 16 = 640 instead of 0.5.
     assert 640 / 0.5 - 1 < outcome.relative_error < (31 * 2 + 1) * 16 / 0.5 + 32
 
 
-def test_outcomes_say_where_and_when(live):
+def test_an_outcome_contains_device_versions_and_date(live):
     outcome = live["after/guarded/cpu"]
     assert (outcome.kind, outcome.exit_code, outcome.relative_error) == ("ok", 0, 0.0)
     assert "interpreter" in outcome.device
@@ -67,7 +67,7 @@ def test_no_core_file_is_left(live):
     assert not list(Path.cwd().glob("core*"))
 
 
-def test_the_table_of_expectations():
+def test_the_expected_kinds_of_each_case():
     assert len(CASES) == 20
     expected = {name: case.expected for name, case in CASES.items()}
     assert expected["before/guarded/cpu"] == ("segfault",)
@@ -80,12 +80,13 @@ def test_the_table_of_expectations():
     assert expected["shipped-fix/per-head/guarded/cpu"] == ("segfault",)
 
 
-def child(code: int, stdout: str = "", stderr: str = "") -> object:
+def fake_run(code: int, stdout: str = "", stderr: str = "") -> object:
+    """A stand-in for `subprocess.run` whose child ends with these results."""
     return lambda *_, **__: SimpleNamespace(returncode=code, stdout=stdout, stderr=stderr)
 
 
 NO_OBJECT, NO_KEY = ", which is no JSON object", "; accepted: kind, relative_error, "
-WAYS_TO_END = {  # exit code, stdout, stderr: the outcome's kind, and how it begins in words
+ENDINGS = {  # exit code, stdout, stderr; the outcome's kind, and the beginning of its text
     "abort": (-signal.SIGABRT, '{"device": "MI300X"}', "Memory access fault by GPU node-1", "abort", "abort (exit -6)"),
     "killed": (-9, "", "", "failed", "failed: exit -9 with no output"),
     "import error": (1, "", "Traceback\nImportError: no torch\n\n", "failed", "failed: ImportError: no torch"),
@@ -110,10 +111,10 @@ WAYS_TO_END = {  # exit code, stdout, stderr: the outcome's kind, and how it beg
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("way", WAYS_TO_END)
-def test_how_a_child_can_end(monkeypatch, way):
-    code, stdout, stderr, kind, text = WAYS_TO_END[way]
-    monkeypatch.setattr(crash.subprocess, "run", child(code, stdout, stderr))
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_the_outcome_of_each_ending_of_a_child(monkeypatch, ending):
+    code, stdout, stderr, kind, text = ENDINGS[ending]
+    monkeypatch.setattr(crash.subprocess, "run", fake_run(code, stdout, stderr))
     outcome = crash.run("before/guarded/cpu")
     assert (outcome.case, outcome.kind, outcome.exit_code) == ("before/guarded/cpu", kind, code)
     assert str(outcome).startswith(text)
@@ -123,8 +124,8 @@ def test_any_module_can_be_run_in_a_child(monkeypatch):
     outcome = crash.run_child("kvgather.lab.planted", "cu_seqlens_ptr", "before")
     assert (outcome.kind, outcome.exit_code, outcome.case) == ("segfault", -11, "kvgather.lab.planted")
     assert outcome.source == "start = tl.load(cu_seqlens_ptr + i - 1, mask=inside, other=0)"
-    monkeypatch.setattr(crash.subprocess, "run", child(0))
-    assert crash.run_child("anything", name="mine").kind == "ok"
+    monkeypatch.setattr(crash.subprocess, "run", fake_run(0))
+    assert crash.run_child("any_module", name="a name").kind == "ok"
 
 
 def test_a_child_that_hangs_is_killed():
@@ -134,7 +135,7 @@ def test_a_child_that_hangs_is_killed():
 
 
 @pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), 1e9, "2", None, True])
-def test_a_time_limit_that_is_none(timeout):
+def test_an_invalid_time_limit_is_rejected(timeout):
     with pytest.raises((TypeError, ValueError), match=r"timeout is .*; accepted: "):
         crash.run("before/guarded/cpu", timeout=timeout)
 
@@ -149,7 +150,7 @@ crash.run_child("tests.lab.hanging", sys.argv[1], timeout=2)
 
 @pytest.mark.skipif(sys.platform == "win32", reason="processes are killed by signals")
 def test_a_child_whose_parent_was_killed_ends_itself(tmp_path):
-    """The child blocks every signal that it may and hangs where no Python runs."""
+    """The child ignores signals and hangs in compiled code, where no Python runs."""
     pid_file = tmp_path / "pid"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     parent = subprocess.Popen([sys.executable, "-c", ORPHAN, str(pid_file)], env=environment, stdout=subprocess.PIPE)
@@ -166,13 +167,13 @@ def test_a_child_whose_parent_was_killed_ends_itself(tmp_path):
 
 def _lives(pid):
     try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE  # which nobody may wait for in a container
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE  # a container may lack an init that reaps it
     except psutil.NoSuchProcess:
         return False
 
 
 def test_a_path_that_is_not_ascii_keeps_the_line(tmp_path):
-    """faulthandler writes such a path with escapes."""
+    """faulthandler prints such a path with escapes."""
     clone = tmp_path / "clöne 克隆 😀"
     clone.mkdir()
     shutil.copytree(ROOT / "kvgather", clone / "kvgather", ignore=shutil.ignore_patterns("__pycache__"))
@@ -187,8 +188,8 @@ def test_a_path_that_is_not_ascii_keeps_the_line(tmp_path):
     assert done.stdout.strip() == f"segfault kvgather/lab/before_fix.py {line} {LOAD}", done.stderr
 
 
-def test_the_last_words_of_the_kernel_are_the_innermost_of_this_package():
-    kernel = crash._as_faulthandler_prints(before_fix.__file__)  # as the handler of a signal writes it
+def test_the_source_line_is_the_innermost_frame_of_this_package():
+    kernel = faults.as_faulthandler_prints(before_fix.__file__)
     text = "\n".join(
         [
             "Fatal Python error: Segmentation fault",
@@ -198,16 +199,17 @@ def test_the_last_words_of_the_kernel_are_the_innermost_of_this_package():
             f'  File "{kernel}", line 2 in cp_mha_gather_cache',
         ]
     )
-    assert crash._place(text) == {
+    assert faults.source_line(text) == {
         "file": "kvgather/lab/before_fix.py",
         "line": 1,
         "source": Path(before_fix.__file__).read_text().splitlines()[0],
     }
-    assert crash._place("nothing") == {}
-    assert crash._place(f'  File "{ROOT}/kvgather/lab/_time_limit.py", line 31 in main') == {}  # it starts every child
+    assert faults.source_line("no traceback") == {}
+    starter = f'  File "{ROOT}/kvgather/lab/_time_limit.py", line 31 in main'  # the outermost frame of every child
+    assert faults.source_line(starter) == {}
 
 
-def test_wrong_names(monkeypatch):
+def test_unknown_and_unavailable_cases_are_rejected(monkeypatch):
     monkeypatch.setattr(crash, "has_gpu", lambda: False)
     with pytest.raises(CrashError, match="case is 'x'; accepted: before/guarded/cpu"):
         crash.run("x")
@@ -223,7 +225,7 @@ def test_wrong_names(monkeypatch):
     assert len(crash.names("cuda")) == 10
 
 
-def test_saved_outcomes_come_back(tmp_path):
+def test_saved_outcomes_can_be_read(tmp_path):
     path = tmp_path / "crash.json"
     outcomes = [
         Outcome("before/guarded/cuda", "illegal access", 1, message="CUDA error", device="H100", date="2026-01-01"),
@@ -238,16 +240,16 @@ def test_saved_outcomes_come_back(tmp_path):
         crash.recorded(path)
 
 
-def test_what_is_committed_is_as_expected():
-    found = crash.recorded()
-    if not found:
-        pytest.skip("no outcomes of a GPU are committed")
-    assert {name for name in CASES if name.endswith("/cuda")} <= set(found)
-    assert all(o.as_expected and o.device and o.date and o.torch and o.triton for o in found.values())
+def test_the_committed_outcomes_are_as_expected():
+    outcomes = crash.recorded()
+    if not outcomes:
+        pytest.skip("the repository contains no outcomes of a GPU")
+    assert {name for name in CASES if name.endswith("/cuda")} <= set(outcomes)
+    assert all(o.as_expected and o.device and o.date and o.torch and o.triton for o in outcomes.values())
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", [name for name in CASES if name.endswith("/cuda")])
-def test_on_a_gpu(name):
+def test_the_outcome_on_a_gpu_is_as_expected(name):
     outcome = crash.run(name)
     assert outcome.as_expected, f"{outcome}"

@@ -1,4 +1,4 @@
-"""Fences: exact adjacency, death on the first byte outside, and nothing left behind."""
+"""Fences: the guard is adjacent to the tensor, the first byte outside faults, and all memory is freed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
 
 
 def protection(address: int) -> str:
-    """Such as "rw-p", or "" where nothing is mapped."""
+    """The permissions of the mapping at an address, such as "rw-p"; "" for an unmapped address."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         low, high = (int(part, 16) for part in line.split()[0].split("-"))
         if low <= address < high:
@@ -63,7 +63,7 @@ def test_no_elements():
 
 
 @needs_proc
-def test_the_mapping_goes_with_the_last_view():
+def test_the_mapping_is_freed_with_the_last_view():
     first = fenced(torch.arange(8.0))
     address = first.data_ptr()
     view = first[4:].view(torch.int32)
@@ -131,7 +131,7 @@ def test_arguments_of_the_wrong_kind(arguments, error, message):
 
 
 @needs_mprotect
-def test_what_is_copied_is_the_value():
+def test_conjugate_views_and_numpy_numbers_are_copied_by_value():
     view = torch.tensor([1 + 1j, 1 + 2j]).conj()
     assert fenced(view).equal(view.resolve_conj()) and fenced(view.imag).tolist() == [-1, -2]
     assert fenced(np.float32(0.5)).equal(torch.tensor([0.5])) and fenced(3).equal(torch.tensor([3.0]))
@@ -140,16 +140,16 @@ def test_what_is_copied_is_the_value():
 
 
 @needs_mprotect
-def test_a_guard_that_no_memory_map_has_room_for(monkeypatch):
-    def refused(*arguments, **named):
+def test_a_failed_mapping_is_reported(monkeypatch):
+    def failing_mmap(*args, **kwargs):
         raise OSError(12, "Cannot allocate memory")
 
-    monkeypatch.setattr(fence.mmap, "mmap", refused)
+    monkeypatch.setattr(fence.mmap, "mmap", failing_mmap)
     with pytest.raises(FenceError, match="guard_bytes is 67108864, and no memory was mapped: Cannot allocate memory"):
         fenced(1.0)
 
 
-def test_no_gpu_is_said_so(monkeypatch):
+def test_a_missing_gpu_is_reported(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(FenceError, match="device is cuda, and torch sees no GPU here"):
         fenced(torch.ones(1), "cuda")
@@ -157,42 +157,42 @@ def test_no_gpu_is_said_so(monkeypatch):
         fenced(torch.ones(0), "cuda:3")
 
 
-def test_a_missing_driver_binding_is_said_so(monkeypatch):
-    def missing(*arguments: object) -> None:
+def test_a_missing_driver_binding_is_reported(monkeypatch):
+    def missing_binding(*args: object) -> None:
         raise ImportError("the package cuda-bindings is needed")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(fence, "GpuPages", missing)
+    monkeypatch.setattr(fence, "GpuPages", missing_binding)
     with pytest.raises(FenceError, match="a fence on cuda cannot be built: the package cuda-bindings is needed"):
         fenced(torch.ones(1), "cuda")
 
 
 @pytest.fixture
 def driver_calls(monkeypatch):
-    """How often each call of the driver succeeded for the fences of this process; free memory is every process's."""
+    """Successful driver calls of this process by name; other processes also change the amount of free memory."""
     calls: Counter[str] = Counter()
-    ask = _gpu_pages._Driver.__call__
+    driver_call = _gpu_pages._Driver.__call__
 
-    def counted(self, name, *arguments):
-        answer = ask(self, name, *arguments)
+    def counting_call(self, name, *arguments):
+        value = driver_call(self, name, *arguments)
         calls[name] += 1
-        return answer
+        return value
 
-    monkeypatch.setattr(_gpu_pages._Driver, "__call__", counted)
+    monkeypatch.setattr(_gpu_pages._Driver, "__call__", counting_call)
     return calls
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("side", fence.SIDES)
-def test_values_are_kept_on_a_gpu_and_memory_comes_back(side, driver_calls):
+def test_values_are_kept_on_a_gpu_and_memory_is_freed(side, driver_calls):
     value = torch.randn(3, 5).to(torch.float8_e4m3fn)
     copies = [fenced(value, "cuda", side) for _ in range(8)]
     assert all(torch.equal(copy.cpu().float(), value.float()) for copy in copies)
     end = copies[0].data_ptr() + (15 if side == "after" else 0)
     assert end % 4096 == 0
-    made = ("MemAddressReserve", "MemCreate", "MemMap")
-    assert [driver_calls[name] for name in made] == [8, 8, 8] and not driver_calls["MemRelease"]
+    allocations = ("MemAddressReserve", "MemCreate", "MemMap")
+    assert [driver_calls[name] for name in allocations] == [8, 8, 8] and not driver_calls["MemRelease"]
     del copies
     gc.collect()
     assert [driver_calls[name] for name in ("MemUnmap", "MemRelease", "MemAddressFree")] == [8, 8, 8]

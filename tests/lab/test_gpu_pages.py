@@ -1,4 +1,4 @@
-"""The driver calls behind a fence on a GPU, with a driver that only writes them down."""
+"""The driver calls of a fence on a GPU, with a fake driver that records them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ UNIT, BASE = 2**21, 2**40
 
 
 class FakeDriver:
-    """`cuda.bindings.driver` or hip-python's `hip`, as far as fences use them."""
+    """The part of `cuda.bindings.driver` or hip-python's `hip` that fences call."""
 
     def __init__(self, prefix: str, fails: str = "") -> None:
         self.calls: list[str] = []
@@ -64,7 +64,7 @@ def make(request, monkeypatch):
     return make
 
 
-def test_the_bytes_end_or_begin_at_the_edge_of_the_mapping(make):
+def test_a_window_ends_or_begins_at_the_edge_of_the_mapping(make):
     driver = make()
     pages = GpuPages(UNIT + 12, 5, 0)
     assert driver.arguments["MemAddressReserve"][:2] == (4 * UNIT, 0)  # two units of memory, a guard on each side
@@ -76,18 +76,18 @@ def test_the_bytes_end_or_begin_at_the_edge_of_the_mapping(make):
         assert interface["typestr"] == "|u1"
 
 
-def test_everything_is_given_back_in_reverse_when_the_last_user_is_gone(make):
+def test_memory_is_freed_in_reverse_order_with_the_last_window(make):
     driver = make()
     pages = GpuPages(1, 1, 0)
     window = pages.window(1, "after")
-    made = list(driver.calls)
-    assert made == ["MemGetAllocationGranularity", "MemAddressReserve", "MemCreate", "MemMap", "MemSetAccess"]
+    allocations = list(driver.calls)
+    assert allocations == ["MemGetAllocationGranularity", "MemAddressReserve", "MemCreate", "MemMap", "MemSetAccess"]
     del pages
     gc.collect()
-    assert driver.calls == made
+    assert driver.calls == allocations
     del window
     gc.collect()
-    assert driver.calls[len(made) :] == ["MemUnmap", "MemRelease", "MemAddressFree"]
+    assert driver.calls[len(allocations) :] == ["MemUnmap", "MemRelease", "MemAddressFree"]
 
 
 @pytest.mark.parametrize(
@@ -99,18 +99,18 @@ def test_everything_is_given_back_in_reverse_when_the_last_user_is_gone(make):
         ("MemSetAccess", ["MemUnmap", "MemRelease", "MemAddressFree"]),
     ],
 )
-def test_a_driver_that_refuses_is_named_and_leaves_nothing(make, fails, undone):
+def test_a_failed_driver_call_is_named_and_earlier_ones_are_undone(make, fails, undone):
     driver = make(fails)
     with pytest.raises(RuntimeError, match=f"{fails} returned 1"):
         GpuPages(1, 1, 0)
     assert driver.calls[driver.calls.index(fails) + 1 :] == undone
 
 
-def test_a_missing_binding_says_what_to_install(monkeypatch):
-    def missing(name: str):
+def test_the_error_of_a_missing_binding_names_its_package(monkeypatch):
+    def missing_module(name: str):
         raise ImportError(f"No module named {name!r}")
 
-    monkeypatch.setattr(_gpu_pages.importlib, "import_module", missing)
+    monkeypatch.setattr(_gpu_pages.importlib, "import_module", missing_module)
     monkeypatch.setattr(torch.version, "hip", None)
     with pytest.raises(ImportError, match=r"cuda-bindings is needed \(No module named 'cuda.bindings.driver'\)"):
         GpuPages(1, 1, 0)

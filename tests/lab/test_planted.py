@@ -1,4 +1,4 @@
-"""The planted mistake: results that no test of results can fault, and the access that the trace finds."""
+"""The planted bug: right results, and an access outside a tensor that the trace reports."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ pytestmark = pytest.mark.triton
 def test_right_lengths_and_one_access_outside(lengths):
     from kvgather.lab import planted
 
-    got = torch.zeros(len(lengths), dtype=torch.int32)
+    out = torch.zeros(len(lengths), dtype=torch.int32)
     with trace() as t:
-        planted.run(got, torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32))
-    assert got.tolist() == lengths
+        planted.run(out, torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32))
+    assert out.tolist() == lengths
     assert [(v.argument, v.element, v.kind) for v in t.violations] == [("cu_seqlens_ptr", -1, "load")]

@@ -1,4 +1,4 @@
-"""The kernels of chapter 07: each gives the reference's bits, and none reads outside the pools."""
+"""The kernels of chapter 07: each equals the reference bit for bit, and none reads outside the pools."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ each_layout = pytest.mark.parametrize("layout", ["NHD", "SHUFFLE"])
 @each_step
 @each_layout
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
-def test_every_code_is_the_references(step, layout, out_dtype, where):
+def test_every_row_equals_the_reference(step, layout, out_dtype, where):
     built = build(replace(CASE, layout=layout, out_dtype=out_dtype, spare_rows=2), where)
     out = [torch.full((built.case.total_tokens, 2, 16), -7.0, dtype=out_dtype, device=where) for _ in range(2)]
     want = [tensor.clone() for tensor in out]
@@ -52,7 +52,7 @@ def test_nothing_is_read_outside_a_tensor(step, layout):
 @pytest.mark.triton
 @each_layout
 def test_the_benchmark_has_a_row_for_every_step_and_limit(monkeypatch, layout):
-    monkeypatch.setattr(bench, "token_per_program", bench.ours)  # under the interpreter it cuts bfloat16 off
+    monkeypatch.setattr(bench, "token_per_program", bench.ours)  # under the interpreter it truncates bfloat16
     case = replace(CASE, layout=layout, lengths=(19, 3), starts=())
     rows = bench.measure(case, torch.device("cpu"), seconds=0.001)
     names = ["0 token per program", *(step.name for step in steps.STEPS), "5 kvgather"]
@@ -63,13 +63,13 @@ def test_the_benchmark_has_a_row_for_every_step_and_limit(monkeypatch, layout):
 
 
 @pytest.mark.triton
-def test_the_benchmark_stops_at_a_wrong_row(monkeypatch):
+def test_a_wrong_row_stops_the_benchmark(monkeypatch):
     monkeypatch.setattr(bench, "token_per_program", lambda built, out: lambda: out[1].zero_())
     with pytest.raises(ArithmeticError, match="0 token per program is not the reference on NHD-2x16"):
         bench.measure(replace(CASE, lengths=(19, 3), starts=()), torch.device("cpu"), seconds=0.001)
 
 
-def test_the_benchmark_is_for_a_gpu():
+def test_the_benchmark_requires_a_gpu():
     with pytest.raises(ValueError, match="--device is cpu; accepted with steps: cuda"):
         bench.run(torch.device("cpu"))
     assert [case.layout for case in bench.cases(torch.device("cuda"))] == ["SHUFFLE", "NHD"]
@@ -87,7 +87,7 @@ def test_the_benchmark_is_for_a_gpu():
         ({"pool_style": "padded"}, r"key_cache has strides \[.*\]; accepted: contiguous tensors"),
     ],
 )
-def test_what_the_steps_are_not_written_for_is_refused(change, message):
+def test_caches_that_the_steps_do_not_support_are_rejected(change, message):
     case = replace(CASE, **change)
     built = build(case, "cpu")
     out = tuple(torch.empty(case.total_tokens, case.num_heads, dim) for dim in (case.k_dim, case.v_dim))
@@ -96,9 +96,9 @@ def test_what_the_steps_are_not_written_for_is_refused(change, message):
 
 
 def rows(short=0, **named):
-    """K's or V's rows of CASE, in memory that does not end with them."""
-    given = {"heads": 2, "dim": 16, "dtype": torch.float32} | named
-    return torch.zeros(CASE.total_tokens - short, given["heads"], given["dim"], dtype=given["dtype"])
+    """An output for K's or V's rows of CASE, `short` rows too short; `named` overrides heads, dim and dtype."""
+    sizes = {"heads": 2, "dim": 16, "dtype": torch.float32} | named
+    return torch.zeros(CASE.total_tokens - short, sizes["heads"], sizes["dim"], dtype=sizes["dtype"])
 
 
 @each_step
@@ -121,20 +121,20 @@ def rows(short=0, **named):
     ],
     ids=["short", "heads", "dim", "strides", "dtype", "device", "none", "one", "no pair"],
 )
-def test_an_output_that_does_not_fit_is_refused(step, out, error, message):
+def test_an_output_of_the_wrong_form_is_rejected(step, out, error, message):
     built = build(CASE, "cpu")
     with pytest.raises(error, match=message):
         steps.gather(step, built.cache, built.plan, out)
 
 
-def test_outputs_of_the_same_memory_are_refused():
+def test_outputs_that_share_memory_are_rejected():
     built, out = build(CASE, "cpu"), rows()
     with pytest.raises(ValueError, match=r"out\[1\] shares memory with a pool or the other output; accepted: memory"):
         steps.gather(steps.STEPS[0], built.cache, built.plan, (out, out))
 
 
 @each_step
-def test_a_plan_that_is_another_caches_is_refused(step):
+def test_a_plan_for_another_cache_is_rejected(step):
     built = build(CASE, "cpu")
     other = build(replace(CASE, page_size=32), "cpu").plan
     with pytest.raises(ValueError, match="plan was made for page_size 32; accepted: the cache's, 16"):

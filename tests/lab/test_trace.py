@@ -1,4 +1,4 @@
-"""The trace: what it records of kernels that are right, and what it reports of kernels that are not."""
+"""The trace: recorded accesses of correct kernels, and reported accesses outside a tensor."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def line_of(text: str) -> int:
 
 @pytest.mark.parametrize("layout", ["NHD", "SHUFFLE"])
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16])
-def test_the_scalar_read_as_a_row_per_token(call, layout, dtype):
+def test_a_scalar_indexed_by_block_head_and_slot_is_reported(call, layout, dtype):
     case = call(layout, dtype, torch.tensor([0.5]))
     with trace() as t:
         before_fix.cp_mha_gather_cache(**case.arguments)
@@ -67,11 +67,11 @@ def test_the_scalar_read_as_a_row_per_token(call, layout, dtype):
     assert all("tl.load(" + v.argument in source[v.line - 1] for v in t.violations)
     assert {v.size for v in t.violations} == {1}
     assert t.report().splitlines()[2] == f"k_scale_ptr: element 159 of 1, line {t.violations[2].line}, program (0, 1)"
-    assert not case.got[0].any()  # what was not read is 0
+    assert not case.got[0].any()  # a skipped load of the scale gives 0
 
 
 @pytest.mark.parametrize("layout", ["NHD", "SHUFFLE"])
-def test_a_right_gather_is_clean_and_touches_the_bytes_of_its_token(call, layout):
+def test_a_correct_gather_accesses_only_the_bytes_of_its_token(call, layout):
     case = call(layout, torch.float8_e4m3fn, torch.rand(6, 2, 16) + 0.5)
     with trace() as t:
         before_fix.cp_mha_gather_cache(**case.arguments)
@@ -79,13 +79,13 @@ def test_a_right_gather_is_clean_and_touches_the_bytes_of_its_token(call, layout
     assert t.report() == "no access outside its tensor; accesses: 60, launches: 1"
     assert torch.equal(case.got[0], case.want[0])
     strides = PoolStrides.of(case.arguments["key_cache"], layout, "key")
-    wanted = sorted(int(strides.offset(3, 1, 1, dim)) for dim in range(16))
-    assert t.bytes_touched("key_cache_ptr", (2, 1)).tolist() == wanted
+    offsets = sorted(int(strides.offset(3, 1, 1, dim)) for dim in range(16))
+    assert t.bytes_touched("key_cache_ptr", (2, 1)).tolist() == offsets
     assert t.bytes_touched("key_ptr", (2, 1), "store").tolist() == list(range(5 * 64, 6 * 64))
     assert t.bytes_touched("key_ptr", (2, 1), "load").tolist() == []
 
 
-def test_a_per_head_scale_escapes_the_shipped_fix(call):
+def test_the_shipped_fix_reads_past_a_per_head_scale(call):
     case = call("SHUFFLE", torch.float8_e4m3fn, torch.ones(6, 2, 16))
     case.arguments |= {name: torch.ones(2).to(case.arguments[name].device) for name in ("k_scales", "v_scales")}
     with trace() as t:
@@ -95,23 +95,22 @@ def test_a_per_head_scale_escapes_the_shipped_fix(call):
 
 
 @pytest.mark.parametrize("scale", [torch.tensor([0.5]), torch.tensor([0.5, 0.25])])
-def test_the_gather_of_this_package_is_clean(call, scale):
-    case = call("SHUFFLE", torch.float8_e4m3fn, torch.ones(1))
-    a = case.arguments
-    scale = scale.to(a["key_cache"].device)
+def test_the_gather_of_this_package_reads_nothing_outside(call, scale):
+    arguments = call("SHUFFLE", torch.float8_e4m3fn, torch.ones(1)).arguments
+    key_cache, value_cache = arguments["key_cache"], arguments["value_cache"]
+    scale = scale.to(key_cache.device)
     plan = kvgather.GatherPlan.build(
-        a["block_tables"], a["cu_seqlens_kv"], page_size=16, num_blocks=6, total_tokens=3, seq_starts=a["seq_starts"]
-    )
+        arguments["block_tables"], arguments["cu_seqlens_kv"], page_size=16, num_blocks=6, total_tokens=3,
+        seq_starts=arguments["seq_starts"],
+    )  # fmt: skip
     with trace() as t:
-        kvgather.gather(
-            a["key_cache"], a["value_cache"], plan, layout="SHUFFLE", k_scale=scale, v_scale=scale, backend="triton"
-        )
+        kvgather.gather(key_cache, value_cache, plan, layout="SHUFFLE", k_scale=scale, v_scale=scale, backend="triton")
     assert t.violations == []
     assert len(t.launches) == 1
     assert t.accesses
 
 
-def test_both_ends_the_mask_and_the_line():
+def test_a_violation_has_its_element_line_program_and_mask():
     x, out = torch.arange(6.0), torch.zeros(6)
     with trace() as t:
         shift_kernel[(2,)](x, out, 6, 2, BLOCK=4)
@@ -133,7 +132,7 @@ def test_both_ends_the_mask_and_the_line():
     assert load.outside.tolist() == [True, True, False, False]
 
 
-def test_lanes_that_were_skipped_give_0_and_masked_ones_the_kernels_other():
+def test_skipped_lanes_give_0_and_masked_lanes_give_other():
     x, out = torch.arange(1.0, 4.0), torch.zeros(8)
     with trace():
         shift_kernel[(1,)](x, out, 8, 2, BLOCK=8)
@@ -145,14 +144,14 @@ def test_lanes_that_were_skipped_give_0_and_masked_ones_the_kernels_other():
     assert out.tolist() == arena[2:10].tolist()
 
 
-def test_an_address_inside_another_tensor_is_still_outside_its_own():
+def test_an_address_inside_another_tensor_is_outside_its_argument():
     arena = torch.arange(16.0)
     with trace() as t:
         shift_kernel[(1,)](arena[:4], arena[4:8], 4, 4, BLOCK=4)
     assert [(v.argument, v.element) for v in t.violations] == [("x_ptr", i) for i in (4, 5, 6, 7)]
 
 
-def test_helpers_and_atomics():
+def test_atomics_and_accesses_in_called_functions_are_recorded():
     x, out = torch.tensor([5.0]), torch.zeros(2)
     with trace() as t:
         helper_kernel[(3, 2)](x, out)
@@ -167,7 +166,7 @@ def test_helpers_and_atomics():
     assert t.violations[0].line == line_of("return tl.load(pointer")
 
 
-def test_an_element_that_is_half_outside_is_outside():
+def test_an_access_that_is_partly_outside_is_outside():
     out = torch.zeros(8, dtype=torch.uint8)
     with trace() as t:
         copy_bytes_kernel[(1,)](torch.zeros(3, dtype=torch.int16), out, BLOCK=8)
@@ -175,7 +174,7 @@ def test_an_element_that_is_half_outside_is_outside():
     assert t.bytes_touched("x_ptr").tolist() == list(range(8))
 
 
-def test_strict_also_finds_the_gaps_of_a_strided_view():
+def test_a_strict_trace_reports_the_gaps_of_a_strided_view():
     pool, out = torch.arange(12.0).reshape(3, 4), torch.zeros(12)
     view = pool[:, :2]  # elements 0, 1, 4, 5, 8, 9 of the pool
     for strict, want in ((False, [10, 11]), (True, [2, 3, 6, 7, 10, 11])):
@@ -185,7 +184,7 @@ def test_strict_also_finds_the_gaps_of_a_strided_view():
         assert {v.size for v in t.violations} == {10}
 
 
-def test_no_elements_and_no_launches():
+def test_empty_traces_and_empty_tensors():
     with trace() as t:
         pass
     assert t.report() == "no access outside its tensor; accesses: 0, launches: 0"
@@ -195,7 +194,7 @@ def test_no_elements_and_no_launches():
     assert [str(v).split(",")[0] for v in t.violations] == ["x_ptr: element 0 of 0"]
 
 
-def test_nothing_stays_hooked(call):
+def test_an_exception_in_the_body_removes_the_hooks(call):
     from triton.runtime import interpreter
 
     names = [
@@ -205,12 +204,12 @@ def test_nothing_stays_hooked(call):
         (triton.runtime.jit.JITFunction, "run"),
     ]
     before = [getattr(owner, name) for owner, name in names]
-    with pytest.raises(RuntimeError, match="mine"), trace():
-        raise RuntimeError("mine")
+    with pytest.raises(RuntimeError, match="an error in the body"), trace():
+        raise RuntimeError("an error in the body")
     assert [getattr(owner, name) for owner, name in names] == before
 
 
-def test_a_foreign_interpreter_is_refused_by_version(monkeypatch):
+def test_an_incompatible_interpreter_is_rejected_with_its_version(monkeypatch):
     from triton.runtime import interpreter
 
     monkeypatch.setattr(triton, "__version__", "9.9.9")
@@ -219,7 +218,7 @@ def test_a_foreign_interpreter_is_refused_by_version(monkeypatch):
         pass
 
 
-def test_kernels_that_were_decorated_for_compilation_are_traced_too():
+def test_kernels_decorated_for_compilation_are_traced():
     code = f"""
 import sys
 sys.path.insert(0, {str(HERE.parent)!r})
@@ -238,20 +237,20 @@ print(t.report())
     )
 
 
-def test_a_traced_gather_that_was_compiled_for_a_gpu_still_gives_the_reference():
-    """The interpreter neither rounds nor decodes as hardware does, and the launcher has to know where it runs."""
+def test_a_traced_gather_decorated_for_compilation_equals_the_reference():
+    """The interpreter rounds and decodes differently from hardware, so the launcher must detect the trace."""
     code = """
 import torch
 from kvgather.cases import Case, build
 from kvgather.device import interpreting
 from kvgather.lab.trace import trace
 built = build(Case(num_heads=2, k_dim=16, v_dim=16, lengths=(19,), starts=()), torch.device("cpu"), values="normal")
-wanted = built.cache.gather(built.plan, backend="torch")
+reference = built.cache.gather(built.plan, backend="torch")
 with trace() as t:
     assert interpreting()
-    got = built.cache.gather(built.plan, backend="triton")
+    rows = built.cache.gather(built.plan, backend="triton")
 assert not interpreting() and t.accesses and not t.violations
-print(all(torch.equal(*pair) for pair in zip(got, wanted, strict=True)))
+print(all(torch.equal(*pair) for pair in zip(rows, reference, strict=True)))
 """
     child = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment(TRITON_INTERPRET="0")
