@@ -192,7 +192,7 @@ def test_a_gpu_skips_slots_past_the_pool_and_check_raises(backend: str) -> None:
     k = torch.ones(3, 1, 8, device="cuda")
     cache.write(k, k, torch.tensor([8, 2**40, 11], device="cuda"), backend=backend)
     assert_same_contents(contents(cache), before)
-    with pytest.raises(SlotError, match=r"slots held 1099511627776; accepted: below 8, or negative for padding"):
+    with pytest.raises(SlotError, match=r"slots has 1099511627776; accepted: below 8, or negative for padding"):
         cache.check()
 
 
@@ -342,7 +342,7 @@ def test_wrong_sizes(wrong: dict[str, Any], error: type[Exception], message: str
         ({"k": torch.ones(2, 1, 16)}, ValueError, r"k has shape \[2, 1, 16\]; accepted: \[n, 2, 16\]"),
         ({"k": torch.ones(2, 32)}, ValueError, r"k has shape \[2, 32\]; accepted: 3 dimensions"),
         ({"v": None}, TypeError, r"v is NoneType None; accepted: a torch.Tensor"),
-        ({"k": torch.ones(3, 2, 16)}, ValueError, r"k, v and slots have 3, 2 and 2 tokens; accepted: as many of each"),
+        ({"k": torch.ones(3, 2, 16)}, ValueError, r"k, v and slots have 3, 2 and 2 tokens; accepted: equal numbers"),
         ({"slots": torch.tensor([0])}, ValueError, r"k, v and slots have 2, 2 and 1 tokens"),
         ({"slots": [0, 1]}, TypeError, r"slots is list \[0, 1\]; accepted: a torch.Tensor"),
         ({"slots": torch.tensor([0.0, 1.0])}, TypeError, r"slots has dtype float32; accepted: int32, int64"),
@@ -403,7 +403,7 @@ def test_a_write_that_is_known_is_the_same(kind: str) -> None:
             assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
         assert torch.equal(caches[0].value_cache.view(torch.uint8), caches[1].value_cache.view(torch.uint8))
         assert torch.equal(caches[0].v_scale, caches[1].v_scale)
-    assert len(caches[0]._written) == 1
+    assert len(caches[0]._write_launches) == 1
 
 
 @interpreted
@@ -439,13 +439,13 @@ def test_a_known_write_goes_where_the_pool_is_now() -> None:
     cache = kg.PagedKVCache(4, 4, 2, 16, dtype=torch.float32, scale="none", device="cpu")
     k, v, slots = torch.randn(3, 2, 16), torch.randn(3, 2, 16), torch.tensor([1, 5, 9])
     cache.write(k, v, slots, backend="triton")
-    (known,) = cache._written.values()
+    (known,) = cache._write_launches.values()
     old, new, launch = cache.key_cache.clone(), torch.zeros_like(cache.key_cache), known[0]
     before = torch.empty(0).set_(cache.key_cache)
     cache.key_cache.set_(new)  # an engine that wakes up
     cache.write(k * 2, v, slots, backend="triton")
     assert torch.equal(before, old) and torch.equal(new.view(16, 2, 16)[slots], k * 2)
-    (known,) = cache._written.values()
+    (known,) = cache._write_launches.values()
     assert launch not in known  # it has the address of the old memory, to which a GPU would write
 
 
