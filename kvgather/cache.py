@@ -1,4 +1,4 @@
-"""PagedKVCache: a pool of pages for K and one for V, their scales, and the layout they are in."""
+"""PagedKVCache: one pool of pages for K and one for V, with their scales and layout."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from .formats.checks import (
 from .formats.fp8 import FLOATS, check_pool_dtype
 from .formats.layout import Geometry, key_shape, value_shape
 from .formats.scale import KINDS, Scale, check_values, kind_shape, resolve
-from .gather.again import KEPT, NOT_TENSORS, gather_again
+from .gather.again import ARGUMENT_ERRORS, MAX_CALLS_PER_KEY, gather_again
 from .gather.dispatch import choose_backend, gather_checked
 from .kernels.guards import Likeness
 from .plan import GatherPlan
 from .scatter import SlotError, check_duplicates, check_slots, scatter
 
-if TYPE_CHECKING:  # the kernel needs Triton, which is not everywhere
+if TYPE_CHECKING:  # imports triton, which may be missing
     from .scatter.kernel import ScatterLaunch
 
 
@@ -36,7 +36,7 @@ class PagedKVCache:
     """A paged KV cache.
 
     Attributes:
-        key_cache, value_cache: the pools, shaped as `layout` says (see `kvgather.formats.layout`).
+        key_cache, value_cache: the pools, in the shape of the layout (see `kvgather.formats.layout`).
         k_scale, v_scale: FP32 tensors in the shape of their kind, or None.
         geometry: the sizes, dtype and device.
     """
@@ -55,17 +55,18 @@ class PagedKVCache:
         v_scale: Tensor | float | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        """Allocate an empty cache; every slot holds zeros with scale 1.
+        """Allocate an empty cache: zeros in every slot, with scale 1.
 
         Args:
-            num_blocks, page_size: pages of the pool, and tokens per page.
-            num_kv_heads, head_dim, v_head_dim: heads, and dims of K and V; `v_head_dim` None is `head_dim`.
+            num_blocks, page_size: blocks of each pool, and tokens per block.
+            num_kv_heads, head_dim, v_head_dim: KV heads, and the head dims of K and V; `v_head_dim=None` means
+                `head_dim`.
             layout: "NHD", "HND" or "SHUFFLE".
             dtype: float8_e4m3fn, float8_e4m3fnuz, float8_e5m2, bfloat16, float16 or float32.
             scale: a kind, or (K's kind, V's kind).
-            k_scale, v_scale: the scales, in the shape of their kind; None is 1 everywhere. A per-token-head scale is
-                written by `write`.
-            device: where; None is the GPU if there is one, else the CPU.
+            k_scale, v_scale: the scales, in the shape of their kind; None means 1 everywhere. `write` sets a
+                per-token-head scale.
+            device: the device; None means the GPU if there is one, else the CPU.
 
         Raises:
             TypeError, ValueError: an argument is wrong.
@@ -76,7 +77,7 @@ class PagedKVCache:
         heads = check_int(num_kv_heads, "num_kv_heads", minimum=1)
         k_dim = check_int(head_dim, "head_dim", minimum=1)
         v_dim = k_dim if v_head_dim is None else check_int(v_head_dim, "v_head_dim", minimum=1)
-        where = resolve_device(device)
+        device = resolve_device(device)
         kinds = _pair_of_kinds(scale)
         k_shape = key_shape(layout, blocks, page, heads, k_dim, dtype.itemsize)
         v_shape = value_shape(layout, blocks, page, heads, v_dim, dtype.itemsize)
@@ -85,13 +86,13 @@ class PagedKVCache:
                 f"num_blocks {blocks}, page_size {page}, num_kv_heads {heads} and head_dim {max(k_dim, v_dim)} make a "
                 f"pool of {most:.1e} bytes; accepted: fewer than 2^63"
             )
-        key_cache = torch.zeros(k_shape, dtype=dtype, device=where)
-        value_cache = torch.zeros(v_shape, dtype=dtype, device=where)
+        key_cache = torch.zeros(k_shape, dtype=dtype, device=device)
+        value_cache = torch.zeros(v_shape, dtype=dtype, device=device)
         scales = [
-            torch.ones(kind_shape(kind, blocks, heads, page) or (1,), dtype=torch.float32, device=where)
-            if given is None and kind != "none"
-            else given
-            for kind, given in zip(kinds, (k_scale, v_scale), strict=True)
+            torch.ones(kind_shape(kind, blocks, heads, page) or (1,), dtype=torch.float32, device=device)
+            if argument is None and kind != "none"
+            else argument
+            for kind, argument in zip(kinds, (k_scale, v_scale), strict=True)
         ]
         self._set(key_cache, value_cache, layout, (scales[0], scales[1]), kinds)
 
@@ -107,13 +108,13 @@ class PagedKVCache:
         k_kind: str | None = None,
         v_kind: str | None = None,
     ) -> PagedKVCache:
-        """Wrap an engine's own pools and scales; nothing is copied.
+        """Wrap an engine's own pools and scales, without a copy.
 
         Args:
             key_cache, value_cache: pools in `layout`, any strides.
             layout: "NHD", "HND" or "SHUFFLE".
             k_scale, v_scale: None, a float, or FP32 tensors (see `kvgather.formats.scale`).
-            k_kind, v_kind: the scale's kind, where its shape should not decide.
+            k_kind, v_kind: the scale's kind; None derives it from the shape.
 
         Raises:
             TypeError, ValueError: an argument is wrong.
@@ -146,25 +147,25 @@ class PagedKVCache:
             for name, scale, kind in zip("kv", scales, kinds, strict=True)
         )
         self._likeness: Likeness | None = None
-        self._written: dict[object, list[ScatterLaunch]] = {}
+        self._write_launches: dict[object, list[ScatterLaunch]] = {}
         self._last_slots: Tensor | None = None
         self._kinds = self._scales[0].kind, self._scales[1].kind
-        self._too_large = torch.full((1,), -1, dtype=torch.int64, device=g.device)  # the largest slot refused so far
+        self._too_large = torch.full((1,), -1, dtype=torch.int64, device=g.device)  # largest skipped slot
 
     @property
     def likeness(self) -> int:
-        """What the pools and scales are like, as a number: caches that have the same are read by the same launches.
+        """Number of the pools' and scales' signature: one prepared launch reads all caches with the same number.
 
         Raises:
-            ValueError: memory was taken from under a pool or a scale.
+            ValueError: the storage of a pool or of a scale has shrunk.
         """
         tensors = self.key_cache, self.value_cache, self._scales[0].tensor, self._scales[1].tensor
-        known = self._likeness
-        if known is None or not known.holds(*tensors):
+        likeness = self._likeness
+        if likeness is None or not likeness.is_current(*tensors):
             self._check_memory()
-            known = self._likeness = Likeness(tensors, (self.geometry, *self._kinds))
-            self._written.clear()  # what was launched before wrote elsewhere
-        return known.number
+            likeness = self._likeness = Likeness(tensors, (self.geometry, *self._kinds))
+            self._write_launches.clear()  # they write to the previous memory
+        return likeness.number
 
     @property
     def layout(self) -> str:
@@ -172,7 +173,7 @@ class PagedKVCache:
 
     @property
     def scales(self) -> tuple[Scale, Scale]:
-        """K's and V's, as they were checked against the cache, with their strides."""
+        """The scales of K and V, checked against the cache, with their strides."""
         return self._scales
 
     @property
@@ -205,26 +206,26 @@ class PagedKVCache:
         )
 
     def write(self, k: Tensor, v: Tensor, slots: Tensor, backend: str = "auto") -> None:
-        """Quantize new tokens and put each into its slot.
+        """Quantize new tokens and write each to its slot.
 
         Values are divided by the scale, clamped to the format's ±max and rounded to nearest even. A per-token-head
-        scale is computed from the token and stored; the other kinds are used as they were given.
+        scale is computed from the token and stored; scales of other kinds do not change.
 
         Args:
             k, v: `[n, heads, head_dim]` and `[n, heads, v_head_dim]`, floating point, on the cache's device.
-            slots: `[n]` int32 or int64, `block_id * page_size + page_offset`; a negative slot is padding and is
+            slots: `[n]` int32 or int64, `block_id * page_size + page_offset`; negative slots are padding and are
                 skipped.
             backend: "triton", "torch", or "auto": Triton on a GPU, torch on a CPU.
 
         Raises:
-            TypeError, ValueError: an argument is wrong, or two elements of the cache have one address; nothing was
+            TypeError, ValueError: an argument is wrong, or two elements of the cache share an address; nothing is
                 written.
-            SlotError: on a CPU, a slot is past the pool or comes twice. On a GPU that would need a wait: there a slot
-                past the pool is skipped; what a slot holds that comes twice in one call is undefined, and may be the
-                codes of one token with the scale of another. `check()` finds both.
+            SlotError: on a CPU, a slot is past the pool or occurs twice. On a GPU this check would synchronize: slots
+                past the pool are skipped; a slot that occurs twice in one call has undefined content, possibly the
+                codes of one token and the scale of another. `check()` reports both.
         """
         if not torch.compiler.is_compiling():
-            self.likeness  # noqa: B018  # raises if memory went away
+            self.likeness  # noqa: B018  # raises if a storage has shrunk
         if self.write_again(k, v, slots, backend):
             return
         g, k, v = self.geometry, resolved(k), resolved(v)
@@ -234,39 +235,37 @@ class PagedKVCache:
                 raise ValueError(f"{name} has shape {list(tensor.shape)}; accepted: [n, {g.num_kv_heads}, {dim}]")
         check_tensor(slots, "slots", ndim=1, dtypes=(torch.int32, torch.int64), device=g.device)
         if not len(k) == len(v) == len(slots):
-            raise ValueError(
-                f"k, v and slots have {len(k)}, {len(v)} and {len(slots)} tokens; accepted: as many of each"
-            )
+            raise ValueError(f"k, v and slots have {len(k)}, {len(v)} and {len(slots)} tokens; accepted: equal numbers")
         self._check_writable()
-        choose_backend(backend, g.device)  # raises, without tokens too
+        choose_backend(backend, g.device)  # raises, also without tokens
         if len(slots) == 0:
             return
         pools = self.key_cache, self.value_cache
-        if not torch.compiler.is_compiling():  # rows that are a view of a pool are read before it is written
+        if not torch.compiler.is_compiling():  # rows that are a view of a pool must be read before the write
             k, v = (rows.clone() if any(share_elements(rows, p) for p in pools) else rows for rows in (k, v))
-        with torch.no_grad():  # else K and V that need a gradient would drag their graph into a float pool
+        with torch.no_grad():  # K and V that require a gradient would attach their graph to a float pool
             launch = scatter(*pools, g, self._scales, k, v, slots, self._too_large, backend)
         self._last_slots = slots
-        if launch is not None and len(k) > 1 and k is not v:  # of one row the stride says nothing
+        if launch is not None and len(k) > 1 and k is not v:  # the stride of a single row is arbitrary
             launch.remember(k, v, slots)
-            launches = self._written.setdefault((backend, interpreting()), [])
+            launches = self._write_launches.setdefault((backend, interpreting()), [])
             launches.insert(0, launch)
-            del launches[KEPT:]
+            del launches[MAX_CALLS_PER_KEY:]
 
     def write_again(self, k: Tensor, v: Tensor, slots: Tensor, backend: str = "auto") -> bool:
-        """Write as an earlier call of `write` did whose checks these arguments pass too; False if there is none.
+        """Write through the launch of an earlier `write` whose checks these arguments pass; return False without one.
 
-        The caller has just asked for `likeness`: pools and scales are where they were.
+        The caller has just read `likeness`: pools and scales are unchanged.
         """
         if torch.compiler.is_compiling():
             return False
         try:
-            for launch in self._written.get((backend, interpreting()), ()):
+            for launch in self._write_launches.get((backend, interpreting()), ()):
                 if launch.fits(k, v, slots):
                     break
             else:
                 return False
-        except NOT_TENSORS:
+        except ARGUMENT_ERRORS:
             return False
         if not launch.on_gpu:
             check_slots(slots, self.num_slots)
@@ -275,27 +274,27 @@ class PagedKVCache:
         return True
 
     def _check_memory(self) -> None:
-        """Raise unless pools and scales are inside their memory: what an engine's are does not change, that may."""
+        """Raise unless pools and scales are inside their storage, which an engine may resize."""
         tensors = (self.key_cache, self.value_cache, self.k_scale, self.v_scale)
         for name, tensor in zip(("key_cache", "value_cache", "k_scale", "v_scale"), tensors, strict=True):
             if tensor is not None:
                 check_inside_storage(tensor, name)
 
     def _check_writable(self) -> None:
-        """Raise if two elements that a write sets have one address; to gather from such a cache is fine."""
-        tensors = {"key_cache": self.key_cache, "value_cache": self.value_cache}
-        read = dict(tensors)
+        """Raise if two elements that a write sets share an address. A gather accepts such a cache."""
+        written = {"key_cache": self.key_cache, "value_cache": self.value_cache}
+        tensors = dict(written)
         for name, scale in zip(("k_scale", "v_scale"), self._scales, strict=True):
             if scale.tensor is not None:
-                read[name] = scale.tensor
+                tensors[name] = scale.tensor
                 if scale.kind == "per-token-head":
-                    tensors[name] = scale.tensor
-        for name, tensor in tensors.items():
+                    written[name] = scale.tensor
+        for name, tensor in written.items():
             if overlaps_itself(tensor):
                 raise ValueError(
                     f"{name} has strides {list(tensor.stride())}; accepted by write: elements that do not overlap"
                 )
-            for other_name, other in read.items():
+            for other_name, other in tensors.items():
                 if other_name != name and not torch.compiler.is_compiling() and share_elements(tensor, other):
                     raise ValueError(f"{other_name} shares memory with {name}; accepted by write: memory of its own")
 
@@ -303,48 +302,48 @@ class PagedKVCache:
         self, plan: GatherPlan, out_dtype: torch.dtype = torch.bfloat16, out: tuple[Tensor, Tensor] | None = None,
         backend: str = "auto",
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """K and V of a plan's tokens as dense rows; see `kvgather.gather`.
+        """Gather K and V of a plan's tokens into dense rows; see `kvgather.gather`.
 
         Returns:
             K `[total_tokens, heads, head_dim]` and V `[total_tokens, heads, v_head_dim]`.
         """
-        meaning = (self.geometry.layout, *self._kinds, out_dtype, backend)
-        return self._gather(meaning, plan, out_dtype, out, backend, zero_bad_v=False)
+        options = (self.geometry.layout, *self._kinds, out_dtype, backend)
+        return self._gather(options, plan, out_dtype, out, backend, zero_bad_v=False)
 
     def gather_for_attention(
         self, plan: GatherPlan, out_dtype: torch.dtype, out: tuple[Tensor, Tensor] | None = None, backend: str = "auto"
     ) -> tuple[Tensor, Tensor]:
-        """`gather`, with V's rows of a bad block id 0, and not NaN as K's are.
+        """Gather for a dense attention kernel: rows of a bad block id are NaN in K and 0 in V.
 
-        A dense kernel replaces the scores that it masks, and multiplies V by all weights, 0 among them. So NaN in K
-        reaches the queries that see the key, and NaN in V would reach all of its sequence.
+        A dense kernel replaces masked scores, but multiplies V by all weights, including 0. NaN in K reaches only the
+        queries that see the key; NaN in V would reach every query of the sequence.
         """
-        meaning = (self.geometry.layout, *self._kinds, out_dtype, backend, "bad V is 0")
-        return self._gather(meaning, plan, out_dtype, out, backend, zero_bad_v=True)
+        options = (self.geometry.layout, *self._kinds, out_dtype, backend, "bad V is 0")
+        return self._gather(options, plan, out_dtype, out, backend, zero_bad_v=True)
 
     def _gather(
-        self, meaning: tuple[object, ...], plan: GatherPlan, out_dtype: torch.dtype,
+        self, options: tuple[object, ...], plan: GatherPlan, out_dtype: torch.dtype,
         out: tuple[Tensor, Tensor] | None, backend: str, zero_bad_v: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         source = self.key_cache, self.value_cache, self._scales[0].tensor, self._scales[1].tensor
         if not torch.compiler.is_compiling():
-            if (done := gather_again(meaning, source, plan, out, out_dtype)) is not None:
-                return done
+            if (rows := gather_again(options, source, plan, out, out_dtype)) is not None:
+                return rows
             self._check_memory()
-        return gather_checked(source, meaning, plan, self.geometry, self._scales, out_dtype, out, backend, zero_bad_v)
+        return gather_checked(source, options, plan, self.geometry, self._scales, out_dtype, out, backend, zero_bad_v)
 
     def check(self) -> None:
-        """Raise if a write was given slots past the pool, the last one a slot twice, or if a scale has a bad value.
+        """Raise if a write received a slot past the pool, the last write a duplicate slot, or if a scale is invalid.
 
-        Waits for the GPU. The slots of the last write are looked at as they are now.
+        Synchronizes with the GPU. Reads the current contents of the last write's `slots`.
 
         Raises:
-            SlotError: with the largest slot that was skipped, or the two tokens that have one slot.
-            ValueError: a scale is NaN, infinite, zero or negative somewhere.
+            SlotError: gives the largest skipped slot, or two tokens with the same slot.
+            ValueError: a scale has a value that is NaN, infinite, zero or negative.
         """
         largest = int(self._too_large)
         if largest >= 0:
-            raise SlotError(f"slots held {largest}; accepted: below {self.num_slots}, or negative for padding")
+            raise SlotError(f"slots has {largest}; accepted: below {self.num_slots}, or negative for padding")
         if self._last_slots is not None:
             check_duplicates(self._last_slots)
         for name, scale in zip(("k_scale", "v_scale"), self._scales, strict=True):

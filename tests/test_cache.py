@@ -102,7 +102,7 @@ def test_a_write_that_is_known_is_the_same(kind: str) -> None:
             assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
         assert torch.equal(caches[0].value_cache.view(torch.uint8), caches[1].value_cache.view(torch.uint8))
         assert torch.equal(caches[0].v_scale, caches[1].v_scale)
-    assert len(caches[0]._written) == 1
+    assert len(caches[0]._write_launches) == 1
 
 
 @interpreted
@@ -138,11 +138,11 @@ def test_a_known_write_goes_where_the_pool_is_now() -> None:
     cache = kg.PagedKVCache(4, 4, 2, 16, dtype=torch.float32, scale="none", device="cpu")
     k, v, slots = torch.randn(3, 2, 16), torch.randn(3, 2, 16), torch.tensor([1, 5, 9])
     cache.write(k, v, slots, backend="triton")
-    (known,) = cache._written.values()
+    (known,) = cache._write_launches.values()
     old, new, launch = cache.key_cache.clone(), torch.zeros_like(cache.key_cache), known[0]
     before = torch.empty(0).set_(cache.key_cache)
     cache.key_cache.set_(new)  # an engine that wakes up
     cache.write(k * 2, v, slots, backend="triton")
     assert torch.equal(before, old) and torch.equal(new.view(16, 2, 16)[slots], k * 2)
-    (known,) = cache._written.values()
+    (known,) = cache._write_launches.values()
     assert launch not in known  # it has the address of the old memory, to which a GPU would write

@@ -1,1 +1,1 @@
-"""What the bytes of a paged KV cache mean: layouts, scales, FP8 codes."""
+"""Data formats of a paged KV cache: layouts, scales, FP8 codes."""

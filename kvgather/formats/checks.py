@@ -1,4 +1,4 @@
-"""Argument checks that every public function shares; each error names the argument, what came and what is accepted."""
+"""Argument checks of all public functions. Each error names the argument, its value and the accepted values."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ def dtype_name(dtype: object) -> str:
 
 
 def described(value: object) -> str:
-    """A value as an error shows it: its type and the start of its repr; of a tensor its shape, because to print its
-    values is to wait for a GPU, or to read past its memory."""
+    """Describe a value for an error message: its type and the start of its repr, or the shape of a tensor.
+
+    Printing a tensor's values would synchronize with the GPU, and could read past the tensor's memory.
+    """
     kind = type(value).__name__
     if isinstance(value, Tensor):
         return f"{kind} with a nested layout" if value.is_nested else f"{kind} of shape {list(value.shape)}"
@@ -30,7 +32,7 @@ def described(value: object) -> str:
 
 
 def shown(value: object) -> str:
-    """The start of a value's repr; Python refuses to print integers of more than 4300 digits."""
+    """Return the start of a value's repr. Python refuses to print integers of more than 4300 digits."""
     try:
         return f"{value!r:.60}"
     except ValueError:
@@ -38,10 +40,10 @@ def shown(value: object) -> str:
 
 
 def resolved(value: Value) -> Value:
-    """A tensor with its negative bit resolved, such as `x.conj().imag`; a copy only then, anything else as it is.
+    """Return a copy of a tensor whose negative bit is set, such as `x.conj().imag`, with its signs resolved.
 
-    For arguments that are read and small enough to copy. Kernels and views of another dtype read the bytes, which do
-    not have the sign; `check_tensor` refuses the bit.
+    Every other value is returned unchanged. For small arguments that are only read: kernels and views of another
+    dtype read the bytes, which lack the sign. `check_tensor` rejects a tensor with the bit set.
     """
     if isinstance(value, Tensor) and value.is_neg():
         return value.resolve_neg()  # type: ignore[return-value]
@@ -56,12 +58,12 @@ def check_tensor(
     dtypes: Sequence[torch.dtype] | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Return `value` if it is a dense tensor of the wanted rank, dtype and device, inside its own memory.
+    """Return `value` if it is a dense tensor of an accepted rank, dtype and device, inside its storage.
 
     Raises:
-        TypeError: it is no tensor, or its dtype is not accepted.
-        ValueError: its rank, device or layout is not accepted, its strides reach past its storage, it holds no values
-            (meta), or its bytes are not its values (the negative bit; see `resolved`).
+        TypeError: `value` is not a tensor, or its dtype is not accepted.
+        ValueError: its rank, device or layout is not accepted, its strides reach past its storage, it is on the meta
+            device, or its negative bit is set (see `resolved`).
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is {described(value)}; accepted: a torch.Tensor")
@@ -79,10 +81,10 @@ def check_tensor(
         return value
     if value.is_neg():
         raise ValueError(
-            f"{name} has its negative bit set, as x.conj().imag has, so that its bytes are not its values; "
+            f"{name} has its negative bit set, like x.conj().imag: its bytes do not have the sign of its values; "
             f"accepted: {name}.resolve_neg()"
         )
-    if type(value) in _WITH_MEMORY:  # fake tensors are meta tensors that say another device
+    if type(value) in _WITH_MEMORY:  # not fake tensors, which are meta tensors that report another device
         if value.is_meta:
             raise ValueError(f"{name} is on meta, which holds no values; accepted: a tensor on a GPU or a CPU")
         _check_reach(value, name)
@@ -90,8 +92,8 @@ def check_tensor(
 
 
 def extent(tensor: Tensor) -> int:
-    """Elements from the first to the last one that a tensor's strides can reach, both counted; 0 if it is empty."""
-    if tensor.is_contiguous():  # most are, and this is a quarter of the time
+    """Count the elements from a tensor's first to its last in memory, both included; 0 for an empty tensor."""
+    if tensor.is_contiguous():  # the common case, in a quarter of the time
         return tensor.numel()
     if tensor.numel() == 0:
         return 0
@@ -99,55 +101,55 @@ def extent(tensor: Tensor) -> int:
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
-    """Whether two elements of a tensor may have one address."""
+    """Whether two elements of a tensor may have the same address."""
     if tensor.is_contiguous():
         return False
-    reached = 0
+    last_offset = 0  # of the axes with smaller strides
     for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda axis: axis[1]):
-        if size > 1 and stride <= reached:
+        if size > 1 and stride <= last_offset:
             return True
-        reached += (size - 1) * stride
+        last_offset += (size - 1) * stride
     return False
 
 
 def share_elements(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors have a byte in common; exact, also where one lies between the other's elements.
+    """Whether two tensors share a byte. The result is exact, also for views whose elements interleave.
 
-    Where that takes more than some thousands of steps to find out, which no regular view does, the answer is True.
+    A search of more than 5000 steps, which no regular view needs, ends with True.
     """
-    span = [(t.data_ptr(), t.data_ptr() + extent(t) * t.element_size()) for t in (first, second)]
-    if not (span[0][0] < span[1][1] and span[1][0] < span[0][1]):
+    spans = [(t.data_ptr(), t.data_ptr() + extent(t) * t.element_size()) for t in (first, second)]
+    if not (spans[0][0] < spans[1][1] and spans[1][0] < spans[0][1]):
         return False
-    # An address is a sum of strides times indices. The two have one in common where
-    #   first's address - second's address = 0, each index in its range. Axes of equal strides count as one.
-    ranges: dict[int, list[int]] = {1: [1 - second.element_size(), first.element_size() - 1]}  # bytes of an element
+    # An address is a base plus a sum of strides times indices. The tensors share a byte if an address in `first` minus
+    # an address in `second` can be 0, each index being in its range. Axes of equal strides form one term.
+    ranges: dict[int, list[int]] = {1: [1 - second.element_size(), first.element_size() - 1]}  # bytes in an element
     for tensor, sign in ((first, 1), (second, -1)):
         for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
             if size > 1 and stride:
-                low_high = ranges.setdefault(stride * tensor.element_size(), [0, 0])
-                low_high[sign > 0] += sign * (size - 1)
+                bounds = ranges.setdefault(stride * tensor.element_size(), [0, 0])
+                bounds[sign > 0] += sign * (size - 1)
     terms = sorted(((stride, low, high) for stride, (low, high) in ranges.items()), reverse=True)
     steps = 0
 
-    def reaches(target: int, at: int) -> bool:
-        """Whether the terms from `at` on can make `target`."""
+    def can_sum_to(target: int, term: int) -> bool:
+        """Whether the terms from number `term` on can sum to `target`."""
         nonlocal steps
         steps += 1
-        if at == len(terms) or steps > 5000:
+        if term == len(terms) or steps > 5000:
             return target == 0 or steps > 5000
-        stride, low, high = terms[at]
-        least = sum(other[0] * other[1] for other in terms[at + 1 :])
-        most = sum(other[0] * other[2] for other in terms[at + 1 :])
-        begin, end = max(low, -(-(target - most) // stride)), min(high, (target - least) // stride)
-        return any(reaches(target - stride * index, at + 1) for index in range(begin, end + 1))
+        stride, low, high = terms[term]
+        smallest = sum(other[0] * other[1] for other in terms[term + 1 :])
+        largest = sum(other[0] * other[2] for other in terms[term + 1 :])
+        begin, end = max(low, -(-(target - largest) // stride)), min(high, (target - smallest) // stride)
+        return any(can_sum_to(target - stride * index, term + 1) for index in range(begin, end + 1))
 
-    return reaches(span[1][0] - span[0][0], 0)
+    return can_sum_to(spans[1][0] - spans[0][0], 0)
 
 
 def check_inside_storage(tensor: Tensor, name: str) -> None:
-    """Raise ValueError if a tensor's strides reach past its storage (a storage can be shrunk under its views)."""
+    """Raise ValueError if a tensor's strides reach past its storage, which can be resized after a view was made."""
     if torch.compiler.is_compiling() or type(tensor) not in _WITH_MEMORY or tensor.is_meta:
-        return  # fake tensors have no memory to leave
+        return  # fake tensors have no memory
     _check_reach(tensor, name)
 
 
@@ -156,17 +158,17 @@ _WITH_MEMORY = (Tensor, torch.nn.Parameter)
 
 def _check_reach(tensor: Tensor, name: str) -> None:
     needed = (tensor.storage_offset() + extent(tensor)) * tensor.element_size() if tensor.numel() else 0
-    held = tensor.untyped_storage().nbytes()
-    if needed > held:
+    storage_bytes = tensor.untyped_storage().nbytes()
+    if needed > storage_bytes:
         raise ValueError(
             f"{name} with shape {list(tensor.shape)}, strides {list(tensor.stride())} and offset "
-            f"{tensor.storage_offset()} reaches byte {needed} of its memory, which has {held}; accepted: strides "
-            "that stay inside the tensor's memory"
+            f"{tensor.storage_offset()} reaches byte {needed} of its memory, which has {storage_bytes}; accepted: "
+            "strides that stay inside the tensor's memory"
         )
 
 
 def check_int(value: object, name: str, *, minimum: int = 0, maximum: int = 2**31 - 1) -> int:
-    """Return `value`, Python's or NumPy's, as an int in [minimum, maximum]; a bool is not a number here."""
+    """Return a Python or NumPy integer as an int in [minimum, maximum]. A bool is rejected."""
     if isinstance(value, (bool, Tensor)):
         raise TypeError(f"{name} is {described(value)}; accepted: an int")
     try:
@@ -179,12 +181,12 @@ def check_int(value: object, name: str, *, minimum: int = 0, maximum: int = 2**3
 
 
 def check_window(value: object, name: str = "window") -> int | None:
-    """Return a window, the newest keys that a query sees, its own included; None is no window.
+    """Return a window: how many of the newest keys a query sees, its own included; None means no window.
 
-    Engines write "no window" as 0 or -1; here the message says what does.
+    Engines write "no window" as 0 or -1; the error names None instead.
 
     Raises:
-        TypeError, ValueError: neither None nor an int from 1 on.
+        TypeError, ValueError: `value` is neither None nor an int of 1 or more.
     """
     if value is None:
         return None
@@ -195,7 +197,7 @@ def check_window(value: object, name: str = "window") -> int | None:
 
 
 def as_float(value: object) -> float | None:
-    """The float of a real number, Python's or NumPy's, infinite where it is too large; None for anything else."""
+    """Convert a real Python or NumPy number to float, infinite if it is too large; return None for other values."""
     if isinstance(value, (bool, Tensor)) or not isinstance(value, numbers.Real):
         return None
     try:
@@ -205,16 +207,17 @@ def as_float(value: object) -> float | None:
 
 
 def check_positive(value: object, name: str, accepted: str = "a number") -> float:
-    """Return `value`, Python's or NumPy's, as a finite float above 0 that FP32 can hold.
+    """Return a Python or NumPy number as a finite float above 0 that FP32 can represent.
 
     Args:
-        value: the argument as given.
+        value: the argument.
         name: the argument's name, for errors.
-        accepted: what the argument may be, for the error of anything that is no number.
+        accepted: the accepted types, for the TypeError.
 
     Raises:
-        TypeError: it is no number; a bool is none here.
-        ValueError: it is not finite and above 0, or FP32 rounds it to infinity or below its smallest normal number.
+        TypeError: `value` is not a number; a bool is not accepted as one.
+        ValueError: `value` is not finite and above 0, or FP32 rounds it to infinity or below its smallest normal
+            number.
     """
     number = as_float(value)
     if number is None:
@@ -227,12 +230,12 @@ def check_positive(value: object, name: str, accepted: str = "a number") -> floa
 
 
 def _number(value: object) -> str:
-    """A number as an error shows it: NumPy's without the name of its type."""
+    """Format a number for an error message: a NumPy number without the name of its type."""
     return shown(value.item() if type(value).__module__ == "numpy" and hasattr(value, "item") else value)
 
 
 def check_choice(value: object, name: str, accepted: Sequence[str]) -> str:
-    """Return `value` if it is one of the accepted words."""
+    """Return `value` if it is one of the accepted strings."""
     if not isinstance(value, str):
         raise TypeError(f"{name} is {described(value)}; accepted: {', '.join(accepted)}")
     if value not in accepted:

@@ -1,8 +1,9 @@
-"""FP8 formats: quantize, dequantize, and a decode in software that is exact for all 256 codes.
+"""FP8 formats: quantize, dequantize, and a software decode that is exact for all 256 codes.
 
-A code is sign, exponent, mantissa. Shifted so that its mantissa ends up at the top of a wider format's mantissa, it
-is that wider format's number times a power of two, subnormals included. `decode` uses FP16 for this because PyTorch
-converts FP16 to FP32 at memory speed on a CPU, and FP8 to FP32 about forty times slower; the Triton kernels use FP32.
+A code consists of sign, exponent and mantissa. Shift its mantissa to the top of a wider format's mantissa: the bits are
+then a number of the wider format that differs from the code's value by a power of two, also for subnormals. `decode`
+uses FP16, because PyTorch converts FP16 to FP32 at memory speed on a CPU, and FP8 to FP32 about forty times slower. The
+Triton kernels use FP32.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from .checks import described, dtype_name
 
 SCALE_FLOOR = torch.finfo(torch.float32).tiny
-"""The smallest scale a write computes, so that a row of zeros has a scale that can be divided by."""
+"""Smallest scale that a write computes: the scale of a row of zeros can be a divisor."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,13 @@ class Fp8Format:
     Attributes:
         name: as in `torch.float8_<name>`.
         dtype: the torch dtype.
-        exponent_bits, mantissa_bits, bias: the fields of a code; a normal code is 2^(e - bias) · (1 + m / 2^bits).
+        exponent_bits, mantissa_bits, bias: the fields of a code; a normal code has the value
+            2^(e - bias) · (1 + m / 2^mantissa_bits).
         max: the largest finite value.
         min_normal: the smallest normal value.
-        nan_code: a code that means NaN.
-        has_inf: whether there are codes for infinities.
-        fnuz: "finite, no negative zero": the code 0x80, −0 elsewhere, is the one NaN.
+        nan_code: a code of NaN.
+        has_inf: whether the format has infinities.
+        fnuz: "finite, no negative zero": the code 0x80, which is −0 in other formats, is the only NaN.
 
     Source: OCP 8-bit floating point specification (e4m3fn, e5m2); arXiv:2206.02915 (fnuz).
     """
@@ -61,20 +63,20 @@ POOL_DTYPES = (*FORMATS, *FLOATS)
 
 
 def is_fp8(dtype: torch.dtype) -> bool:
-    """Whether a dtype is one of the FP8 formats a pool can hold."""
+    """Whether a dtype is an FP8 format that a pool can store."""
     return dtype in FORMATS
 
 
 def check_pool_dtype(dtype: torch.dtype, name: str) -> None:
-    """Raise TypeError unless a pool may hold `dtype`."""
+    """Raise TypeError unless a pool can store `dtype`."""
     if not isinstance(dtype, torch.dtype) or dtype not in POOL_DTYPES:
         accepted = ", ".join(dtype_name(d) for d in POOL_DTYPES)
-        came = dtype_name(dtype) if isinstance(dtype, torch.dtype) else described(dtype)
-        raise TypeError(f"{name} is {came}; accepted: {accepted}")
+        received = dtype_name(dtype) if isinstance(dtype, torch.dtype) else described(dtype)
+        raise TypeError(f"{name} is {received}; accepted: {accepted}")
 
 
 def format_of(dtype: torch.dtype, name: str = "dtype") -> Fp8Format:
-    """The format of an FP8 dtype.
+    """Return the format of an FP8 dtype.
 
     Raises:
         TypeError: `dtype` is not FP8.
@@ -86,20 +88,20 @@ def format_of(dtype: torch.dtype, name: str = "dtype") -> Fp8Format:
 
 
 def code_max(dtype: torch.dtype) -> float:
-    """The largest magnitude that a computed scale maps onto: the format's maximum, or 1 in a pool that isn't FP8."""
+    """Return the magnitude onto which a computed scale maps the largest value: the FP8 maximum, or 1 without FP8."""
     return FORMATS[dtype].max if dtype in FORMATS else 1.0
 
 
 def quantize(x: Tensor, scale: Tensor | float | None, dtype: torch.dtype) -> Tensor:
-    """Store values in a pool's dtype: divide by the scale, clamp to ±max, round to nearest even.
+    """Convert values to a pool's dtype: divide by the scale, clamp to ±max, round to nearest even.
 
     Args:
-        x: values, any shape, floating point.
-        scale: FP32, broadcastable against `x`; None divides by nothing.
-        dtype: an FP8 dtype, or bfloat16, float16, float32, which are rounded to and not clamped.
+        x: values of any shape, floating point.
+        scale: FP32, broadcastable against `x`; None skips the division.
+        dtype: an FP8 dtype, or bfloat16, float16 or float32; values of the latter three are not clamped.
 
     Returns:
-        A tensor of `dtype`, shaped like `x`. NaN stays NaN; infinities become ±max.
+        A tensor of `dtype` in the shape of `x`. NaN stays NaN; in FP8, infinities become ±max.
     """
     check_pool_dtype(dtype, "dtype")
     values = x.float() if scale is None else x.float() / _divisor(scale, x)
@@ -109,16 +111,16 @@ def quantize(x: Tensor, scale: Tensor | float | None, dtype: torch.dtype) -> Ten
 
 
 def _divisor(scale: Tensor | float, like: Tensor) -> Tensor:
-    """A scale as a tensor: on a GPU PyTorch divides by a tensor, but multiplies by the rounded inverse of a number."""
+    """Return a scale as a tensor: PyTorch on a GPU divides by tensors, but multiplies by a number's rounded inverse."""
     return scale if isinstance(scale, Tensor) else torch.full((), scale, dtype=torch.float32, device=like.device)
 
 
 def dequantize(codes: Tensor, scale: Tensor | float | None, out_dtype: torch.dtype) -> Tensor:
-    """What stored values mean: `(codes.float() * scale).to(out_dtype)`.
+    """Dequantize stored values: `(codes.float() * scale).to(out_dtype)`.
 
     Args:
         codes: any pool dtype, any shape.
-        scale: FP32, broadcastable against `codes`; None multiplies by nothing.
+        scale: FP32, broadcastable against `codes`; None skips the multiplication.
         out_dtype: a floating-point dtype.
     """
     values = codes.float()
@@ -126,14 +128,14 @@ def dequantize(codes: Tensor, scale: Tensor | float | None, out_dtype: torch.dty
 
 
 def computed_scale(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The scale that maps the largest finite magnitude of each row onto the format's maximum.
+    """Return the scale that maps the largest finite magnitude of each row onto the format's maximum.
 
     Args:
         x: values `[..., dim]`.
         dtype: the pool's dtype.
 
     Returns:
-        FP32 `[...]`, never below `SCALE_FLOOR`, never NaN or infinite: what isn't finite in a row doesn't count.
+        FP32 `[...]`, finite and at least `SCALE_FLOOR`; non-finite values in a row are ignored.
     """
     magnitude = x.float().abs()
     magnitude = torch.where(magnitude <= torch.finfo(torch.float32).max, magnitude, 0.0)
@@ -142,70 +144,70 @@ def computed_scale(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def decode(codes: Tensor, dtype: torch.dtype, factor: float = 1.0) -> Tensor:
-    """The value of each FP8 code times a factor, with integer operations and one multiplication.
+    """Return the value of each FP8 code times a factor, by integer operations and one multiplication.
 
     Args:
         codes: uint8, any shape and strides.
-        dtype: the FP8 dtype the codes are in.
-        factor: a number that FP32 can hold; folding it in here saves a pass over the result.
+        dtype: the FP8 dtype of the codes.
+        factor: a number that FP32 can represent; applying it here saves a pass over the result.
 
     Returns:
-        FP32, shaped like `codes`, contiguous; equal to `codes.view(dtype).float() * factor`, NaN for NaN.
+        Contiguous FP32 in the shape of `codes`, equal to `codes.view(dtype).float() * factor`, NaN for NaN.
     """
     fmt = format_of(dtype)
     codes = codes.contiguous()
     signed = codes.view(torch.int8).to(torch.int16)
-    if fmt is E5M2:  # the upper half of an FP16, infinities and NaNs too
+    if fmt is E5M2:  # the upper half of an FP16 number, also for infinities and NaN
         return signed.bitwise_left_shift_(8).view(torch.float16).float().mul_(factor)
-    # The sign was extended over the upper byte, so one shift puts it in place and the mask clears its copy.
+    # Sign extension copies the sign over the upper byte: one shift moves it to bit 15, the mask clears bit 14.
     half = signed.bitwise_left_shift_(7).bitwise_and_(-0x4080)  # 0xBF80
     values = half.view(torch.float16).float()
-    unit = 2.0 ** (15 - fmt.bias)
-    if unit * factor <= torch.finfo(torch.float32).max:
-        values.mul_(unit * factor)  # a power of two: rounds as the two products one after the other would
+    rebias = 2.0 ** (15 - fmt.bias)
+    if rebias * factor <= torch.finfo(torch.float32).max:
+        values.mul_(rebias * factor)  # rebias is a power of two: one product rounds as two successive products do
     else:
-        values.mul_(unit).mul_(factor)
+        values.mul_(rebias).mul_(factor)
     if _has_special(codes, fmt):
         values.masked_fill_(codes == fmt.nan_code if fmt.fnuz else (codes + codes) == 0xFE, math.nan)
     return values
 
 
 def decode_into_bfloat16(codes: Tensor, dtype: torch.dtype, factor: float, out: Tensor) -> bool:
-    """Fill `out` with `(codes.view(dtype).float() * factor).to(bfloat16)` in one pass, where that can be done.
+    """Fill `out` with `(codes.view(dtype).float() * factor).to(bfloat16)` in one pass, if possible.
 
-    A code's bits also make a BF16 that is a power of two too small, and PyTorch multiplies BF16 by a number in FP32
-    and rounds once. That is two thirds fewer bytes than going through FP32.
+    A code's shifted bits are also a BF16 number, too small by a power of two. PyTorch multiplies BF16 by a number in
+    FP32 and rounds once. This moves two thirds fewer bytes than a conversion through FP32.
 
     Args:
         codes: uint8, contiguous, on a CPU.
-        dtype: the FP8 dtype the codes are in.
-        factor: a number that FP32 can hold.
-        out: bfloat16, shaped like `codes`.
+        dtype: the FP8 dtype of the codes.
+        factor: a number that FP32 can represent.
+        out: bfloat16, in the shape of `codes`.
 
     Returns:
-        Whether it was done. It is not if a code is NaN or infinite, the factor is too large to be folded in, or this
-        thread flushes subnormal numbers to zero; `out` is then untouched.
+        Whether `out` was filled. It is unchanged if a code is NaN or infinite, if the factor times the power of two
+        exceeds FP32, or if this thread flushes subnormal numbers to zero.
     """
     fmt = format_of(dtype)
-    unit = 2.0 ** (127 - fmt.bias)
+    rebias = 2.0 ** (127 - fmt.bias)
     keeps_subnormals = bool(torch.tensor(1e-40, dtype=torch.float32, device="cpu") * 1.0 > 0)
-    if not (keeps_subnormals and unit * factor <= torch.finfo(torch.float32).max) or _has_special(codes, fmt):
+    if not (keeps_subnormals and rebias * factor <= torch.finfo(torch.float32).max) or _has_special(codes, fmt):
         return False
     shift = 7 - fmt.mantissa_bits
     bits = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(shift).bitwise_and_((0x7F << shift) - 0x8000)
-    torch.mul(bits.view(torch.bfloat16), unit * factor, out=out)
+    torch.mul(bits.view(torch.bfloat16), rebias * factor, out=out)
     return True
 
 
 def _has_special(codes: Tensor, fmt: Fp8Format) -> bool:
-    """Whether a code is NaN or infinite; looks at bytes, a quarter of the memory that the values are."""
+    """Whether a code is NaN or infinite. Reads the codes, a quarter of the bytes of their FP32 values."""
     if codes.numel() == 0:
         return False
     if fmt.fnuz:
         return int(codes.view(torch.int8).amin()) == -128
-    return int((codes + codes).amax()) >= (0xF8 if fmt.has_inf else 0xFE)  # the sum drops the sign
+    return int((codes + codes).amax()) >= (0xF8 if fmt.has_inf else 0xFE)  # doubling a code shifts its sign out
 
 
 def decode_table(dtype: torch.dtype) -> Tensor:
-    """The values of all 256 codes of an FP8 format, FP32 `[256]` on the CPU; index it with a code."""
+    """Return the values of all 256 codes of an FP8 format: FP32 `[256]` on the CPU, indexed by code."""
     return decode(torch.arange(256, dtype=torch.uint8, device="cpu"), dtype)

@@ -1,11 +1,11 @@
 """The three layouts of a paged KV cache, as shapes and strides.
 
-NHD      K, V `[blocks, page, heads, dim]`                                a token's heads lie side by side
-HND      K, V `[blocks, heads, page, dim]`                                a head's tokens lie side by side
+NHD      K, V `[blocks, page, heads, dim]`                                the heads of a token are adjacent
+HND      K, V `[blocks, heads, page, dim]`                                the tokens of a head are adjacent
 SHUFFLE  K `[blocks, heads, dim/x, page, x]`, V `[blocks, heads, page/x, dim, x]`   with x = 16 // itemsize
 
-In SHUFFLE the last axis is 16 bytes: of K, x dims of one token; of V, one dim of x tokens. A pool is never copied
-to be read: everything here works on the strides a tensor has.
+In SHUFFLE the last axis is 16 bytes: x dims of one token in K, one dim of x tokens in V. A pool is read through the
+strides of its tensor, without a copy.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Index = TypeVar("Index", int, Tensor)
 
 
 def group(itemsize: int) -> int:
-    """x: how many elements SHUFFLE keeps together, 16 bytes of them."""
+    """Return x, the number of elements in a contiguous group of SHUFFLE: 16 bytes."""
     return 16 // itemsize
 
 
@@ -42,12 +42,12 @@ def _check_shuffle(page_size: int, head_dim: int, itemsize: int, which: Which) -
 def pool_shape(
     layout: str, which: Which, num_blocks: int, page_size: int, num_heads: int, dim: int, itemsize: int
 ) -> tuple[int, ...]:
-    """Shape of a K or V pool in a layout.
+    """Return the shape of a K or V pool in a layout.
 
     Args:
         layout: "NHD", "HND" or "SHUFFLE".
         which: "key" or "value".
-        num_blocks, page_size, num_heads, dim: the geometry; dim is K's or V's head_dim.
+        num_blocks, page_size, num_heads, dim: the geometry; `dim` is the head_dim of K or of V.
         itemsize: bytes of an element.
 
     Raises:
@@ -69,24 +69,24 @@ def pool_shape(
 def key_shape(
     layout: str, num_blocks: int, page_size: int, num_heads: int, head_dim: int, itemsize: int
 ) -> tuple[int, ...]:
-    """Shape of the K pool; see `pool_shape`."""
+    """Return the shape of the K pool; see `pool_shape`."""
     return pool_shape(layout, "key", num_blocks, page_size, num_heads, head_dim, itemsize)
 
 
 def value_shape(
     layout: str, num_blocks: int, page_size: int, num_heads: int, head_dim: int, itemsize: int
 ) -> tuple[int, ...]:
-    """Shape of the V pool; see `pool_shape`."""
+    """Return the shape of the V pool; see `pool_shape`."""
     return pool_shape(layout, "value", num_blocks, page_size, num_heads, head_dim, itemsize)
 
 
 @dataclass(frozen=True)
 class PoolStrides:
-    """Strides of one pool in elements, by what they step over.
+    """Strides of one pool in elements, each named after its axis.
 
-    Element (block, head, slot, dim) is at `block·block + head·head + (slot // g)·slot_group + (slot % g)·slot
-    + (dim // h)·dim_group + (dim % h)·dim`; g is x where V is shuffled and h is x where K is, 1 elsewhere, and then
-    only the group stride counts.
+    Element (block, head, slot, dim), where `slot` is the page offset, has the offset `block·block + head·head
+    + (slot // g)·slot_group + (slot % g)·slot + (dim // h)·dim_group + (dim % h)·dim`. In SHUFFLE, g is x for V and h
+    is x for K. Otherwise both are 1, and only the group strides matter.
     """
 
     block: int
@@ -110,7 +110,7 @@ class PoolStrides:
         return cls(s[0], s[1], s[2], s[4], s[3], 0, pool.shape[4], 1)
 
     def offset(self, block: Index, head: Index, slot: Index, dim: Index) -> Index:
-        """Elements from the pool's first element to this one; ints or broadcastable int64 tensors."""
+        """Return an element's offset from the pool's first element; indices are ints or broadcastable int64 tensors."""
         g, h = self.slots_per_group, self.dims_per_group
         return (
             block * self.block
@@ -124,7 +124,7 @@ class PoolStrides:
 
 @dataclass(frozen=True)
 class Geometry:
-    """The sizes of a paged cache, read off its two pools.
+    """The sizes of a paged cache, read from its two pools.
 
     Attributes:
         layout: "NHD", "HND" or "SHUFFLE".
@@ -148,15 +148,15 @@ class Geometry:
 
     @classmethod
     def of(cls, key_cache: Tensor, value_cache: Tensor, layout: str) -> Geometry:
-        """Read the geometry off two pools and check that they belong together.
+        """Read the geometry from two pools and check that they match.
 
         Args:
             key_cache, value_cache: pools in `layout`, FP8, bfloat16, float16 or float32; any strides.
             layout: "NHD", "HND" or "SHUFFLE".
 
         Raises:
-            TypeError: a pool is no tensor, or its dtype is not accepted.
-            ValueError: shapes, dtypes or devices do not fit the layout or each other.
+            TypeError: a pool is not a tensor, or its dtype is not accepted.
+            ValueError: shapes, dtypes or devices do not match the layout or each other.
         """
         check_choice(layout, "layout", LAYOUTS)
         sizes = []
@@ -166,7 +166,7 @@ class Geometry:
         (blocks, page, heads, k_dim), (*v_sizes, v_dim) = sizes
         if v_sizes != [blocks, page, heads]:
             raise ValueError(
-                f"value_cache has {v_sizes[0]} blocks, page {v_sizes[1]}, {v_sizes[2]} heads; accepted: those of "
+                f"value_cache has {v_sizes[0]} blocks, page {v_sizes[1]}, {v_sizes[2]} heads; accepted: the sizes of "
                 f"key_cache, {blocks} blocks, page {page}, {heads} heads"
             )
         if value_cache.dtype != key_cache.dtype:
@@ -178,21 +178,21 @@ class Geometry:
 
 
 def check_pool(pool: object, name: str, device: torch.device | None = None) -> Tensor:
-    """Return `pool` if it is a dense tensor of a dtype that a pool may have, on `device` if one is given.
+    """Return `pool` if it is a dense tensor of a pool dtype, on `device` if that is not None.
 
     Raises:
-        TypeError, ValueError: it is not; for codes in uint8 the message says how to view them in their format.
+        TypeError, ValueError: it is not. For uint8 the message says how to view codes in their FP8 dtype.
     """
     if isinstance(pool, Tensor) and pool.dtype == torch.uint8:
         raise TypeError(
-            f"{name} has dtype uint8; accepted: {', '.join(dtype_name(d) for d in POOL_DTYPES)}; FP8 codes that are "
-            f"stored as bytes: {name}.view(torch.float8_e4m3fn), or the format that they are in"
+            f"{name} has dtype uint8; accepted: {', '.join(dtype_name(d) for d in POOL_DTYPES)}; for FP8 codes "
+            f"stored as bytes: {name}.view(torch.float8_e4m3fn), or the dtype of their format"
         )
     return check_tensor(pool, name, dtypes=POOL_DTYPES, device=device)
 
 
 def _read_sizes(pool: Tensor, layout: str, which: Which) -> tuple[int, int, int, int]:
-    """(blocks, page, heads, dim) of a pool, or an error that says what the layout's shape is."""
+    """Return (blocks, page, heads, dim) of a pool, or raise an error with the layout's shape."""
     name, shape, itemsize = f"{which}_cache", list(pool.shape), pool.element_size()
     x = group(itemsize)
     accepted = {
@@ -220,8 +220,8 @@ def _read_sizes(pool: Tensor, layout: str, which: Which) -> tuple[int, int, int,
 
 
 def as_nhd(pool: Tensor, layout: str, which: Which) -> Tensor:
-    """The pool's values as `[blocks, page, heads, dim]`: a view in NHD and HND, a copy where SHUFFLE's groups must
-    be joined."""
+    """Return the pool's values as `[blocks, page, heads, dim]`: a view in NHD and HND; in SHUFFLE a copy if joining the
+    groups requires one."""
     if layout == "NHD":
         return pool
     if layout == "HND":
@@ -232,7 +232,7 @@ def as_nhd(pool: Tensor, layout: str, which: Which) -> Tensor:
 
 
 def convert(pool: Tensor, src: str, dst: str, which: Which) -> Tensor:
-    """A new contiguous pool with the same values in another layout.
+    """Return a new contiguous pool with the same values in another layout.
 
     Args:
         pool: a K or V pool in layout `src`; any pool dtype and strides.
@@ -240,8 +240,8 @@ def convert(pool: Tensor, src: str, dst: str, which: Which) -> Tensor:
         which: "key" or "value"; SHUFFLE treats them differently.
 
     Raises:
-        TypeError: `pool` is no tensor or has no pool dtype.
-        ValueError: its shape does not fit `src`, or its sizes cannot be laid out in `dst`.
+        TypeError: `pool` is not a tensor or has no pool dtype.
+        ValueError: its shape does not match `src`, or `dst` does not support its sizes.
     """
     check_choice(src, "src", LAYOUTS)
     check_choice(dst, "dst", LAYOUTS)
@@ -251,22 +251,22 @@ def convert(pool: Tensor, src: str, dst: str, which: Which) -> Tensor:
     shape = pool_shape(dst, which, blocks, page, heads, dim, pool.element_size())
     nhd = as_nhd(pool, src, which)
     if dst == "NHD":
-        moved = nhd
+        converted = nhd
     elif dst == "HND":
-        moved = nhd.transpose(1, 2)
+        converted = nhd.transpose(1, 2)
     elif which == "key":
-        moved = nhd.unflatten(3, (-1, shape[4])).permute(0, 2, 3, 1, 4)
+        converted = nhd.unflatten(3, (-1, shape[4])).permute(0, 2, 3, 1, 4)
     else:
-        moved = nhd.unflatten(1, (-1, shape[4])).permute(0, 3, 1, 4, 2)
-    return moved.clone(memory_format=torch.contiguous_format)
+        converted = nhd.unflatten(1, (-1, shape[4])).permute(0, 3, 1, 4, 2)
+    return converted.clone(memory_format=torch.contiguous_format)
 
 
 def element_offset(pool: Tensor, layout: str, which: Which, block: int, head: int, slot: int, dim: int) -> int:
-    """Where one element lies, counted in elements from the pool's first.
+    """Return the offset of an element from the pool's first element, in elements.
 
     Args:
         pool: a K or V pool in `layout`.
-        block, head, slot, dim: its logical place; `slot` counts tokens inside the block.
+        block, head, slot, dim: the element's index; `slot` is the page offset.
 
     Raises:
         ValueError: an index is outside the pool.
@@ -282,5 +282,5 @@ def element_offset(pool: Tensor, layout: str, which: Which, block: int, head: in
 
 
 def byte_offset(pool: Tensor, layout: str, which: Which, block: int, head: int, slot: int, dim: int) -> int:
-    """Where one element begins, in bytes from the pool's first; see `element_offset`."""
+    """Return the offset of an element from the pool's first element, in bytes; see `element_offset`."""
     return element_offset(pool, layout, which, block, head, slot, dim) * pool.element_size()

@@ -1,4 +1,4 @@
-"""The scale contract: what a scale is, decided once, here, from its shape; and the strides it really has.
+"""The scale contract: a scale's shape determines its kind, and its strides are those of its tensor.
 
 | kind | shape | strides the kernels use (block, head, slot) |
 | --- | --- | --- |
@@ -8,8 +8,8 @@
 | per-page-head | `[blocks, heads]` | s0, s1, 0 |
 | per-token-head | `[blocks, heads, page]` | s0, s1, s2 |
 
-The crash this package is about was an address computed with strides that a one-element scale does not have. Nothing
-else in the package looks at a scale's shape, so nothing else can get it wrong.
+The crash that this package is about came from an address computed with strides that a one-element scale does not have.
+No other module interprets a scale's shape.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ KINDS = ("none", "per-tensor", "per-head", "per-page-head", "per-token-head")
 
 @dataclass(frozen=True)
 class Scale:
-    """A scale that was checked against its cache.
+    """A scale that has been checked against its cache.
 
     Attributes:
         kind: one of `KINDS`.
-        tensor: FP32 on the cache's device, or None when there is no scale, or a number.
-        number: a per-tensor scale that was given as a number: to put it into a tensor would be a launch.
-        stride_block, stride_head, stride_slot: in elements; 0 along every axis the scale does not have.
+        tensor: FP32 on the cache's device; None if there is no scale, or if `number` has its value.
+        number: the value of a per-tensor scale that is a number; creating a tensor for it would cost a launch.
+        stride_block, stride_head, stride_slot: in elements; 0 along every axis that the scale does not have.
     """
 
     kind: str
@@ -45,23 +45,23 @@ class Scale:
 
     @classmethod
     def of(cls, kind: str, tensor: Tensor | None) -> Scale:
-        """A scale known to be of `kind`, with the strides that its tensor has along that kind's axes."""
+        """Create a scale of a known kind, with its tensor's strides along the axes of that kind."""
         axes = {"per-head": "h", "per-page-head": "bh", "per-token-head": "bhs"}.get(kind, "")
         strides = dict(zip(axes, tensor.stride(), strict=True)) if tensor is not None and axes else {}
         return cls(kind, tensor, strides.get("b", 0), strides.get("h", 0), strides.get("s", 0))
 
     def in_memory(self, device: torch.device) -> Scale:
-        """The same scale with its number, if it is one, in a tensor of one element."""
+        """Return the same scale with a number stored in a one-element tensor."""
         if self.number is None:
             return self
         return Scale(self.kind, torch.full((1,), self.number, dtype=torch.float32, device=device))
 
-    def at(self, block: Tensor, head: Tensor, slot: Tensor) -> Tensor | None:
-        """The scale of each (block, head, slot); index tensors that broadcast against each other, int64.
+    def at(self, block: Tensor, head: Tensor, page_offset: Tensor) -> Tensor | None:
+        """Return the scale of each (block, head, page_offset); the indices are int64 and broadcast.
 
         Returns:
-            FP32 with the shape the indices broadcast to along the axes that the scale has (1 along the others), or
-            None when there is no scale.
+            FP32 with the shape that the indices broadcast to along the axes that the scale has (1 along the others), or
+            None if there is no scale.
         """
         if self.number is not None:
             return torch.full((), self.number, dtype=torch.float32, device=block.device)
@@ -73,11 +73,11 @@ class Scale:
             return self.tensor[head]
         if self.kind == "per-page-head":
             return self.tensor[block, head]
-        return self.tensor[block, head, slot]
+        return self.tensor[block, head, page_offset]
 
 
 def kind_shape(kind: str, num_blocks: int, num_heads: int, page_size: int) -> tuple[int, ...]:
-    """The shape of a scale of a kind; `()` for per-tensor.
+    """Return the shape of a scale of a kind; `()` for per-tensor.
 
     Raises:
         ValueError: the kind is unknown, or is "none", which has no shape.
@@ -100,22 +100,22 @@ def classify(
     page_size: int,
     kind: str | None = None,
 ) -> str:
-    """Say which kind a scale is.
+    """Return the kind of a scale.
 
-    None is "none". A float, and any tensor with one element whatever its rank, is "per-tensor". Otherwise the rank
-    decides, and the shape must be exactly that kind's. So a shape that two kinds share resolves the same way every
-    time: with one head `[1]` is per-tensor, with one block and one head `[1, 1]` is too, and with page 1
-    `[blocks, heads, 1]` is per-token-head. Where that is not what was meant, `kind` decides: the scale then has to
-    have that kind's shape, and a one-element scale is refused as per-head in a cache with eight heads.
+    None is "none". A float, and a tensor with one element and any rank, is "per-tensor". Otherwise the rank determines
+    the kind, and the shape must match that kind exactly. A shape that two kinds share always resolves the same way:
+    with one head, `[1]` is per-tensor; with one block and one head, `[1, 1]` is per-tensor; with page 1,
+    `[blocks, heads, 1]` is per-token-head. `kind` overrides this rule: the scale must then have the shape of that kind,
+    and a one-element scale is rejected as per-head in a cache with eight heads.
 
     Args:
-        scale: the scale as given.
+        scale: None, a float or a tensor.
         name: the argument's name, for errors.
-        num_blocks, num_heads, page_size: of the cache the scale belongs to.
-        kind: one of `KINDS`, or None to read it off the shape.
+        num_blocks, num_heads, page_size: of the scale's cache.
+        kind: one of `KINDS`, or None to derive it from the shape.
 
     Raises:
-        ValueError: the shape fits no kind, or not the kind that was asked for.
+        ValueError: the shape matches no kind, or not the requested kind.
     """
     if kind is not None:
         check_choice(kind, f"{name.replace('_scale', '')}_kind", KINDS)
@@ -136,34 +136,34 @@ def classify(
             return fits[0]
     elif shape == shapes.get(kind):
         return kind
-    given = f"shape {list(shape)}" if isinstance(scale, Tensor) else f"the value {scale}"
+    received = f"shape {list(shape)}" if isinstance(scale, Tensor) else f"the value {scale}"
     options = {"per-tensor": "one element (per-tensor)"} | {k: str(list(s)) for k, s in shapes.items()}
     accepted = ", ".join(options.values()) if kind is None else options[kind]
-    wanted_kind = "" if kind is None else f" as {kind}"
+    as_kind = "" if kind is None else f" as {kind}"
     raise ValueError(
-        f"{name} has {given}; accepted for {num_heads} heads, {num_blocks} blocks, page {page_size}{wanted_kind}: "
-        f"{accepted}{_pointer(shape, shapes, name) if isinstance(scale, Tensor) and kind is not None else ''}"
+        f"{name} has {received}; accepted for {num_heads} heads, {num_blocks} blocks, page {page_size}{as_kind}: "
+        f"{accepted}{_hint(shape, shapes, name) if isinstance(scale, Tensor) and kind is not None else ''}"
     )
 
 
-def _pointer(shape: tuple[int, ...], shapes: dict[str, tuple[int, ...]], name: str) -> str:
-    """What to write where a scale has the shape of another kind than the one that was requested."""
-    other = next((kind for kind, wanted in shapes.items() if shape == wanted), None)
-    if other is None and math.prod(shape) == 1:
-        other = "per-tensor"
-    if other is None:
+def _hint(shape: tuple[int, ...], shapes: dict[str, tuple[int, ...]], name: str) -> str:
+    """Suggest the kind that a scale's shape matches, which is not the requested one."""
+    match = next((kind for kind, wanted in shapes.items() if shape == wanted), None)
+    if match is None and math.prod(shape) == 1:
+        match = "per-tensor"
+    if match is None:
         return ""
-    return f'; a scale of this shape is {other}: scale="{other}", or {name.replace("_scale", "")}_kind="{other}"'
+    return f'; a scale of this shape is {match}: scale="{match}", or {name.replace("_scale", "")}_kind="{match}"'
 
 
 def check_values(scale: Scale, name: str) -> None:
-    """Raise unless every value of a scale is finite and positive; waits for the GPU if the scale is there.
+    """Raise unless every value of a scale is finite and positive. Synchronizes if the scale is on a GPU.
 
     Raises:
         ValueError: a value is NaN, infinite, zero or negative; the message gives the first one and its index.
     """
     if scale.tensor is None or (scale.tensor.numel() == 1 and 0 < scale.tensor.item() < math.inf):
-        return  # one number is looked at as a number: every call of a gather on a CPU looks
+        return  # a fast check of one value: every gather on a CPU runs it
     good = torch.isfinite(scale.tensor) & (scale.tensor > 0)
     if not bool(good.all()):
         first = (~good).nonzero()[0].tolist()
@@ -176,7 +176,7 @@ _SMALLEST, _LARGEST = torch.finfo(torch.float32).smallest_normal, torch.finfo(to
 
 
 def acceptable_number(scale: float) -> bool:
-    """Whether a number is positive and finite, and FP32 can hold it."""
+    """Whether a number is positive, finite, and a normal number in FP32."""
     return _SMALLEST <= scale <= _LARGEST
 
 
@@ -190,34 +190,34 @@ def resolve(
     device: torch.device,
     kind: str | None = None,
 ) -> Scale:
-    """Check a scale against its cache and give the strides that it really has. This is the contract.
+    """Check a scale against its cache and return it with its tensor's strides. This is the scale contract.
 
     Args:
         scale: None, a float, or FP32 of a shape in the table above, on the cache's device, any strides.
         name: the argument's name, for errors.
         num_blocks, num_heads, page_size: of the cache.
         device: the cache's device.
-        kind: one of `KINDS`, or None to read it off the shape (see `classify`).
+        kind: one of `KINDS`, or None to derive it from the shape (see `classify`).
 
     Returns:
-        A `Scale`. Values are checked where that costs no wait: floats always,
-        per-tensor and per-head tensors on a CPU and outside torch.compile; `check_values` checks the rest.
+        A `Scale`. Values are checked where this does not synchronize: floats always, per-tensor and per-head tensors on
+        a CPU and outside torch.compile. `check_values` checks the others.
 
     Raises:
-        TypeError: not None, a float or an FP32 tensor.
-        ValueError: wrong shape or device, strides that leave the tensor, or a checked value that is not finite and
-            positive.
+        TypeError: `scale` is not None, a float or an FP32 tensor.
+        ValueError: the shape or the device is wrong, the strides reach past the tensor's storage, or a checked value
+            is not finite and positive.
     """
     if isinstance(scale, Tensor):
         check_tensor(scale, name, dtypes=(torch.float32,), device=device)
     elif scale is not None:
         scale = check_positive(scale, name, "None, a float, or a tensor")
-    found = classify(scale, name, num_blocks=num_blocks, num_heads=num_heads, page_size=page_size, kind=kind)
+    scale_kind = classify(scale, name, num_blocks=num_blocks, num_heads=num_heads, page_size=page_size, kind=kind)
     if scale is None:
         return Scale("none", None)
     if not isinstance(scale, Tensor):
-        return Scale(found, None, number=scale)
-    resolved = Scale.of(found, scale)
-    if scale.device.type == "cpu" and found in ("per-tensor", "per-head") and not torch.compiler.is_compiling():
+        return Scale(scale_kind, None, number=scale)
+    resolved = Scale.of(scale_kind, scale)
+    if scale.device.type == "cpu" and scale_kind in ("per-tensor", "per-head") and not torch.compiler.is_compiling():
         check_values(resolved, name)
     return resolved

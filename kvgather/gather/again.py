@@ -1,9 +1,9 @@
-"""Calls that were checked before: what an engine does once a layer, without the checks that cannot fail again.
+"""Repeated calls: a gather whose tensors match those of an earlier call skips the checks that cannot fail again.
 
-Every check of a call looks at what a guard looks at (`kernels.guards`), except six: addresses and memory, sizes that
-change with the batch, values of scales on a CPU, numbers, and whether an output shares memory with something else. So
-a call whose tensors are like those of one that passed is checked for these alone. Whatever is unusual goes back to the
-full checks, which say what is wrong.
+An engine makes the same call once a layer. A guard (`kernels.guards`) covers every property that the full checks test,
+except six: addresses, memory, sizes that change with the batch, values of scales on a CPU, numbers, and whether an
+output shares memory with another tensor. A call that matches a guard is checked for these six only. Any other call goes
+through the full checks, whose errors name the argument.
 """
 
 from __future__ import annotations
@@ -23,37 +23,37 @@ from ..kernels.guards import guard
 from ..kernels.signatures import MOST, inside, offset_lanes, row_reach
 from ..plan import GatherPlan
 
-if TYPE_CHECKING:  # the kernel needs Triton, which is not everywhere
+if TYPE_CHECKING:  # imports triton, which may be missing
     from .kernel import GatherLaunch
 
 Source = tuple[Tensor, Tensor, Tensor | float | None, Tensor | float | None]
-"""K's and V's pools, K's and V's scales, as they were given."""
+"""The pools of K and V, then the scales of K and V, as passed by the caller."""
 Table = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-"""A block table, its offsets, its starts, and the sequence of each token."""
+"""A block table, its offsets, its starts, and each token's sequence."""
 
-NOT_TENSORS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
-"""What comes of an argument that is not what it should be; the full checks name it."""
-KEPT = 64
-"""Calls that are remembered of one meaning; an engine has one for each kind of layer and alignment of its outputs."""
+ARGUMENT_ERRORS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
+"""Errors that an argument of a wrong type raises here; the full checks raise an error that names the argument."""
+MAX_CALLS_PER_KEY = 64
+"""Calls to remember for one key. An engine has one for each kind of layer and alignment of its outputs."""
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
-    """What is remembered of a call that passed every check.
+class CheckedCall:
+    """A call that passed every check.
 
     Attributes:
-        launch: its kernel.
-        looks_like: whether other tensors are like its own.
+        launch: its prepared launch.
+        matches: the guard: whether other tensors match the call's.
         page_size, num_blocks, device: of its pools.
-        spans: bytes from the first to the last, of the pools and of the scales; 0 for no scale.
-        k_reach, v_reach: elements from the first to the last of an output's row.
-        shapes: of a row, of K and of V.
-        code_size, itemsize: bytes of an element of the pools, and of the outputs.
-        scales: as they were resolved, where values have to be looked at in each call.
+        spans: bytes from the first to the last element of each pool and each scale; 0 for no scale.
+        k_reach, v_reach: elements from the first to the last element of an output row.
+        shapes: of a row of K and of a row of V.
+        code_size, itemsize: bytes per element of the pools, and of the outputs.
+        scales: the resolved scales on a CPU, where each call checks their values; None elsewhere.
     """
 
     launch: GatherLaunch
-    looks_like: Callable[..., bool]
+    matches: Callable[..., bool]
     page_size: int
     num_blocks: int
     device: torch.device
@@ -66,28 +66,29 @@ class Known:
     scales: tuple[Scale, Scale] | None
 
 
-_KNOWN: dict[Hashable, list[Known]] = {}
+_CALLS: dict[Hashable, list[CheckedCall]] = {}
 
 
 def remember(
-    meaning: Hashable,
+    options: Hashable,
     launch: GatherLaunch,
     geometry: Geometry,
     source: Source,
     scales: tuple[Scale, Scale],
     out: Sequence[Tensor],
-    given_out: bool,
+    has_out: bool,
     table: Table | None = None,
 ) -> None:
-    """Keep what calls need that differ from this one in addresses and in the size of the batch alone.
+    """Remember a checked call, for later calls that differ only in addresses and in the size of the batch.
 
     Args:
-        meaning: every argument that is no tensor, as `gather_again` or `gather_table_again` takes it.
-        launch: what the call launched.
-        geometry, scales: of its cache, resolved.
-        source, table: as they were given; a table where there is no plan.
-        out: K's and V's rows.
-        given_out: whether the caller gave them.
+        options: all arguments that are not tensors, as in `gather_again` or `gather_table_again`.
+        launch: the call's prepared launch.
+        geometry, scales: of its cache; the scales are resolved.
+        source: pools and scales, as passed by the caller.
+        out: the rows of K and V.
+        has_out: whether the caller passed `out`.
+        table: the block table and its offsets, for a call without a plan.
     """
     tensors: list[Tensor] = []
     sizes: list[list[int | None]] = []
@@ -97,7 +98,7 @@ def remember(
             tensors.append(tensor)
             sizes.append([*tensor.shape])
             strides.append([*tensor.stride()])
-    for tensor in out if given_out else ():
+    for tensor in out if has_out else ():
         tensors.append(tensor)
         sizes.append([None, *tensor.shape[1:]])
         strides.append([*tensor.stride()])
@@ -106,39 +107,39 @@ def remember(
             tensors.append(tensor)
             sizes.append([None] * tensor.ndim)
             strides.append([None, None] if tensor.ndim == 2 else [*tensor.stride()])
-    if len({id(tensor) for tensor in tensors}) < len(tensors) or (given_out and min(len(rows) for rows in out) < 2):
-        return  # one tensor for two arguments, or one row, whose stride says nothing: not worth remembering
+    if len({id(tensor) for tensor in tensors}) < len(tensors) or (has_out and min(len(rows) for rows in out) < 2):
+        return  # a guard takes no tensor twice, and the stride of a single row is arbitrary
     spans = [extent(t) * t.element_size() if isinstance(t, Tensor) else 0 for t in source]
     heads = geometry.num_kv_heads
-    known = Known(
+    call = CheckedCall(
         launch, guard(tensors, sizes, strides), geometry.page_size, geometry.num_blocks, geometry.device,
         (spans[0], spans[1], spans[2], spans[3]), row_reach(out[0]), row_reach(out[1]),
         ((heads, geometry.head_dim), (heads, geometry.v_head_dim)), geometry.dtype.itemsize, out[0].element_size(),
         scales if geometry.device.type == "cpu" else None,
     )  # fmt: skip
-    if len(_KNOWN) >= 1024:
-        _KNOWN.clear()
-    rows = (out[0].data_ptr(), out[1].data_ptr()) if given_out else (0, 0)
-    calls = _KNOWN.setdefault(_key(meaning, source, _addresses(source), rows, given_out, table), [])
-    calls.insert(0, known)
-    del calls[KEPT:]
+    if len(_CALLS) >= 1024:
+        _CALLS.clear()
+    out_addresses = (out[0].data_ptr(), out[1].data_ptr()) if has_out else (0, 0)
+    calls = _CALLS.setdefault(_key(options, source, _addresses(source), out_addresses, has_out, table), [])
+    calls.insert(0, call)
+    del calls[MAX_CALLS_PER_KEY:]
 
 
 def forget() -> None:
-    """Forget all calls: for tests that change what launches are prepared from."""
-    _KNOWN.clear()
+    """Forget all calls. For tests that change the inputs of prepared launches."""
+    _CALLS.clear()
 
 
 def _key(
-    meaning: Hashable, source: Source, at: tuple[Any, ...], rows_at: tuple[int, int], given_out: bool,
+    options: Hashable, source: Source, addresses: tuple[Any, ...], out_addresses: tuple[int, int], has_out: bool,
     table: Table | None,
 ) -> Hashable:  # fmt: skip
-    """What tells calls apart besides what a guard looks at: what is no tensor, and how tensors are aligned.
+    """The key of a call: the properties that a guard does not cover, which are options and alignments.
 
-    Triton compiles for an address that is a multiple of 16 apart from one that is not.
+    Triton compiles separate kernels for addresses that are multiples of 16 and for others.
     """
     _, _, k_scale, v_scale = source
-    k_at, v_at, k_scale_at, v_scale_at = at
+    k_address, v_address, k_scale_address, v_scale_address = addresses
     k_tensor, v_tensor = isinstance(k_scale, Tensor), isinstance(v_scale, Tensor)
     batch: Hashable = None
     if table is not None:
@@ -148,81 +149,81 @@ def _key(
             starts is not None and starts.data_ptr() & 15, token_to_batch is None,
         )  # fmt: skip
     return (
-        meaning, interpreting(), given_out, k_at & 15, v_at & 15, rows_at[0] & 15, rows_at[1] & 15,
-        k_scale_at & 15 if k_tensor else type(k_scale), v_scale_at & 15 if v_tensor else type(v_scale), batch,
+        options, interpreting(), has_out, k_address & 15, v_address & 15, out_addresses[0] & 15, out_addresses[1] & 15,
+        k_scale_address & 15 if k_tensor else type(k_scale), v_scale_address & 15 if v_tensor else type(v_scale), batch,
     )  # fmt: skip
 
 
 def _addresses(source: Source) -> tuple[Any, ...]:
-    """Where K's and V's pool and K's and V's scale are; the pool's address for no scale, and a number as it is."""
+    """The addresses of both pools and both scales; the pool's address for no scale, the number for a number."""
     key_cache, value_cache, k_scale, v_scale = source
-    k_at, v_at = key_cache.data_ptr(), value_cache.data_ptr()
+    k_address, v_address = key_cache.data_ptr(), value_cache.data_ptr()
     return (
-        k_at, v_at,
-        k_scale.data_ptr() if isinstance(k_scale, Tensor) else k_at if k_scale is None else k_scale,
-        v_scale.data_ptr() if isinstance(v_scale, Tensor) else v_at if v_scale is None else v_scale,
+        k_address, v_address,
+        k_scale.data_ptr() if isinstance(k_scale, Tensor) else k_address if k_scale is None else k_scale,
+        v_scale.data_ptr() if isinstance(v_scale, Tensor) else v_address if v_scale is None else v_scale,
     )  # fmt: skip
 
 
 def gather_again(
-    meaning: Hashable, source: Source, plan: GatherPlan, out: Sequence[Tensor] | None, out_dtype: torch.dtype
+    options: Hashable, source: Source, plan: GatherPlan, out: Sequence[Tensor] | None, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor] | None:
-    """A planned gather whose like passed the checks; None when it has to go through them.
+    """Gather by a plan if a matching call passed the checks; return None if this call needs the full checks.
 
     Args:
-        meaning: every argument that is neither a tensor nor the plan.
-        source, plan, out, out_dtype: as given to `gather`.
+        options: all arguments that are neither tensors nor the plan.
+        source, plan, out, out_dtype: as passed to `gather`.
     """
     if type(plan) is not GatherPlan or not (out is None or (type(out) in (tuple, list) and len(out) == 2)):
         return None
     rows = plan.total_tokens
     try:
-        at = _addresses(source)
-        rows_at = (0, 0) if out is None else (out[0].data_ptr(), out[1].data_ptr())
-        for known in _KNOWN.get(_key(meaning, source, at, rows_at, out is not None, None), ()):
-            if known.looks_like(*_tensors(source), *(out or ())):
+        addresses = _addresses(source)
+        out_addresses = (0, 0) if out is None else (out[0].data_ptr(), out[1].data_ptr())
+        for call in _CALLS.get(_key(options, source, addresses, out_addresses, out is not None, None), ()):
+            if call.matches(*_tensors(source), *(out or ())):
                 break
         else:
             return None
-    except NOT_TENSORS:
+    except ARGUMENT_ERRORS:
         return None
-    if plan.page_size != known.page_size or plan.num_blocks > known.num_blocks:
+    if plan.page_size != call.page_size or plan.num_blocks > call.num_blocks:
         return None
-    if plan.records.device != known.device or not _scales_are_good(known, source):
+    if plan.records.device != call.device or not _scales_are_valid(call, source):
         return None
     if out is None:
-        k_shape, v_shape = known.shapes
+        k_shape, v_shape = call.shapes
         k_out = source[0].new_empty((rows, *k_shape), dtype=out_dtype)
         v_out = source[1].new_empty((rows, *v_shape), dtype=out_dtype)
-        rows_at = k_out.data_ptr(), v_out.data_ptr()
+        out_addresses = k_out.data_ptr(), v_out.data_ptr()
     else:
         k_out, v_out = out
-    if not _memory_is_good(known, source, at, k_out, v_out, rows_at, rows):
+    if not _memory_is_valid(call, source, addresses, k_out, v_out, out_addresses, rows):
         return None
-    known.launch.from_records(plan.records, *_in_order(source, at, k_out, v_out, rows_at))
+    call.launch.from_records(plan.records, *_kernel_order(source, addresses, k_out, v_out, out_addresses))
     return k_out, v_out
 
 
-def gather_table_again(meaning: Hashable, source: Source, out: tuple[Tensor, Tensor], table: Table, total: int) -> bool:
-    """A gather by block table whose like passed the checks; False when it has to go through them.
+def gather_table_again(options: Hashable, source: Source, out: tuple[Tensor, Tensor], table: Table, total: int) -> bool:
+    """Gather by a block table if a matching call passed the checks; return False if this call needs the full checks.
 
     Args:
-        meaning: every argument that is no tensor, except the number of tokens.
-        source, out, table, total: as given to `cp_mha_gather_cache`.
+        options: all arguments that are not tensors, except the number of tokens.
+        source, out, table, total: as passed to `cp_mha_gather_cache`.
     """
     if type(total) is not int or not 0 <= total <= MOST:
         return False
     block_table, cu_seqlens, starts, token_to_batch = table
     try:
-        at, rows_at = _addresses(source), (out[0].data_ptr(), out[1].data_ptr())
-        for known in _KNOWN.get(_key(meaning, source, at, rows_at, True, table), ()):
-            if known.looks_like(*_tensors(source), *out, *(t for t in table if t is not None)):
+        addresses, out_addresses = _addresses(source), (out[0].data_ptr(), out[1].data_ptr())
+        for call in _CALLS.get(_key(options, source, addresses, out_addresses, True, table), ()):
+            if call.matches(*_tensors(source), *out, *(t for t in table if t is not None)):
                 break
         else:
             return False
-    except NOT_TENSORS:
+    except ARGUMENT_ERRORS:
         return False
-    if not _scales_are_good(known, source):
+    if not _scales_are_valid(call, source):
         return False
     batch, columns = block_table.shape
     row_stride, column_stride = block_table.stride()
@@ -235,53 +236,62 @@ def gather_table_again(meaning: Hashable, source: Source, out: tuple[Tensor, Ten
     )
     if not fits:
         return False
-    if not _memory_is_good(known, source, at, *out, rows_at, total):
+    if not _memory_is_valid(call, source, addresses, *out, out_addresses, total):
         return False
-    pointers = _in_order(source, at, *out, rows_at)
-    known.launch.from_table(block_table, cu_seqlens, starts, known.num_blocks, total, *pointers)
+    pointers = _kernel_order(source, addresses, *out, out_addresses)
+    call.launch.from_table(block_table, cu_seqlens, starts, call.num_blocks, total, *pointers)
     return True
 
 
 def _tensors(source: Source) -> tuple[Any, ...]:
-    """What of a source is a tensor."""
+    """The tensors of a source, without None and numbers."""
     key_cache, value_cache, k_scale, v_scale = source
     if isinstance(k_scale, Tensor) and isinstance(v_scale, Tensor):
         return source
     return (key_cache, value_cache, *(scale for scale in (k_scale, v_scale) if isinstance(scale, Tensor)))
 
 
-def _indices_fit(index: Tensor, least: int, most: int) -> bool:
-    """Whether there are so many indices, all inside their memory."""
+def _indices_fit(index: Tensor, minimum: int, maximum: int) -> bool:
+    """Whether the number of indices is in [minimum, maximum], and all are inside their storage."""
     length = index.shape[0]
-    return least <= length <= most and inside(index, (length - 1) * index.stride(0))
+    return minimum <= length <= maximum and inside(index, (length - 1) * index.stride(0))
 
 
-def _in_order(
-    source: Source, at: tuple[Any, ...], k_out: Tensor, v_out: Tensor, rows_at: tuple[int, int]
+def _kernel_order(
+    source: Source, addresses: tuple[Any, ...], k_out: Tensor, v_out: Tensor, out_addresses: tuple[int, int]
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Tensors and their addresses as the kernel takes them; a pool stands in for a scale that is never read."""
+    """Tensors and addresses in the order of the kernel's parameters; the pool stands in for a missing scale."""
     key_cache, value_cache, k_scale, v_scale = source
     return (
         (
             key_cache, key_cache if k_scale is None else k_scale, k_out,
             value_cache, value_cache if v_scale is None else v_scale, v_out,
         ),
-        (at[0], at[2], rows_at[0], at[1], at[3], rows_at[1]),
+        (addresses[0], addresses[2], out_addresses[0], addresses[1], addresses[3], out_addresses[1]),
     )  # fmt: skip
 
 
-def _memory_is_good(
-    known: Known, source: Source, at: tuple[Any, ...], k_out: Tensor, v_out: Tensor, rows_at: tuple[int, int], rows: int
+def _memory_is_valid(
+    call: CheckedCall,
+    source: Source,
+    addresses: tuple[Any, ...],
+    k_out: Tensor,
+    v_out: Tensor,
+    out_addresses: tuple[int, int],
+    rows: int,
 ) -> bool:
-    """Whether everything is inside its memory, outputs have enough rows, and certainly share memory with nothing."""
+    """Whether all tensors are inside their storage, and outputs have enough rows and share no memory with a tensor.
+
+    Compares address ranges: False for interleaved views too, which the full checks accept.
+    """
     key_cache, value_cache, k_scale, v_scale = source
-    k_span, v_span, k_scale_span, v_scale_span = known.spans
-    code_size, itemsize = known.code_size, known.itemsize
+    k_span, v_span, k_scale_span, v_scale_span = call.spans
+    code_size, itemsize = call.code_size, call.itemsize
     k_rows, v_rows = k_out.shape[0], v_out.shape[0]
     if k_rows < rows or v_rows < rows:
         return False
-    k_bytes = ((k_rows - 1) * k_out.stride(0) + known.k_reach) * itemsize if k_rows else 0
-    v_bytes = ((v_rows - 1) * v_out.stride(0) + known.v_reach) * itemsize if v_rows else 0
+    k_bytes = ((k_rows - 1) * k_out.stride(0) + call.k_reach) * itemsize if k_rows else 0
+    v_bytes = ((v_rows - 1) * v_out.stride(0) + call.v_reach) * itemsize if v_rows else 0
     if (
         key_cache.storage_offset() * code_size + k_span > key_cache.untyped_storage().nbytes()
         or value_cache.storage_offset() * code_size + v_span > value_cache.untyped_storage().nbytes()
@@ -297,7 +307,7 @@ def _memory_is_good(
         )
     ):
         return False
-    (k_pool, v_pool, k_factor, v_factor), (k_begin, v_begin) = at, rows_at
+    (k_pool, v_pool, k_factor, v_factor), (k_begin, v_begin) = addresses, out_addresses
     k_end, v_end = k_begin + k_bytes, v_begin + v_bytes
     return not (
         (k_begin < v_end and v_begin < k_end)
@@ -312,18 +322,18 @@ def _memory_is_good(
     )
 
 
-def _scales_are_good(known: Known, source: Source) -> bool:
-    """Whether scales hold values that a scale may have, as far as that can be seen without a wait."""
+def _scales_are_valid(call: CheckedCall, source: Source) -> bool:
+    """Whether the scales' values are valid, as far as this can be checked without synchronization."""
     _, _, k_scale, v_scale = source
     for scale in (k_scale, v_scale):
         if not (scale is None or isinstance(scale, Tensor) or (type(scale) is float and acceptable_number(scale))):
             return False
-    if known.scales is None:
+    if call.scales is None:
         return True
     try:
-        for scale, resolved in zip((k_scale, v_scale), known.scales, strict=True):
+        for scale, resolved in zip((k_scale, v_scale), call.scales, strict=True):
             if isinstance(scale, Tensor) and resolved.kind in ("per-tensor", "per-head"):
                 check_values(Scale.of(resolved.kind, scale), "scale")
-    except (RuntimeError, ValueError):  # the full checks name the argument, whose memory may be gone
+    except (RuntimeError, ValueError):  # the full checks name the argument; its storage may have shrunk
         return False
     return True

@@ -1,4 +1,4 @@
-"""`cp_mha_gather_cache`, argument for argument as inference engines call it, on the fixed gather."""
+"""`cp_mha_gather_cache`: the fixed gather behind the signature that inference engines call."""
 
 from __future__ import annotations
 
@@ -33,39 +33,40 @@ def cp_mha_gather_cache(
 ) -> None:
     """Fill `key` and `value` with the cached tokens of a batch.
 
-    The contract of the engines, except where that contract was the bug: `per_token_quant` is advice, and it is the
-    scale's shape that decides. One element is per-tensor whatever the flag says, `[heads]` is per-head, K and V may
-    differ, and anything else that the flag and the cache do not both agree with raises.
+    This is the engines' contract, except where the contract was the bug: the scale's shape determines its kind, and
+    `per_token_quant` is only checked against it. One element is per-tensor for any flag, `[heads]` is per-head, K and V
+    may differ, and every other shape that does not match both the flag and the cache raises.
 
     Args:
-        key_cache, value_cache: pools in `kv_cache_layout`. In SHUFFLE also as engines keep them, with the shape of NHD,
-            `[blocks, page, heads, dim]`, and SHUFFLE's bytes in each block.
+        key_cache, value_cache: pools in `kv_cache_layout`. SHUFFLE also accepts the engines' form: the shape of NHD,
+            `[blocks, page, heads, dim]`, with SHUFFLE's bytes in each block.
         key, value: `[total_tokens, heads, dim]`, filled in place; one float dtype.
         block_tables: `[batch, max_blocks]` int32 or int64.
-        k_scales, v_scales: a float, or FP32 of one element, `[heads]` or `[blocks, heads, page]`; not used without
-            `dequant`.
+        k_scales, v_scales: a float, or FP32 of one element, `[heads]` or `[blocks, heads, page]`; ignored if `dequant`
+            is False.
         cu_seqlens_kv: `[batch + 1]` prefix sums of the tokens to gather.
-        token_to_batch: `[total_tokens]`, each token's sequence. `cu_seqlens_kv` says the same, and is what is used.
-        seq_starts: `[batch]`, the position at which the gather of each sequence begins; None is 0.
+        token_to_batch: `[total_tokens]`, each token's sequence. Checked but not read: `cu_seqlens_kv` has the same
+            information.
+        seq_starts: `[batch]`, the position at which the gather of each sequence begins; None means 0.
         dequant: whether to multiply by the scales.
         kv_cache_layout: "NHD", "SHUFFLE" or "HND".
-        total_tokens: tokens to gather, `cu_seqlens_kv[-1]`; nothing waits for the GPU.
-        per_token_quant: whether the scales are per (block, head, slot).
+        total_tokens: tokens to gather, `cu_seqlens_kv[-1]`; the call does not synchronize with the GPU.
+        per_token_quant: whether per-token-head scales are accepted.
 
-    A block id outside the pool, or a position outside the table, makes rows of NaN; offsets that fall or pass
-    `total_tokens` are clamped. `GatherPlan.build(block_tables, cu_seqlens_kv, …).check()` says what was bad.
+    A block id outside the pool, or a position outside the table, results in rows of NaN; offsets that decrease or
+    exceed `total_tokens` are clamped. `GatherPlan.build(block_tables, cu_seqlens_kv, …).check()` reports both.
 
     Raises:
-        TypeError, ValueError: an argument is wrong; nothing was launched.
+        TypeError, ValueError: an argument is wrong; nothing is launched.
 
     Source: the function of this name in the AITER attention backends of vLLM and ATOM.
     """
     source = key_cache, value_cache, k_scales if dequant is True else None, v_scales if dequant is True else None
-    meaning = (kv_cache_layout, dequant, per_token_quant)
-    flags_are_good = isinstance(dequant, bool) and isinstance(per_token_quant, bool)  # 1 equals True as a key
+    options = (kv_cache_layout, dequant, per_token_quant)
+    flags_are_bools = isinstance(dequant, bool) and isinstance(per_token_quant, bool)  # 1 equals True as a key
     table = block_tables, cu_seqlens_kv, seq_starts, token_to_batch
-    if flags_are_good and not torch.compiler.is_compiling():
-        if gather_table_again(meaning, source, (key, value), table, total_tokens):
+    if flags_are_bools and not torch.compiler.is_compiling():
+        if gather_table_again(options, source, (key, value), table, total_tokens):
             return
     check_choice(kv_cache_layout, "kv_cache_layout", _LAYOUTS)
     for name, flag in (("dequant", dequant), ("per_token_quant", per_token_quant)):
@@ -87,7 +88,7 @@ def cp_mha_gather_cache(
     pools_and_scales = key_cache, value_cache, source[2], source[3]
     out = check_out((key, value), geometry, total_tokens, key.dtype, pools_and_scales, ("key", "value"))
     backend = choose_backend("auto", geometry.device)
-    gather_by_table(pools_and_scales, meaning, geometry, scales, out, table, total_tokens, backend, given=source)
+    gather_by_table(pools_and_scales, options, geometry, scales, out, table, total_tokens, backend, source)
 
 
 def _check_token_to_batch(token_to_batch: Tensor | None, total_tokens: int, device: torch.device) -> None:
@@ -99,7 +100,7 @@ def _check_token_to_batch(token_to_batch: Tensor | None, total_tokens: int, devi
 
 
 def _check_flag(scale: Tensor | float | None, name: str, geometry: Geometry, per_token_quant: bool) -> None:
-    """Raise unless the scale's shape is one that an engine may pass with this flag."""
+    """Raise unless engines may pass a scale of this shape with this `per_token_quant`."""
     if scale is None:
         raise ValueError(f"{name} is None; accepted with dequant=True: a scale")
     if not isinstance(scale, Tensor):
@@ -116,7 +117,7 @@ def _check_flag(scale: Tensor | float | None, name: str, geometry: Geometry, per
 
 
 def _shuffled_view(pool: Tensor, which: str) -> Tensor:
-    """SHUFFLE's five axes over a pool that was allocated with NHD's four; each block is one run of bytes."""
+    """View a pool of NHD's four axes with SHUFFLE's five; the elements of each block must be contiguous."""
     blocks, page, heads, dim = pool.shape
     x = group(pool.element_size())
     if pool[:1].numel() and not pool[0].is_contiguous():

@@ -1,7 +1,7 @@
-"""The gather as two PyTorch operators, so that opcheck and torch.compile know it.
+"""The gather as two custom PyTorch operators, for torch.compile and opcheck.
 
-FP8 travels as uint8 with the format's name beside it, and a scale as its tensor and its kind. What reaches an
-operator was checked before, by `dispatch.gather`.
+An FP8 pool is passed as uint8 with the name of its dtype, and a scale as its tensor and its kind. `dispatch.gather` has
+checked the arguments.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def run(
     backend: str,
     zero_bad_v: bool,
 ) -> None:
-    """What both operators do, and what is called without them where nothing is compiled."""
+    """Run the gather. Both operators call this function; eager calls use it directly."""
     if backend == "triton" and key_cache.shape[0]:
         from .kernel import launch
 
@@ -59,7 +59,7 @@ def gather_out(
     backend: str,
     zero_bad_v: bool = False,
 ) -> None:
-    """Fill `k_out` and `v_out`; rows that no record names stay as they are. `zero_bad_v`: see `gather_checked`."""
+    """Fill `k_out` and `v_out`; rows without a record do not change. `zero_bad_v`: see `gather_checked`."""
     if backend == "triton":
         require_triton(key_cache.device)
     scales = Scale.of(k_kind, k_scale), Scale.of(v_kind, v_scale)
@@ -104,7 +104,7 @@ def gather_new(
     backend: str,
     zero_bad_v: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """New K and V of `total_tokens` rows; rows that no record names are uninitialised."""
+    """Return new K and V of `total_tokens` rows; rows without a record are uninitialized."""
     if backend == "triton":
         require_triton(key_cache.device)
     k_out = key_cache.new_empty((total_tokens, num_heads, k_dim), dtype=out_dtype)
@@ -140,5 +140,5 @@ def _(
 
 
 def as_operand(pool: Tensor) -> Tensor:
-    """A pool as the operators take it: FP8 as uint8."""
+    """Return a pool as an operand of the operators: FP8 viewed as uint8."""
     return pool.view(torch.uint8) if pool.dtype.itemsize == 1 else pool

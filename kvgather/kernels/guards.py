@@ -1,8 +1,8 @@
-"""Are these tensors of the kind that was checked before? Asked at every call, so asked of torch's own compiled check.
+"""Guards: a fast test whether the tensors of a call match those of a call that passed the checks.
 
-`torch.compile` guards what it compiled with a check of types, dtypes, devices, sizes, strides and dispatch keys (the
-negative bit is one) that takes 0.1 µs a tensor, where Python's attributes take 1 µs. It is a private part of torch:
-where it is missing, or is another, a check in Python does the same.
+`torch.compile` guards compiled code by a C++ check of types, dtypes, devices, sizes, strides and dispatch keys (the
+negative bit is one). It takes 0.1 µs a tensor; the same check of Python attributes takes 1 µs. The C++ check is private
+to torch: if it is missing or incompatible, the check in Python replaces it.
 """
 
 from __future__ import annotations
@@ -17,89 +17,95 @@ from torch import Tensor
 from .signatures import signature
 
 Sizes = Sequence[int | None]
-"""A tensor's sizes or strides; None where any number will do."""
+"""A tensor's sizes or strides; None accepts any number."""
 
 
 def guard(tensors: Sequence[Tensor], sizes: Sequence[Sizes], strides: Sequence[Sizes]) -> Callable[..., bool]:
-    """A function of as many arguments that says whether they are tensors like these.
+    """Return a function that tests whether its arguments match these tensors, one argument for each tensor.
 
     Args:
-        tensors: no tensor twice.
-        sizes, strides: of each tensor; None in the place of those that may differ.
+        tensors: distinct tensors.
+        sizes, strides: of each tensor; None for those that may differ.
 
     Returns:
-        False for what is no tensor, or of another type, dtype, device, size, stride, negative bit, or in another mode
-        of torch (inference, grad, …); what it says nothing of are the address and the memory behind it.
+        A function that returns False if an argument is not a tensor, if its type, dtype, device, sizes, strides or
+        negative bit differ, or if torch is in another mode (inference, grad, …). It does not test the address or the
+        storage.
     """
     torch_guards = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "TensorGuards", None)
     if torch_guards is not None:
         try:
-            made = torch_guards(
+            check = torch_guards(
                 *tensors,
                 dynamic_dims_sizes=[list(each) for each in sizes],
                 dynamic_dims_strides=[list(each) for each in strides],
             ).check
-            if made(*tensors) is True:
-                return made  # type: ignore[no-any-return]
+            if check(*tensors) is True:
+                return check  # type: ignore[no-any-return]
         except (AttributeError, RuntimeError, TypeError):
             pass
     return python_guard(tensors, sizes, strides)
 
 
 def python_guard(tensors: Sequence[Tensor], sizes: Sequence[Sizes], strides: Sequence[Sizes]) -> Callable[..., bool]:
-    """`guard` without torch's own."""
+    """`guard` in Python, without torch's private check."""
 
     def kind(tensor: Tensor) -> tuple[object, ...]:
         return type(tensor), tensor.dtype, tensor.device, tensor.is_neg(), tensor.ndim
 
-    def fits(numbers: Sequence[int], wanted: Sizes) -> bool:
-        return all(want is None or number == want for number, want in zip(numbers, wanted, strict=True))
+    def fits(numbers: Sequence[int], expected: Sizes) -> bool:
+        return all(size is None or number == size for number, size in zip(numbers, expected, strict=True))
 
     kinds = [kind(tensor) for tensor in tensors]
 
     def check(*others: Any) -> bool:
         return len(others) == len(kinds) and all(
             isinstance(other, Tensor)
-            and kind(other) == wanted
+            and kind(other) == expected
             and fits(other.shape, size)
             and fits(other.stride(), stride)
-            for other, wanted, size, stride in zip(others, kinds, sizes, strides, strict=True)
+            for other, expected, size, stride in zip(others, kinds, sizes, strides, strict=True)
         )
 
     return check
 
 
 class Likeness:
-    """What a few tensors are like, as a number: two sets of tensors have one number if a launch that was prepared for
-    the one fits the other, and passed its checks. To see that nothing changed takes 1 µs a tensor, `signature` 2.
+    """A number for the signatures of a group of tensors.
+
+    Two groups with the same number pass the same checks and can use the same prepared launches. `is_current` takes
+    1 µs a tensor, computing a `signature` 2 µs.
+
+    Attributes:
+        number: the number.
     """
 
-    def __init__(self, tensors: Sequence[Tensor | None], others: Hashable) -> None:
-        """Look at tensors, checked ones.
+    def __init__(self, tensors: Sequence[Tensor | None], properties: Hashable) -> None:
+        """Compute the number of checked tensors.
 
         Args:
-            tensors: None where there is none.
-            others: what else has to be equal for the numbers to be.
+            tensors: the group; None for a missing tensor.
+            properties: further properties that groups with the same number share.
         """
         self._tensors = tuple(tensors)
-        present = list({id(tensor): tensor for tensor in tensors if tensor is not None}.values())
-        self._present = tuple(present)
-        self._memory = [(tensor.data_ptr(), tensor.untyped_storage().nbytes()) for tensor in present]
-        self._unchanged = guard(present, [t.shape for t in present], [t.stride() for t in present])
-        key = others, *(None if tensor is None else signature(tensor) for tensor in tensors)
-        if len(_NUMBERS) >= 1024:  # an engine has one or two; a test suite with every shape there is has more
+        distinct = list({id(tensor): tensor for tensor in tensors if tensor is not None}.values())
+        self._distinct = tuple(distinct)
+        self._memory = [(tensor.data_ptr(), tensor.untyped_storage().nbytes()) for tensor in distinct]
+        self._matches = guard(distinct, [t.shape for t in distinct], [t.stride() for t in distinct])
+        key = properties, *(None if tensor is None else signature(tensor) for tensor in tensors)
+        if len(_NUMBERS) >= 1024:  # an engine needs one or two; a test suite with all shapes needs more
             _NUMBERS.clear()
         self.number = _NUMBERS.setdefault(key, next(_COUNT))
 
-    def holds(self, *tensors: Tensor | None) -> bool:
-        """Whether these are the very tensors that were looked at, in the memory that they had."""
-        for tensor, known in zip(tensors, self._tensors, strict=True):
-            if tensor is not known:
+    def is_current(self, *tensors: Tensor | None) -> bool:
+        """Whether these are the same tensor objects, with unchanged properties and memory."""
+        for tensor, original in zip(tensors, self._tensors, strict=True):
+            if tensor is not original:
                 return False
-        for tensor, (address, size) in zip(self._present, self._memory, strict=True):
+        for tensor, (address, size) in zip(self._distinct, self._memory, strict=True):
             if tensor.data_ptr() != address or tensor.untyped_storage().nbytes() != size:
                 return False
-        return self._unchanged(*self._present)
+        return self._matches(*self._distinct)
 
 
 _NUMBERS: dict[Hashable, int] = {}

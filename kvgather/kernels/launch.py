@@ -1,4 +1,4 @@
-"""What launchers share: how a kernel is launched cheaply, how far its offsets reach, and how wide it may load."""
+"""Utilities of the launchers: cheap launches, the range of offsets, and the width of loads."""
 
 from __future__ import annotations
 
@@ -18,37 +18,42 @@ from .signatures import Pointers
 
 
 def inner_extent(tensor: Tensor) -> int:
-    """The largest offset inside the first axis, in elements."""
+    """Return the largest offset within one index of the first axis, in elements."""
     return sum((size - 1) * stride for size, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
 
 
 @functools.cache
-def _mend_interpreter() -> None:
-    """Let triton 3.6's interpreter take a number of its own as a loop's end, as 3.7's does; NumPy 2.4 ended that."""
+def _patch_interpreter() -> None:
+    """Make Triton 3.6's interpreter accept one of its scalars as a loop's end, as 3.7's does; NumPy 2.4 broke this."""
     from triton.runtime import interpreter
 
     patch = getattr(interpreter, "_patch_lang_tensor", None)
     if patch is None or not triton.__version__.startswith("3.6."):
         return
 
-    def mended(tensor: Any, scope: Any) -> None:
+    def patch_with_index(tensor: Any, scope: Any) -> None:
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
 
-    interpreter._patch_lang_tensor = mended
+    interpreter._patch_lang_tensor = patch_with_index
 
 
 @contextlib.contextmanager
 def launching(tensor: Tensor, interpreted: bool) -> Iterator[None]:
-    """The tensor's GPU is the current one; in the interpreter NumPy overflows to infinity in silence, as a GPU does."""
+    """Select the tensor's GPU for a launch. In the interpreter, silence NumPy's floating-point warnings.
+
+    Args:
+        tensor: an argument of the kernel.
+        interpreted: whether the launch runs in Triton's interpreter.
+    """
     if interpreted:
         import warnings
 
         import numpy as np
 
-        _mend_interpreter()
+        _patch_interpreter()
         with np.errstate(all="ignore"), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "All-NaN", RuntimeWarning)  # a maximum passes NaN by, in silence too
+            warnings.filterwarnings("ignore", "All-NaN", RuntimeWarning)  # np.nanmax warns; a GPU does not
             yield
     else:
         with torch.cuda.device(tensor.device):
@@ -56,9 +61,10 @@ def launching(tensor: Tensor, interpreted: bool) -> Iterator[None]:
 
 
 def granule(strides: Iterable[int], itemsize: int) -> int:
-    """What strides are divided by to say that 16 bytes of elements may move at once; 1 if Triton sees that itself.
+    """Return the divisor of strides that tells Triton to move 16 bytes at once; 1 if Triton detects this itself.
 
-    It looks at each number it is given for multiples of 16, and at no others: 8 of SHUFFLE's bfloat16 are 16 bytes too.
+    Triton specializes integer arguments on multiples of 16 only. A stride of 8 bfloat16 elements, which SHUFFLE has, is
+    16 bytes as well: the kernel receives the quotient and multiplies it by the divisor, a constant.
     """
     common = math.gcd(16, *strides)
     return 1 if common == 16 else math.gcd(16 // itemsize, common)
@@ -66,11 +72,11 @@ def granule(strides: Iterable[int], itemsize: int) -> int:
 
 @dataclass(frozen=True)
 class LoadStrides:
-    """A pool's strides as a kernel takes them: of blocks, heads and groups in units of `align` elements.
+    """A pool's strides as kernel arguments: those of blocks, heads and groups are in units of `align` elements.
 
     Attributes:
         strides: block, head, slot group, slot, dim group, dim.
-        align: what the kernel multiplies them by again.
+        align: the factor by which the kernel multiplies them.
         extent: the largest offset inside a block, in elements.
         slots_per_group, dims_per_group: as in `PoolStrides`.
     """
@@ -84,16 +90,15 @@ class LoadStrides:
     @classmethod
     def of(cls, pool: Tensor, layout: str, which: Which) -> LoadStrides:
         s = PoolStrides.of(pool, layout, which)
-        grouped = layout == "SHUFFLE"  # elsewhere a group of dims is one element, and its stride is 1
+        grouped = layout == "SHUFFLE"  # in other layouts a dim group is one element with stride 1
         align = granule((s.block, s.head, s.slot_group, s.dim_group if grouped else 0), pool.element_size())
         dim_group = s.dim_group // align if grouped else s.dim_group
         strides = (s.block // align, s.head // align, s.slot_group // align, s.slot, dim_group, s.dim)
         return cls(strides, align, inner_extent(pool), s.slots_per_group, s.dims_per_group)
 
 
-# A kernel that Triton compiled can be run without the search that `kernel[grid](…)` does at each launch, as
-# torch.compile's own launches do. Where that was never tried, and while a profiler's hook wants to see launches, the
-# plain launch serves.
+# A compiled kernel can be run without the lookup that `kernel[grid](…)` does at each launch; torch.compile launches
+# kernels in this way. Untested versions of Triton, and launches that a profiler's hook observes, use `kernel[grid](…)`.
 _RUNS_COMPILED = triton.__version__.startswith("3.6.") and torch.version.hip is None
 
 _HOOKS = triton.knobs.runtime
@@ -103,26 +108,27 @@ Prepared = TypeVar("Prepared")
 
 
 def prepared_once(kind: object, key: Hashable, prepare: Callable[[], Prepared]) -> Prepared:
-    """What `prepare` makes, made at the first call with a key and kept for the others.
+    """Return the result of `prepare`, which is called once for each key.
 
     Args:
-        kind: what tells callers apart, such as the kernel.
-        key: everything that `prepare` looks at.
+        kind: distinguishes callers; the kernel, for example.
+        key: everything that the result depends on.
+        prepare: creates the result.
     """
-    found = _PREPARED.get((kind, key))
-    if found is None:
-        if len(_PREPARED) >= 1024:  # an engine has some dozens; a test suite with every shape there is has more
+    prepared = _PREPARED.get((kind, key))
+    if prepared is None:
+        if len(_PREPARED) >= 1024:  # an engine needs a few dozen; a test suite with all shapes needs more
             _PREPARED.clear()
-        found = _PREPARED[kind, key] = prepare()
-    return cast(Prepared, found)
+        prepared = _PREPARED[kind, key] = prepare()
+    return cast(Prepared, prepared)
 
 
 class PreparedLaunch:
-    """A kernel with everything about its launches that does not change from one to the next.
+    """A kernel with the arguments that all its launches share.
 
-    The kernel's parameters come in this order: pointers, numbers, strides, constants. What the caller's cache of
-    prepared launches is keyed by has to hold the `signature` of each tensor and every constant: the kernel that was
-    compiled at the first launch serves all that follow.
+    The kernel's parameters are in this order: pointers, numbers, strides, constants. All launches run the kernel that
+    the first one compiled, so the key under which a caller stores the object must include the `signature` of each
+    tensor and every constant.
     """
 
     def __init__(
@@ -133,32 +139,32 @@ class PreparedLaunch:
         constants: dict[str, Any],
         interpreted: bool,
     ) -> None:
-        """Prepare, and launch nothing.
+        """Prepare the launches of a kernel.
 
         Args:
             kernel: decorated with `triton.jit`.
-            views: for each pointer the dtype that the kernel is compiled for, None for the tensor's own. FP8 goes as
-                uint8, because not every GPU's Triton has every FP8 dtype.
-            strides: the values of its stride parameters, tuples or ints.
-            constants: its `tl.constexpr` parameters by name, and launch options such as `num_warps`.
+            views: for each pointer the dtype to view the tensor as; None for its own. FP8 is passed as uint8, because
+                Triton does not support every FP8 dtype on every GPU.
+            strides: the values of the stride parameters, tuples or ints.
+            constants: the `tl.constexpr` parameters by name, and launch options such as `num_warps`.
             interpreted: whether launches run in Triton's interpreter.
         """
         self._kernel, self._views, self._strides, self._constants = kernel, views, strides, constants
         self._interpreted = interpreted
-        self._tail: tuple[Any, ...] = (*strides, *(constants[n] for n in kernel.arg_names if n in constants))
+        self._last_arguments: tuple[Any, ...] = (*strides, *(constants[n] for n in kernel.arg_names if n in constants))
         self._compiled: tuple[Any, ...] | None = None  # from `_launcher_of`
         self._device = -1
 
     def __call__(
         self, programs: int, tensors: Pointers, addresses: tuple[int | float, ...], numbers: tuple[int, ...]
     ) -> None:
-        """Launch; nothing for a grid of 0.
+        """Launch the kernel, unless the grid is 0.
 
         Args:
             programs: the grid.
-            tensors: the pointer arguments, all on one device, the first one a tensor; a number where the kernel takes
-                a number there.
-            addresses: their `data_ptr()`, or the number.
+            tensors: the pointer arguments, all on one device; a number where the kernel takes a number in place of a
+                pointer, but not in the first position.
+            addresses: the `data_ptr()` of each tensor, or the number.
             numbers: the run-time numbers, ints below 2^31.
         """
         if programs == 0:
@@ -167,21 +173,22 @@ class PreparedLaunch:
             return
         with launching(cast(Tensor, tensors[0]), self._interpreted):
             pairs = zip(tensors, self._views, strict=True)
-            loaded = [t.view(view) if view is not None and isinstance(t, Tensor) else t for t, view in pairs]
-            compiled = self._kernel[(programs,)](*loaded, *numbers, *self._strides, **self._constants)
+            pointers = [t.view(view) if view is not None and isinstance(t, Tensor) else t for t, view in pairs]
+            compiled = self._kernel[(programs,)](*pointers, *numbers, *self._strides, **self._constants)
             if _RUNS_COMPILED and not self._interpreted and self._compiled is None:
                 self._compiled = _launcher_of(compiled)
                 self._device = torch.cuda.current_device()
 
     def again(self, programs: int, addresses: tuple[int | float, ...], numbers: tuple[int, ...]) -> bool:
-        """Launch if that takes addresses alone: the kernel is compiled, and for the GPU that is the current one.
+        """Launch from addresses alone, if the kernel is compiled for the current GPU.
 
         Args:
             programs: the grid, above 0.
-            addresses, numbers: as in a call.
+            addresses, numbers: as in `__call__`.
 
         Returns:
-            Whether it was launched. A caller whose tensors are parts of one allocation makes views of it only if not.
+            Whether the kernel was launched. If it was, a caller whose tensors are parts of one allocation need not
+            create views of it.
         """
         hooks = _HOOKS
         if (
@@ -191,20 +198,20 @@ class PreparedLaunch:
             or hooks.launch_exit_hook.calls
         ):
             return False
-        launch, stream_of, before, between = self._compiled
-        launch(programs, 1, 1, stream_of(self._device), *before, *between, *addresses, *numbers, *self._tail)
+        run, stream_of, function, metadata = self._compiled
+        run(programs, 1, 1, stream_of(self._device), *function, *metadata, *addresses, *numbers, *self._last_arguments)
         return True
 
 
 def _launcher_of(compiled: Any) -> tuple[Any, ...]:
-    """What runs a compiled kernel, the current stream of a device, and the arguments before the kernel's own.
+    """Return the launcher of a compiled kernel, a function of a device's current stream, and the leading arguments.
 
-    Triton's Python around its C launcher looks for scratch memory, which our kernels never need, and takes as long as
-    the launch.
+    Triton's Python wrapper of its C launcher handles scratch memory, which our kernels do not use, and takes as long as
+    the launch itself; so the C launcher is called directly if the kernel needs no scratch memory.
     """
     stream_of = triton.runtime.driver.active.get_current_stream
-    run, no_hooks = compiled.run, (compiled.packed_metadata, None, None, None)
+    run, metadata = compiled.run, (compiled.packed_metadata, None, None, None)  # no launch hooks
     if getattr(run, "global_scratch_size", 1) or getattr(run, "profile_scratch_size", 1):
-        return run, stream_of, (compiled.function,), no_hooks
-    flags = (compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None)
-    return run.launch, stream_of, flags, no_hooks
+        return run, stream_of, (compiled.function,), metadata
+    function = (compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None)
+    return run.launch, stream_of, function, metadata

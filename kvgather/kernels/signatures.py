@@ -1,23 +1,24 @@
-"""What two launches must have in common to be one and the same to every check, and to the compiler."""
+"""Signatures of tensors: the properties that checks and compiled kernels depend on."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 Pointers = tuple[Tensor | float, ...]
-"""A kernel's pointer arguments; a number where it takes a number in place of a tensor."""
+"""A kernel's pointer arguments; a number where the kernel takes a number in place of a pointer."""
 MOST = 2**31 - 1
-"""The largest run-time number that a prepared launch passes; a larger one is another type to Triton."""
+"""Largest run-time number of a prepared launch; Triton gives a larger one another type."""
 
 
 def signature(tensor: Tensor) -> tuple[object, ...]:
-    """Everything about a tensor that a check or a compilation may depend on, except the address itself.
+    """Return all properties of a tensor that a check or a compiled kernel may depend on.
 
-    Two tensors with equal signatures pass the same checks and fit the same compiled kernel: Triton compiles for an
-    address that is a multiple of 16 apart from one that is not.
+    Tensors with equal signatures pass the same checks and fit the same compiled kernel. Of the address only the
+    alignment is included: Triton compiles separate kernels for addresses that are multiples of 16 and for others.
 
     Raises:
-        AttributeError, RuntimeError: it is no tensor, or one without memory; `check_tensor` says so in its own words.
+        AttributeError, RuntimeError: `tensor` is not a tensor, or has no memory; `check_tensor` raises an error that
+            names the argument.
     """
     return (
         type(tensor), tensor.dtype, tensor.device, tensor.shape, tensor.stride(), tensor.data_ptr() & 15,
@@ -26,16 +27,16 @@ def signature(tensor: Tensor) -> tuple[object, ...]:
 
 
 def inside(tensor: Tensor, last: int) -> bool:
-    """Whether the element at `last`, counted from the tensor's first, is inside its memory; −1 is none."""
+    """Whether the element at offset `last` from the tensor's first is inside its storage; −1 means no element."""
     end = (tensor.storage_offset() + last + 1) * tensor.element_size() if last >= 0 else 0
     return end <= tensor.untyped_storage().nbytes()
 
 
 def row_reach(tensor: Tensor) -> int:
-    """Elements from the first to the last of one index of the first axis, both counted."""
+    """Count the elements from the first to the last of one index of the first axis, both included."""
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
 
 
 def offset_lanes(batch: int) -> int:
-    """How many offsets a program reads at a time: one warp's lanes where those hold all batch + 1, else 256."""
+    """Return how many offsets a program reads at a time: 32, one warp, if that covers all batch + 1, else 256."""
     return 32 if batch < 32 else 256

@@ -1,4 +1,4 @@
-"""The write: new tokens are quantized and scattered into the slots of a paged cache."""
+"""The write: quantize new tokens and scatter them into the slots of a paged cache."""
 
 from .write import SlotError, check_duplicates, check_slots, scatter
 

@@ -167,7 +167,7 @@ def test_a_call_that_is_known_is_the_same(layout: str, where: str, by_triton: No
         wanted = through_a_plan(arguments)
         kg.cp_mha_gather_cache(**arguments)
         assert_same((arguments["key"], arguments["value"]), wanted)
-        launched.append(len(again._KNOWN))
+        launched.append(len(again._CALLS))
     assert launched == [1, 1, 1, 1]
 
 
@@ -255,7 +255,7 @@ def test_a_known_call_is_known_by_alignment(by_triton: None) -> None:
     for count, offset in ((1, 0), (2, 1), (2, 0), (2, 1), (3, 4)):
         out = [row[offset : offset + 320].view(10, 2, 16) for row in memory]
         kg.cp_mha_gather_cache(**call("NHD", "cpu", GOOD, 10, key=out[0], value=out[1]))
-        assert sum(map(len, again._KNOWN.values())) == count
+        assert sum(map(len, again._CALLS.values())) == count
 
 
 @interpreted

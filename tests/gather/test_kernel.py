@@ -109,4 +109,4 @@ def test_each_meaning_is_remembered_apart(where: str) -> None:
             built.cache.gather(built.plan, **arguments)
         if where == "cpu" and arguments["backend"] == "auto":  # plain torch, which is not remembered
             count -= 1
-        assert sum(map(len, again._KNOWN.values())) == count
+        assert sum(map(len, again._CALLS.values())) == count

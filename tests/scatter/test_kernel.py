@@ -109,7 +109,7 @@ def test_a_gpu_skips_slots_past_the_pool_and_check_raises(backend: str) -> None:
     k = torch.ones(3, 1, 8, device="cuda")
     cache.write(k, k, torch.tensor([8, 2**40, 11], device="cuda"), backend=backend)
     assert_same_contents(contents(cache), before)
-    with pytest.raises(SlotError, match=r"slots held 1099511627776; accepted: below 8, or negative for padding"):
+    with pytest.raises(SlotError, match=r"slots has 1099511627776; accepted: below 8, or negative for padding"):
         cache.check()
 
 

@@ -54,7 +54,7 @@ def test_padding_is_skipped(where: str) -> None:
         ({"k": torch.ones(2, 1, 16)}, ValueError, r"k has shape \[2, 1, 16\]; accepted: \[n, 2, 16\]"),
         ({"k": torch.ones(2, 32)}, ValueError, r"k has shape \[2, 32\]; accepted: 3 dimensions"),
         ({"v": None}, TypeError, r"v is NoneType None; accepted: a torch.Tensor"),
-        ({"k": torch.ones(3, 2, 16)}, ValueError, r"k, v and slots have 3, 2 and 2 tokens; accepted: as many of each"),
+        ({"k": torch.ones(3, 2, 16)}, ValueError, r"k, v and slots have 3, 2 and 2 tokens; accepted: equal numbers"),
         ({"slots": torch.tensor([0])}, ValueError, r"k, v and slots have 2, 2 and 1 tokens"),
         ({"slots": [0, 1]}, TypeError, r"slots is list \[0, 1\]; accepted: a torch.Tensor"),
         ({"slots": torch.tensor([0.0, 1.0])}, TypeError, r"slots has dtype float32; accepted: int32, int64"),
