@@ -133,3 +133,13 @@ def element_offset(block_id, head, page_offset, dim, strides, POOL: tl.constexpr
 def scale_offset(block_id, head, page_offset, strides):
     """Offset of the scale of a slot's head; the three broadcast, int64."""
     return block_id * strides[0] + head * strides[1] + page_offset * strides[2]
+
+
+@triton.jit
+def scale_address(scale_ptr, block_id, head, page_offset, strides):
+    """Pointer to the scale of a slot's head; the three broadcast, int64.
+
+    The strides are added to the pointer one by one: the sum of the three terms first takes two more registers in the
+    gather of NHD with per-token-head scales, 34 for 32, which lets fewer programs run at a time (H100).
+    """
+    return scale_ptr + block_id * strides[0] + head * strides[1] + page_offset * strides[2]
