@@ -77,6 +77,11 @@ class PoolForm:
         """Whether the layout is SHUFFLE."""
         return self.slots_per_group > 1 or self.dims_per_group > 1
 
+    @property
+    def dim_lanes(self) -> int:
+        """`dim`, or the next power of two: what `tl.arange` takes."""
+        return 1 << (self.dim - 1).bit_length()
+
 
 def pool_strides(pool: Tensor, layout: str, which: Which, form: PoolForm) -> tuple[int, ...]:
     """A pool's strides as kernels take them: block, head, slot group, slot, dim group, dim.
@@ -124,9 +129,9 @@ def dim_offset(dim, strides, POOL: tl.constexpr):
 
 @triton.jit
 def element_offset(block_id, head, page_offset, dim, strides, POOL: tl.constexpr):
-    """Offset of an element from the pool's first; the four broadcast."""
-    inside = head_offset(head, strides, POOL) + slot_offset(page_offset, strides, POOL) + dim_offset(dim, strides, POOL)
-    return block_offset(block_id, strides, POOL) + inside
+    """Offset of an element from the pool's first; the four broadcast. Terms are added from block to dim."""
+    slot = block_offset(block_id, strides, POOL) + head_offset(head, strides, POOL)
+    return slot + slot_offset(page_offset, strides, POOL) + dim_offset(dim, strides, POOL)
 
 
 @triton.jit
