@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .device import interpreting
 from .kernels.launch import PreparedLaunch, prepared_once
-from .kernels.pages import find_page
+from .kernels.pages import PageSearch, find_page
 from .kernels.signatures import MOST, offset_lanes
 
 
@@ -21,23 +21,27 @@ def plan_kernel(
     given_ptr,  # [batch + 1] int64
     batch, columns, num_blocks, total, row_stride, column_stride,
     cu_strides,
-    PAGE: tl.constexpr, STARTS: tl.constexpr, LANES: tl.constexpr,
+    PAGES: tl.constexpr,  # a `PageSearch`
 ):  # fmt: skip
-    """The record of each page, where it comes from, and a copy of the offsets; there are more records than offsets."""
+    """One record of a plan: (block_id or −1, first_row, rows, page_offset) of one page of one sequence; `find_page`.
+
+    Also its origin (sequence, column, id in the table), for `check()`, and a copy of one offset: a plan has more
+    records than offsets.
+    """
     record = tl.program_id(0)
     strides = (row_stride.to(tl.int64), column_stride.to(tl.int64), cu_strides[0], cu_strides[1])
-    block, first_row, rows, begin, sequence, column, block_id = find_page(
-        record, table_ptr, cu_ptr, start_ptr, batch, columns, num_blocks, total, strides, PAGE, STARTS, LANES
+    block_id, first_row, rows, page_offset, sequence, column, given_id = find_page(
+        record, (table_ptr, cu_ptr, start_ptr), (batch, columns, num_blocks, total), strides, PAGES
     )
     used = rows > 0
     record = record.to(tl.int64)
-    tl.store(record_ptr + record * 4, block.to(tl.int32))
+    tl.store(record_ptr + record * 4, block_id.to(tl.int32))
     tl.store(record_ptr + record * 4 + 1, tl.where(used, first_row, 0).to(tl.int32))
     tl.store(record_ptr + record * 4 + 2, rows.to(tl.int32))
-    tl.store(record_ptr + record * 4 + 3, tl.where(used, begin, 0).to(tl.int32))
+    tl.store(record_ptr + record * 4 + 3, tl.where(used, page_offset, 0).to(tl.int32))
     tl.store(origin_ptr + record * 3, sequence)
     tl.store(origin_ptr + record * 3 + 1, column)
-    tl.store(origin_ptr + record * 3 + 2, block_id)
+    tl.store(origin_ptr + record * 3 + 2, given_id)
     if record <= batch:
         tl.store(given_ptr + record, tl.load(cu_ptr + record * cu_strides[0]).to(tl.int64))
 
@@ -81,7 +85,7 @@ def plan_records(
     )  # fmt: skip
 
     def prepare() -> PreparedLaunch:
-        constants = {"PAGE": page_size, "STARTS": seq_starts is not None, "LANES": lanes, "num_warps": 1}
+        constants = {"PAGES": PageSearch(page_size, seq_starts is not None, lanes), "num_warps": 1}
         return PreparedLaunch(plan_kernel, (None,) * 6, (cu_strides,), constants, interpreted)
 
     numbers = (batch, min(columns, MOST), num_blocks, total_tokens, *block_table.stride())

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from ..cases import Built
 from ..device import interpreting
-from ..gather.kernel import Side, finish, gather_kernel, load_scale, load_tile, pointers_of, prepare, store_tile
+from ..gather.kernel import Side, gather_kernel, gather_tile, pointers_of, prepare, tile_of
 from ..kernels.launch import launching
 from .runner import Call
 
 
 @triton.jit
 def empty_kernel(out_ptr):
-    pass
+    """Nothing: the time of a launch with so many programs and warps."""
 
 
 @triton.jit
@@ -33,59 +33,25 @@ def trusting_kernel(
     k_ptr, k_scale_ptr, k_out_ptr,
     v_ptr, v_scale_ptr, v_out_ptr,
     k_strides, v_strides, k_scale_strides, v_scale_strides, k_out_strides, v_out_strides,
-    PAGE: tl.constexpr, HEADS: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr,
-    SLOTS: tl.constexpr, K_UNITS: tl.constexpr, K_UNIT: tl.constexpr, V_UNITS: tl.constexpr, V_UNIT: tl.constexpr,
-    TILES: tl.constexpr, PAGE_TILES: tl.constexpr,
-    V_SLOTS_PER_GROUP: tl.constexpr, K_DIMS_PER_GROUP: tl.constexpr,
-    K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, OUT_ALIGN: tl.constexpr,
-    K_ACROSS: tl.constexpr, V_ACROSS: tl.constexpr,
-    K_KIND: tl.constexpr, V_KIND: tl.constexpr,
-    CODE: tl.constexpr, HARDWARE: tl.constexpr, BY_HAND: tl.constexpr,
-    K_RAW: tl.constexpr, V_RAW: tl.constexpr, NAN_CODE: tl.constexpr, ZERO_BAD_V: tl.constexpr, WIDE: tl.constexpr,
-    PLANNED: tl.constexpr, STARTS: tl.constexpr, LANES: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, CODE: tl.constexpr, HARDWARE: tl.constexpr, BY_HAND: tl.constexpr,
+    PAGES: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
+    """`gather_kernel` with its page from the block table, unchecked: block_id = table[sequence, page].
+
+    Sequences begin at position 0. One program for each tile of a page (axis 0) and sequence (axis 1).
+    """
+    page, tile_offset, tile = tile_of(tl.program_id(0), K)
     sequence = tl.program_id(1)
-    slot0 = (program % (PAGE_TILES // TILES)) * SLOTS
-    tile = (program % PAGE_TILES) // (PAGE_TILES // TILES)
-    column = program // PAGE_TILES
-    first_row = tl.load(cu_seqlens_ptr + sequence) + column * PAGE
-    rows = tl.minimum(tl.load(cu_seqlens_ptr + sequence + 1) - first_row, PAGE)
-    if slot0 >= rows:
+    first_row = tl.load(cu_seqlens_ptr + sequence) + page * K.page_size
+    rows = tl.minimum(tl.load(cu_seqlens_ptr + sequence + 1) - first_row, K.page_size)
+    if tile_offset >= rows:
         return
-    block = tl.load(table_ptr + sequence * stride_table + column).to(tl.int64)
-    k_codes = load_tile(
-        k_ptr, block, slot0, tile * K_UNITS, k_strides,
-        PAGE, K_DIM, HEADS, SLOTS, K_UNITS, K_UNIT, TILES, 1, K_DIMS_PER_GROUP, K_ALIGN, K_ACROSS,
-        CODE is not None or K_RAW, WIDE,
-    )  # fmt: skip
-    v_codes = load_tile(
-        v_ptr, block, slot0, tile * V_UNITS, v_strides,
-        PAGE, V_DIM, HEADS, SLOTS, V_UNITS, V_UNIT, TILES, V_SLOTS_PER_GROUP, 1, V_ALIGN, V_ACROSS,
-        CODE is not None or V_RAW, WIDE,
-    )  # fmt: skip
-    k_scale = load_scale(
-        k_scale_ptr, block, slot0, tile * K_UNITS, k_scale_strides,
-        PAGE, K_DIM // K_UNIT, HEADS, SLOTS, K_UNITS, K_KIND,
-    )  # fmt: skip
-    v_scale = load_scale(
-        v_scale_ptr, block, slot0, tile * V_UNITS, v_scale_strides,
-        PAGE, V_DIM // V_UNIT, HEADS, SLOTS, V_UNITS, V_KIND,
-    )  # fmt: skip
-    k = finish(
-        k_codes, k_scale, block, k_out_ptr.dtype.element_ty, K_RAW, NAN_CODE, False, CODE, HARDWARE, BY_HAND
-    )  # fmt: skip
-    v = finish(
-        v_codes, v_scale, block, v_out_ptr.dtype.element_ty, V_RAW, NAN_CODE, ZERO_BAD_V, CODE, HARDWARE,
-        BY_HAND,
-    )  # fmt: skip
-    store_tile(
-        k_out_ptr, k, first_row, rows, 0, slot0, tile * K_UNITS, k_out_strides,
-        K_DIM, HEADS, SLOTS, K_UNITS, K_UNIT, OUT_ALIGN, WIDE,
-    )  # fmt: skip
-    store_tile(
-        v_out_ptr, v, first_row, rows, 0, slot0, tile * V_UNITS, v_out_strides,
-        V_DIM, HEADS, SLOTS, V_UNITS, V_UNIT, OUT_ALIGN, WIDE,
+    block_id = tl.load(table_ptr + sequence * stride_table + page).to(tl.int64)
+    gather_tile(
+        (k_ptr, k_scale_ptr, k_out_ptr), (v_ptr, v_scale_ptr, v_out_ptr), (block_id, first_row, rows, 0),
+        tile_offset, tile,
+        (k_strides, k_scale_strides, k_out_strides), (v_strides, v_scale_strides, v_out_strides),
+        K, V, CODE, HARDWARE, BY_HAND,
     )  # fmt: skip
 
 
@@ -125,7 +91,7 @@ def software_decode(built: Built, out: tuple[Tensor, Tensor]) -> Call:
 
 
 def trusting(built: Built, out: tuple[Tensor, Tensor]) -> Call:
-    """The same tiles, found in the block table without a check; sequences begin at position 0."""
+    """`trusting_kernel` on a case: the same tiles, from the block table without a check."""
     ours, case, table = _Launch(built, out), built.case, built.block_table
     grid = (triton.cdiv(max(case.lengths), case.page_size) * ours.launch.page_tiles, len(case.lengths))
     arguments = (table, built.cu_seqlens_k, table.stride(0), *ours.pointers, *ours.launch.strides[1:])

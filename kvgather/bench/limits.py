@@ -22,11 +22,9 @@ def cast_kernel(
     in_ptr, scale_ptr, out_ptr, n,
     BLOCK: tl.constexpr, CODE: tl.constexpr, HARDWARE: tl.constexpr, BY_HAND: tl.constexpr,
 ):  # fmt: skip
+    """out[i] = round(decode(in[i]) · scale): a gather whose rows are contiguous in the pool."""
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    if CODE is None:
-        codes = tl.load(in_ptr + offset, mask=offset < n, other=0.0)
-    else:
-        codes = tl.load(in_ptr + offset, mask=offset < n, other=0)
+    codes = tl.load(in_ptr + offset, mask=offset < n, other=0)
     values = widen(codes, CODE, HARDWARE) * tl.load(scale_ptr)
     tl.store(out_ptr + offset, round_to(values, out_ptr.dtype.element_ty, BY_HAND), mask=offset < n)
 
@@ -63,6 +61,7 @@ READ_TILES = ((2048, 4), (4096, 4), (4096, 8), (8192, 8))
 
 @triton.jit
 def read_kernel(in_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    """out[program] = sum of its BLOCK words: one read of memory, and almost no write."""
     program = tl.program_id(0)
     offset = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     words = tl.load(in_ptr + offset, mask=offset < n, other=0)  # 4 words, 16 bytes, per thread

@@ -1,12 +1,8 @@
 """The page-tiled gather: one program moves a tile of one page, of K and of V, into dense rows.
 
 The program takes its page from one record of a plan, or finds it in the offsets and the block table (`kernels.pages`),
-checked where it is read: a bad id is never an address. Its addresses are built from the strides the
-tensors have; a per-tensor scale has none, so there is no stride to go wrong. Inside a page offsets are 32-bit, across
-pages and rows they are 64-bit.
-
-A tile is `[SLOTS, UNITS, UNIT]`: UNIT is the largest power of two that divides head_dim, so that head dims such as 80
-and 192 waste no lanes, and a unit is a head's dim range of that size.
+checked where it is read: a bad id is never an address. Its addresses are built from the strides that the tensors have
+(`kernels.address`); a per-tensor scale has none, so there is no stride to go wrong.
 """
 
 from __future__ import annotations
@@ -21,234 +17,213 @@ from torch import Tensor
 
 from ..device import fp8_support, interpreting
 from ..formats.fp8 import FORMATS
-from ..formats.layout import Which, as_nhd
+from ..formats.layout import Which
 from ..formats.scale import Scale
-from ..kernels.launch import LoadStrides, PreparedLaunch, granule, inner_extent, prepared_once
-from ..kernels.pages import find_page
-from ..kernels.signatures import MOST, Pointers, offset_lanes, signature
+from ..kernels.address import (
+    PoolForm,
+    block_offset,
+    dim_offset,
+    head_offset,
+    pool_strides,
+    scale_address,
+    slot_offset,
+)
+from ..kernels.launch import PreparedLaunch, granule, inner_extent, prepared_once
+from ..kernels.pages import PageSearch, find_page
+from ..kernels.signatures import MOST, Pointers, signature
 from ..kernels.values import round_to, widen
+from .tile import Tile, TiledPool, choose_tile, unit_of
 
 
 @triton.jit
-def _slot_offset(slot, stride_slot_group, stride_slot, SLOTS_PER_GROUP: tl.constexpr, ALIGN: tl.constexpr):
-    if SLOTS_PER_GROUP > 1:  # V of SHUFFLE
-        return (slot // SLOTS_PER_GROUP) * stride_slot_group * ALIGN + (slot % SLOTS_PER_GROUP) * stride_slot
-    else:
-        return slot * stride_slot_group * ALIGN
+def tile_of(program, POOL: tl.constexpr):
+    """A program's record, the page offset of its tile's first slot, and the number of its tile among those of a slot.
 
-
-@triton.jit
-def _dim_offset(
-    dim, stride_dim_group, stride_dim,
-    SLOTS_PER_GROUP: tl.constexpr, DIMS_PER_GROUP: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
-    if DIMS_PER_GROUP > 1:  # K of SHUFFLE
-        return (dim // DIMS_PER_GROUP) * stride_dim_group * ALIGN + (dim % DIMS_PER_GROUP) * stride_dim
-    elif SLOTS_PER_GROUP > 1:
-        return dim * stride_dim_group * ALIGN
-    else:
-        return dim * stride_dim_group
-
-
-@triton.jit
-def load_tile(
-    pool_ptr, block, slot0, unit0, strides,
-    PAGE: tl.constexpr, DIM: tl.constexpr, HEADS: tl.constexpr,
-    SLOTS: tl.constexpr, UNITS: tl.constexpr, UNIT: tl.constexpr, TILES: tl.constexpr,
-    SLOTS_PER_GROUP: tl.constexpr, DIMS_PER_GROUP: tl.constexpr, ALIGN: tl.constexpr, ACROSS: tl.constexpr,
-    INTEGER: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """What the pool holds in one tile of a page, `[SLOTS, UNITS, UNIT]`; of page 0 when block is −1.
-
-    Strides come divided by ALIGN: their product is a multiple of it that Triton can see, and loads that widely. Lanes
-    go along the last axis, and their next step should lead to what lies next in memory: the next column, of the same
-    head or another (NHD, V of SHUFFLE), or the next slot of the same head (HND, K of SHUFFLE). That made 0.97 of
-    0.945 of a cast's bandwidth on an H100.
+    Neighbouring programs take neighbouring tiles of one page: its memory is read and written in one go.
     """
-    units: tl.constexpr = HEADS * (DIM // UNIT)
-    stride_block, stride_head, stride_slot_group, stride_slot, stride_dim_group, stride_dim = strides
-    if ACROSS:  # [SLOTS, UNITS * UNIT]
-        slot = slot0 + tl.arange(0, SLOTS)
-        column = unit0 * UNIT + tl.arange(0, UNITS * UNIT)
-        present = (slot < PAGE)[:, None] & (column < units * UNIT)[None, :]
-        if WIDE:
-            slot = slot.to(tl.int64)
-            column = column.to(tl.int64)
-        outer = _slot_offset(slot, stride_slot_group, stride_slot, SLOTS_PER_GROUP, ALIGN)
-        inner = (column // DIM) * stride_head * ALIGN
-        inner += _dim_offset(column % DIM, stride_dim_group, stride_dim, SLOTS_PER_GROUP, DIMS_PER_GROUP, ALIGN)
-    else:  # [UNITS, SLOTS * UNIT]
-        unit = unit0 + tl.arange(0, UNITS)
-        along = tl.arange(0, SLOTS * UNIT)
-        slot = slot0 + along // UNIT
-        present = (unit < units)[:, None] & (slot < PAGE)[None, :]
-        if WIDE:
-            unit = unit.to(tl.int64)
-            slot = slot.to(tl.int64)
-            along = along.to(tl.int64)
-        first_dim = unit % (DIM // UNIT) * UNIT
-        outer = (unit // (DIM // UNIT)) * stride_head * ALIGN
-        outer += _dim_offset(first_dim, stride_dim_group, stride_dim, SLOTS_PER_GROUP, DIMS_PER_GROUP, ALIGN)
-        inner = _slot_offset(slot, stride_slot_group, stride_slot, SLOTS_PER_GROUP, ALIGN)
-        if DIMS_PER_GROUP > 1:  # the same, in a form of which Triton sees what is contiguous
-            group = along // DIMS_PER_GROUP % (UNIT // DIMS_PER_GROUP)
-            inner += group * stride_dim_group * ALIGN + (along % DIMS_PER_GROUP) * stride_dim
-        else:
-            inner += _dim_offset(along % UNIT, stride_dim_group, stride_dim, SLOTS_PER_GROUP, DIMS_PER_GROUP, ALIGN)
-    address = pool_ptr + tl.maximum(block, 0) * stride_block * ALIGN + (outer[:, None] + inner[None, :])
-    whole: tl.constexpr = PAGE % SLOTS == 0 and units % UNITS == 0  # every tile is all inside, or all outside
-    if whole and units == UNITS * TILES:
-        held = tl.load(address)
-    elif INTEGER:
-        held = tl.load(address, mask=unit0 < units if whole else present, other=0)
-    else:
-        held = tl.load(address, mask=unit0 < units if whole else present, other=0.0)
-    if ACROSS:
-        return tl.reshape(held, [SLOTS, UNITS, UNIT])
-    else:
-        return tl.permute(tl.reshape(held, [UNITS, SLOTS, UNIT]), [1, 0, 2])
+    tile_offset = (program % POOL.slot_tiles) * POOL.slots
+    tile = (program % POOL.page_tiles) // POOL.slot_tiles
+    return program // POOL.page_tiles, tile_offset, tile
 
 
 @triton.jit
-def load_scale(
-    scale_ptr, block, slot0, unit0, strides,
-    PAGE: tl.constexpr, UNITS_PER_HEAD: tl.constexpr, HEADS: tl.constexpr,
-    SLOTS: tl.constexpr, UNITS: tl.constexpr, KIND: tl.constexpr,
-):  # fmt: skip
-    """The scale of one tile, `[SLOTS or 1, UNITS or 1, 1]`, 1 where there is none; NaN when block is −1."""
-    if KIND == "none":
+def load_tile(pool_ptr, block_id, tile_offset, tile, strides, POOL: tl.constexpr):
+    """The elements of one tile of a page, `[slots, units, unit]`; of block 0 when block_id is −1.
+
+    Lanes go along the last axis, and their next step should lead to the next element in memory: the next column, of
+    the same head or another (NHD, V of SHUFFLE), or the next slot of the same head (HND, K of SHUFFLE). This order
+    raised the bandwidth from 0.945 to 0.97 of a contiguous cast (H100).
+    """
+    SLOTS: tl.constexpr = POOL.slots
+    UNITS: tl.constexpr = POOL.units
+    UNIT: tl.constexpr = POOL.unit
+    first_unit = tile * UNITS
+    if POOL.across:  # [slots, units * unit]
+        page_offset = tile_offset + tl.arange(0, SLOTS)
+        column = first_unit * UNIT + tl.arange(0, UNITS * UNIT)
+        present = (page_offset < POOL.page_size)[:, None] & (column < POOL.slot_units * UNIT)[None, :]
+        if POOL.wide:
+            page_offset = page_offset.to(tl.int64)
+            column = column.to(tl.int64)
+        outer = slot_offset(page_offset, strides, POOL)
+        inner = head_offset(column // POOL.dim, strides, POOL)
+        inner += dim_offset(column % POOL.dim, strides, POOL)
+    else:  # [units, slots * unit]
+        unit = first_unit + tl.arange(0, UNITS)
+        along = tl.arange(0, SLOTS * UNIT)
+        page_offset = tile_offset + along // UNIT
+        present = (unit < POOL.slot_units)[:, None] & (page_offset < POOL.page_size)[None, :]
+        if POOL.wide:
+            unit = unit.to(tl.int64)
+            page_offset = page_offset.to(tl.int64)
+            along = along.to(tl.int64)
+        outer = head_offset(unit // POOL.head_units, strides, POOL)
+        outer += dim_offset(unit % POOL.head_units * UNIT, strides, POOL)
+        inner = slot_offset(page_offset, strides, POOL)
+        if POOL.dims_per_group > 1:  # `dim_offset(along % UNIT)`, in a form whose contiguity Triton recognizes
+            group = along // POOL.dims_per_group % (UNIT // POOL.dims_per_group)
+            inner += group * strides[4] * POOL.align + (along % POOL.dims_per_group) * strides[5]
+        else:
+            inner += dim_offset(along % UNIT, strides, POOL)
+    address = pool_ptr + block_offset(tl.maximum(block_id, 0), strides, POOL) + (outer[:, None] + inner[None, :])
+    whole: tl.constexpr = POOL.page_size % SLOTS == 0 and POOL.slot_units % UNITS == 0  # all inside, or all outside
+    if whole and POOL.slot_units == UNITS * POOL.tiles:
+        codes = tl.load(address)
+    else:
+        codes = tl.load(address, mask=first_unit < POOL.slot_units if whole else present, other=0)
+    if POOL.across:
+        return tl.reshape(codes, [SLOTS, UNITS, UNIT])
+    else:
+        return tl.permute(tl.reshape(codes, [UNITS, SLOTS, UNIT]), [1, 0, 2])
+
+
+@triton.jit
+def load_scale(scale_ptr, block_id, tile_offset, tile, strides, POOL: tl.constexpr):
+    """The scale of one tile, `[slots or 1, units or 1, 1]`: 1 without a scale; NaN when block_id is −1."""
+    if POOL.kind == "none":
         scale = tl.full([1, 1], 1.0, tl.float32)
-    elif KIND == "number":
+    elif POOL.kind == "number":
         scale = tl.full([1, 1], 0.0, tl.float32) + scale_ptr
-    elif KIND == "per-tensor":
+    elif POOL.kind == "per-tensor":
         scale = tl.load(scale_ptr + tl.zeros([1, 1], tl.int32))
     else:
-        slot = (slot0 + tl.arange(0, SLOTS))[:, None].to(tl.int64)
-        unit = (unit0 + tl.arange(0, UNITS))[None, :].to(tl.int64)
-        page_ptr = scale_ptr + tl.maximum(block, 0) * strides[0] + (unit // UNITS_PER_HEAD) * strides[1]
-        present = unit < HEADS * UNITS_PER_HEAD
-        if KIND == "per-token-head":
-            scale = tl.load(page_ptr + slot * strides[2], mask=present & (slot < PAGE), other=1.0)
+        page_offset = (tile_offset + tl.arange(0, POOL.slots))[:, None].to(tl.int64)
+        unit = (tile * POOL.units + tl.arange(0, POOL.units))[None, :].to(tl.int64)
+        head = unit // POOL.head_units
+        present = unit < POOL.slot_units
+        if POOL.kind == "per-token-head":
+            address = scale_address(scale_ptr, tl.maximum(block_id, 0), head, page_offset, strides)
+            scale = tl.load(address, mask=present & (page_offset < POOL.page_size), other=1.0)
         else:  # per-head, or per-page-head
-            scale = tl.load(page_ptr, mask=present, other=1.0)
-    return tl.where(block < 0, float("nan"), scale)[:, :, None]
+            address = scale_address(scale_ptr, tl.maximum(block_id, 0), head, 0, strides)
+            scale = tl.load(address, mask=present, other=1.0)
+    return tl.where(block_id < 0, float("nan"), scale)[:, :, None]
 
 
 @triton.jit
 def finish(
-    held, scale, block, OUT_DTYPE: tl.constexpr, RAW: tl.constexpr, NAN_CODE: tl.constexpr, ZERO_BAD: tl.constexpr,
-    CODE: tl.constexpr, HARDWARE: tl.constexpr, BY_HAND: tl.constexpr,
+    codes, scale, block_id, dtype: tl.constexpr,
+    POOL: tl.constexpr, CODE: tl.constexpr, HARDWARE: tl.constexpr, BY_HAND: tl.constexpr,
 ):  # fmt: skip
-    """What is stored, `[SLOTS, UNITS * UNIT]`: the scaled value rounded, or the bits as they are.
+    """The rows of a tile, `[slots, units * unit]`: codes times their scale, rounded; with `raw` the codes.
 
-    When block is −1: NaN (by the scale, or as NAN_CODE), or 0 if ZERO_BAD.
+    When block_id is −1: NaN (by the scale, or as `nan_code`), or 0 if `zero_bad`.
     """
-    if RAW:
-        values = tl.where(block < 0, 0 if ZERO_BAD else NAN_CODE, held).to(OUT_DTYPE)
+    if POOL.raw:
+        values = tl.where(block_id < 0, 0 if POOL.zero_bad else POOL.nan_code, codes).to(dtype)
     else:
-        values = widen(held, CODE, HARDWARE) * scale
-        if ZERO_BAD:
-            values = tl.where(block < 0, 0.0, values)
-        values = round_to(values, OUT_DTYPE, BY_HAND)
-    return tl.reshape(values, [held.shape[0], held.shape[1] * held.shape[2]])
+        values = widen(codes, CODE, HARDWARE) * scale
+        if POOL.zero_bad:
+            values = tl.where(block_id < 0, 0.0, values)
+        values = round_to(values, dtype, BY_HAND)
+    return tl.reshape(values, [codes.shape[0], codes.shape[1] * codes.shape[2]])
 
 
 @triton.jit
-def store_tile(
-    out_ptr, values, first_row, rows, begin, slot0, unit0, strides,
-    DIM: tl.constexpr, HEADS: tl.constexpr, SLOTS: tl.constexpr, UNITS: tl.constexpr, UNIT: tl.constexpr,
-    ALIGN: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """Store the tile's slots that belong to the record, one row of values `[SLOTS, UNITS * UNIT]` each."""
-    slot = slot0 + tl.arange(0, SLOTS)
-    column = unit0 * UNIT + tl.arange(0, UNITS * UNIT)
-    mask = ((slot >= begin) & (slot < begin + rows))[:, None] & (column < HEADS * DIM)[None, :]
+def store_tile(out_ptr, values, page, tile_offset, tile, strides, POOL: tl.constexpr):
+    """Store the tile's slots that belong to the page's record, one row of values `[slots, units * unit]` each."""
+    _block_id, first_row, rows, first_offset = page
     stride_row, stride_head, stride_dim = strides
-    if WIDE:
-        slot = slot.to(tl.int64)
+    page_offset = tile_offset + tl.arange(0, POOL.slots)
+    column = tile * POOL.units * POOL.unit + tl.arange(0, POOL.units * POOL.unit)
+    wanted = (page_offset >= first_offset) & (page_offset < first_offset + rows)
+    mask = wanted[:, None] & (column < POOL.num_heads * POOL.dim)[None, :]
+    if POOL.wide:
+        page_offset = page_offset.to(tl.int64)
         column = column.to(tl.int64)
-    column_offset = (column // DIM) * stride_head * ALIGN + (column % DIM) * stride_dim
-    offset = (slot * stride_row * ALIGN)[:, None] + column_offset[None, :]
-    page_ptr = out_ptr + (first_row - begin).to(tl.int64) * stride_row * ALIGN
+    column_offset = (column // POOL.dim) * stride_head * POOL.out_align + (column % POOL.dim) * stride_dim
+    offset = (page_offset * stride_row * POOL.out_align)[:, None] + column_offset[None, :]
+    page_ptr = out_ptr + (first_row - first_offset).to(tl.int64) * stride_row * POOL.out_align
     tl.store(page_ptr + offset, values, mask=mask)
+
+
+@triton.jit
+def gather_tile(
+    k_ptrs, v_ptrs,  # pool, scale, rows
+    page,  # block id or −1, first row, rows, page offset of the first row
+    tile_offset, tile,
+    k_strides, v_strides,  # of the pool, of the scale, of the rows
+    K: tl.constexpr, V: tl.constexpr, CODE: tl.constexpr, HARDWARE: tl.constexpr, BY_HAND: tl.constexpr,
+):  # fmt: skip
+    """Move one tile of K and of V; all loads are issued before the first store.
+
+    A tile past the last unit of K, or of V, moves nothing.
+    """
+    block_id = page[0]
+    k_codes = load_tile(k_ptrs[0], block_id, tile_offset, tile, k_strides[0], K)
+    v_codes = load_tile(v_ptrs[0], block_id, tile_offset, tile, v_strides[0], V)
+    k_scale = load_scale(k_ptrs[1], block_id, tile_offset, tile, k_strides[1], K)
+    v_scale = load_scale(v_ptrs[1], block_id, tile_offset, tile, v_strides[1], V)
+    k = finish(k_codes, k_scale, block_id, k_ptrs[2].dtype.element_ty, K, CODE, HARDWARE, BY_HAND)
+    v = finish(v_codes, v_scale, block_id, v_ptrs[2].dtype.element_ty, V, CODE, HARDWARE, BY_HAND)
+    store_tile(k_ptrs[2], k, page, tile_offset, tile, k_strides[2], K)
+    store_tile(v_ptrs[2], v, page, tile_offset, tile, v_strides[2], V)
 
 
 @triton.jit(do_not_specialize=["batch", "columns", "num_blocks", "total", "row_stride", "column_stride"])
 def gather_kernel(
-    page_ptr,  # PLANNED: records, [records, 4] int32: block or −1, first row, rows, offset of the first row in the page
-    cu_ptr, start_ptr,  # else page_ptr is the block table, with [batch + 1] offsets and [batch] starts, int32 or int64
+    page_ptr,  # records, [records, 4] int32: block or −1, first row, rows, page offset of the first row
+    cu_ptr, start_ptr,  # with PAGES page_ptr is the block table; [batch + 1] offsets, [batch] starts, int32 or int64
     k_ptr, k_scale_ptr, k_out_ptr,
     v_ptr, v_scale_ptr, v_out_ptr,
     batch, columns, num_blocks, total, row_stride, column_stride,
-    cu_strides,
+    cu_strides,  # of offsets, of starts
     k_strides, v_strides,  # block, head, slot group, slot, dim group, dim
     k_scale_strides, v_scale_strides,  # block, head, slot
     k_out_strides, v_out_strides,  # row, head, dim
-    PAGE: tl.constexpr, HEADS: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr,
-    SLOTS: tl.constexpr, K_UNITS: tl.constexpr, K_UNIT: tl.constexpr, V_UNITS: tl.constexpr, V_UNIT: tl.constexpr,
-    TILES: tl.constexpr, PAGE_TILES: tl.constexpr,
-    V_SLOTS_PER_GROUP: tl.constexpr, K_DIMS_PER_GROUP: tl.constexpr,
-    K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, OUT_ALIGN: tl.constexpr,
-    K_ACROSS: tl.constexpr, V_ACROSS: tl.constexpr,
-    K_KIND: tl.constexpr, V_KIND: tl.constexpr,
-    CODE: tl.constexpr, HARDWARE: tl.constexpr, BY_HAND: tl.constexpr,
-    K_RAW: tl.constexpr, V_RAW: tl.constexpr, NAN_CODE: tl.constexpr, ZERO_BAD_V: tl.constexpr, WIDE: tl.constexpr,
-    PLANNED: tl.constexpr, STARTS: tl.constexpr, LANES: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr,  # a `TiledPool` each
+    CODE: tl.constexpr,  # the pools' `Fp8Format`; None: floats
+    HARDWARE: tl.constexpr, BY_HAND: tl.constexpr,
+    PAGES: tl.constexpr,  # a `PageSearch`; None: pages come from records
 ):  # fmt: skip
-    """out[row, head] = pool[block, head, slot] * scale[block, head, slot], of K and of V, for one tile of a page.
+    """Gather one tile of one page, of K and of V:
 
-    Neighbouring programs take neighbouring tiles of one page, so that a page is read and written in one go.
+        out[row, head, dim] = pool[block_id, head, page_offset, dim] · scale[block_id, head, page_offset]
+
+    for the rows of the page's record that are in the tile. A bad block id gives NaN, in V 0 with `zero_bad`.
+
+    Source: the function, not its code, is that of `cp_mha_gather_cache` in vLLM's AITER backend, which has one program
+    for each (token, head) (`lab.before_fix`). Chapter 07 leads from there to this tile in measured steps.
     """
-    program = tl.program_id(0)
-    slot0 = (program % (PAGE_TILES // TILES)) * SLOTS
-    tile = (program % PAGE_TILES) // (PAGE_TILES // TILES)
-    record = program // PAGE_TILES
-    if PLANNED:
+    record, tile_offset, tile = tile_of(tl.program_id(0), K)
+    if PAGES is None:
         record_ptr = page_ptr + record.to(tl.int64) * 4
-        block = tl.load(record_ptr).to(tl.int64)
+        block_id = tl.load(record_ptr).to(tl.int64)
         first_row = tl.load(record_ptr + 1)
         rows = tl.load(record_ptr + 2)
-        begin = tl.load(record_ptr + 3)
+        page_offset = tl.load(record_ptr + 3)
     else:
         strides = (row_stride.to(tl.int64), column_stride.to(tl.int64), cu_strides[0], cu_strides[1])
-        block, first_row, rows, begin, _sequence, _column, _id = find_page(
-            record, page_ptr, cu_ptr, start_ptr, batch, columns, num_blocks, total, strides, PAGE, STARTS, LANES
+        block_id, first_row, rows, page_offset, _sequence, _column, _id = find_page(
+            record, (page_ptr, cu_ptr, start_ptr), (batch, columns, num_blocks, total), strides, PAGES
         )
-    if (slot0 >= begin + rows) | (slot0 + SLOTS <= begin):  # an unused record has no rows
+    if (tile_offset >= page_offset + rows) | (tile_offset + K.slots <= page_offset):  # an unused record has no rows
         return
-    # All loads are issued before the first store. A tile past the last unit of K, or of V, moves nothing.
-    k_codes = load_tile(
-        k_ptr, block, slot0, tile * K_UNITS, k_strides,
-        PAGE, K_DIM, HEADS, SLOTS, K_UNITS, K_UNIT, TILES, 1, K_DIMS_PER_GROUP, K_ALIGN, K_ACROSS,
-        CODE is not None or K_RAW, WIDE,
-    )  # fmt: skip
-    v_codes = load_tile(
-        v_ptr, block, slot0, tile * V_UNITS, v_strides,
-        PAGE, V_DIM, HEADS, SLOTS, V_UNITS, V_UNIT, TILES, V_SLOTS_PER_GROUP, 1, V_ALIGN, V_ACROSS,
-        CODE is not None or V_RAW, WIDE,
-    )  # fmt: skip
-    k_scale = load_scale(
-        k_scale_ptr, block, slot0, tile * K_UNITS, k_scale_strides,
-        PAGE, K_DIM // K_UNIT, HEADS, SLOTS, K_UNITS, K_KIND,
-    )  # fmt: skip
-    v_scale = load_scale(
-        v_scale_ptr, block, slot0, tile * V_UNITS, v_scale_strides,
-        PAGE, V_DIM // V_UNIT, HEADS, SLOTS, V_UNITS, V_KIND,
-    )  # fmt: skip
-    k = finish(
-        k_codes, k_scale, block, k_out_ptr.dtype.element_ty, K_RAW, NAN_CODE, False, CODE, HARDWARE, BY_HAND
-    )  # fmt: skip
-    v = finish(
-        v_codes, v_scale, block, v_out_ptr.dtype.element_ty, V_RAW, NAN_CODE, ZERO_BAD_V, CODE, HARDWARE,
-        BY_HAND,
-    )  # fmt: skip
-    store_tile(
-        k_out_ptr, k, first_row, rows, begin, slot0, tile * K_UNITS, k_out_strides,
-        K_DIM, HEADS, SLOTS, K_UNITS, K_UNIT, OUT_ALIGN, WIDE,
-    )  # fmt: skip
-    store_tile(
-        v_out_ptr, v, first_row, rows, begin, slot0, tile * V_UNITS, v_out_strides,
-        V_DIM, HEADS, SLOTS, V_UNITS, V_UNIT, OUT_ALIGN, WIDE,
+    gather_tile(
+        (k_ptr, k_scale_ptr, k_out_ptr), (v_ptr, v_scale_ptr, v_out_ptr),
+        (block_id, first_row, rows, page_offset), tile_offset, tile,
+        (k_strides, k_scale_strides, k_out_strides), (v_strides, v_scale_strides, v_out_strides),
+        K, V, CODE, HARDWARE, BY_HAND,
     )  # fmt: skip
 
 
@@ -257,39 +232,8 @@ _NAN_BITS = {torch.bfloat16: 0x7FC0, torch.float16: 0x7E00, torch.float32: 0x7FC
 
 
 @dataclass(frozen=True)
-class Tile:
-    """How the work is cut: a program moves `slots` slots of `k_units` units of K and `v_units` units of V."""
-
-    slots: int
-    k_units: int
-    v_units: int
-    num_warps: int
-
-
-def _unit(dim: int) -> int:
-    """The largest power of two that divides dim, 128 at most."""
-    return min(dim & -dim, 128)
-
-
-def choose_tile(page_size: int, num_heads: int, k_dim: int, v_dim: int, itemsize: int, lanes: int = 32) -> Tile:
-    """The tile for a geometry, by shape alone; no result depends on it.
-
-    16 slots are the 16 bytes that V of SHUFFLE keeps together, and in every layout a tile of 16 slots and 512 columns
-    (8 heads of 64) was the fastest or within 1 % of it on an H100; so were 16 elements for each of a warp's `lanes`.
-    """
-    slots = min(triton.next_power_of_2(page_size), 16)
-    columns = max(64, 512 // max(1, itemsize // 2))
-    heads = max(1, min(triton.next_power_of_2(num_heads), columns // triton.next_power_of_2(max(k_dim, v_dim))))
-    k_units, v_units = (
-        min(triton.next_power_of_2(n * dim // _unit(dim)) for n in (num_heads, heads)) for dim in (k_dim, v_dim)
-    )
-    elements = slots * k_units * _unit(k_dim)
-    return Tile(slots, k_units, v_units, num_warps=max(1, min(16, elements // (16 * lanes))))
-
-
-@dataclass(frozen=True)
 class Side:
-    """K's or V's part of a launch: where it is read from, what it is multiplied by, where it goes."""
+    """K's or V's part of a launch: its pool, its scale, and the rows that it becomes."""
 
     which: Which
     pool: Tensor
@@ -298,15 +242,23 @@ class Side:
 
     @property
     def raw(self) -> bool:
-        """Whether codes are copied as they are."""
+        """Whether codes are copied without a change."""
         return self.scale.kind == "none" and self.out.dtype == self.pool.dtype
 
     @property
     def kind(self) -> str:
-        """The scale's kind as the kernel tells them apart."""
+        """The scale's kind, as the kernel distinguishes kinds."""
         if self.scale.number is not None:
             return "number"
         return "per-head" if self.scale.kind == "per-page-head" else self.scale.kind  # they differ in a stride alone
+
+    def across(self, layout: str) -> bool:
+        """Whether a tile's lanes go across heads: the heads of a slot are one run of memory."""
+        return layout == "NHD" or (layout == "SHUFFLE" and self.which == "value")
+
+    def form(self, layout: str) -> PoolForm:
+        """What kernels are compiled for of the pool."""
+        return PoolForm.of(self.pool, layout, self.which, self.kind)
 
     @property
     def views(self) -> tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None]:
@@ -317,10 +269,46 @@ class Side:
         return loaded, (loaded if stands_in else None), (bits if self.raw else None)
 
 
+def _tiled_pools(
+    sides: tuple[Side, Side], layout: str, forms: tuple[PoolForm, PoolForm], tile: Tile, zero_bad_v: bool
+) -> tuple[TiledPool, TiledPool]:
+    """What the kernel is compiled for of K and of V, whose pools have `forms`."""
+    units = tile.k_units, tile.v_units
+    rows = [inner_extent(side.out) + forms[0].page_size * side.out.stride(0) for side in sides]
+    wide = any(form.wide for form in forms) or max(rows) >= 2**31
+    tiles = max(
+        triton.cdiv(form.num_heads * form.dim // unit_of(form.dim), n) for form, n in zip(forms, units, strict=True)
+    )
+    out_align = granule([n for side in sides for n in side.out.stride()[:2]], sides[0].out.element_size())
+    dtype = sides[0].pool.dtype
+    nan_code = FORMATS[dtype].nan_code if dtype in FORMATS else _NAN_BITS[dtype]
+    k, v = (
+        TiledPool(
+            **(vars(form) | {"wide": wide}), slots=tile.slots, units=n, tiles=tiles, across=side.across(layout),
+            raw=side.raw, nan_code=nan_code, zero_bad=zero_bad_v and side.which == "value", out_align=out_align,
+        )
+        for side, form, n in zip(sides, forms, units, strict=True)
+    )  # fmt: skip
+    return k, v
+
+
+def _strides_of(
+    sides: tuple[Side, Side], layout: str, forms: tuple[TiledPool, TiledPool], offsets: tuple[Tensor | None, ...]
+) -> tuple[tuple[int, ...], ...]:
+    """The kernel's stride tuples, in its order; 0 for offsets that it does not read."""
+    align = forms[0].out_align
+    cu_strides = tuple(0 if tensor is None else tensor.stride(0) for tensor in offsets)
+    pools = [pool_strides(side.pool, layout, side.which, form) for side, form in zip(sides, forms, strict=True)]
+    scales = [(side.scale.stride_block, side.scale.stride_head, side.scale.stride_slot) for side in sides]
+    outs = [(row // align, head // align, dim) for row, head, dim in (side.out.stride() for side in sides)]
+    return (cu_strides, *pools, *scales, *outs)
+
+
 class GatherLaunch:
     """The gather of one cache into rows of one kind: all that its launches share.
 
     Attributes:
+        page_size: slots of a page.
         page_tiles: programs for each record.
         strides, constants: as the kernel takes them.
     """
@@ -346,70 +334,27 @@ class GatherLaunch:
             offsets: cu_seqlens and starts of the batch, when pages are found in the block table; None: from records.
             zero_bad_v: whether V's rows of a bad block id are 0; K's are NaN.
         """
-        dtype = k.pool.dtype
-        fmt = FORMATS.get(dtype)
-        page_size, num_heads, k_dim = as_nhd(k.pool[:0], layout, "key").shape[1:]
-        v_dim = v.out.shape[2]
-        tile = choose_tile(page_size, num_heads, k_dim, v_dim, dtype.itemsize, lanes)
+        fmt = FORMATS.get(k.pool.dtype)
+        forms = k.form(layout), v.form(layout)
+        tile = choose_tile(
+            forms[0].page_size, forms[0].num_heads, forms[0].dim, forms[1].dim, k.pool.element_size(), lanes
+        )
         if offsets is not None and layout == "SHUFFLE":
             # A program waits for offsets and table in turn. With twice as many resident programs they wait together:
             # 21.1 to 20.9 µs for 16,384 tokens of 8 heads of 64, and 144.8 to 146.0 for 131,072 (H100).
             tile = replace(tile, num_warps=min(tile.num_warps, 8))
-        k_unit, v_unit = _unit(k_dim), _unit(v_dim)
-        tiles = max(
-            triton.cdiv(num_heads * k_dim // k_unit, tile.k_units),
-            triton.cdiv(num_heads * v_dim // v_unit, tile.v_units),
-        )
-        self.page_tiles = tiles * triton.cdiv(page_size, tile.slots)
-        pools = [LoadStrides.of(side.pool, layout, side.which) for side in (k, v)]
-        widest = max(
-            max(
-                pool.extent,
-                inner_extent(side.out) + page_size * side.out.stride(0),
-                num_heads * side.scale.stride_head + page_size * side.scale.stride_slot,
-            )
-            for side, pool in zip((k, v), pools, strict=True)
-        )
-        out_align = granule([n for side in (k, v) for n in side.out.stride()[:2]], k.out.element_size())
+        tiled = _tiled_pools((k, v), layout, forms, tile, zero_bad_v)
+        self.page_size, self.page_tiles = tiled[0].page_size, tiled[0].page_tiles
         self.constants: dict[str, Any] = {
-            "PAGE": page_size,
-            "HEADS": num_heads,
-            "K_DIM": k_dim,
-            "V_DIM": v_dim,
-            "SLOTS": tile.slots,
-            "K_UNITS": tile.k_units,
-            "K_UNIT": k_unit,
-            "V_UNITS": tile.v_units,
-            "V_UNIT": v_unit,
-            "TILES": tiles,
-            "PAGE_TILES": self.page_tiles,
-            "V_SLOTS_PER_GROUP": pools[1].slots_per_group,
-            "K_DIMS_PER_GROUP": pools[0].dims_per_group,
-            "K_ALIGN": pools[0].align,
-            "V_ALIGN": pools[1].align,
-            "OUT_ALIGN": out_align,
-            "K_ACROSS": layout == "NHD",
-            "V_ACROSS": layout != "HND",
-            "K_KIND": k.kind,
-            "V_KIND": v.kind,
+            "K": tiled[0],
+            "V": tiled[1],
             "CODE": fmt,
-            "HARDWARE": not interpreted and (fmt is None or fp8_support(k.pool.device)[dtype] == "hardware"),
+            "HARDWARE": not interpreted and (fmt is None or fp8_support(k.pool.device)[k.pool.dtype] == "hardware"),
             "BY_HAND": interpreted,
-            "K_RAW": k.raw,
-            "V_RAW": v.raw,
-            "NAN_CODE": _NAN_BITS[dtype] if fmt is None else fmt.nan_code,
-            "ZERO_BAD_V": zero_bad_v,
-            "WIDE": widest >= 2**31,
-            "PLANNED": offsets is None,
-            "STARTS": offsets is not None and offsets[1] is not None,
-            "LANES": 32 if offsets is None else offset_lanes(len(offsets[0]) - 1),
+            "PAGES": None if offsets is None else PageSearch.of(self.page_size, *offsets),
             "num_warps": tile.num_warps,
         }
-        scales = [(side.scale.stride_block, side.scale.stride_head, side.scale.stride_slot) for side in (k, v)]
-        outs = [(row // out_align, head // out_align, dim) for row, head, dim in (k.out.stride(), v.out.stride())]
-        given = offsets or (None, None)
-        cu_strides = tuple(0 if tensor is None else tensor.stride(0) for tensor in given)
-        self.strides = (cu_strides, *(pool.strides for pool in pools), *scales, *outs)
+        self.strides = _strides_of((k, v), layout, tiled, offsets or (None, None))
         views = (None, None, None, *k.views, *v.views)
         self._launch = PreparedLaunch(gather_kernel, views, self.strides, self.constants, interpreted)
 
@@ -449,8 +394,7 @@ class GatherLaunch:
         batch, columns = table.shape
         if batch == 0 or total == 0:
             return
-        page_size = self.constants["PAGE"]
-        records = -(-total // page_size) + 2 * batch
+        records = -(-total // self.page_size) + 2 * batch
         given = cu_seqlens if starts is None else starts
         numbers = (batch, min(columns, MOST), num_blocks, total, *table.stride())
         self._launch(

@@ -6,11 +6,36 @@ came before it, which always leaves room for all of its pages. So a program find
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from .signatures import offset_lanes
 
 ONE_WARP = tl.constexpr(32)
 """Lanes that hold all offsets of a batch at once, one beyond the last sequence included; see `offset_lanes`."""
+
+
+@dataclass(frozen=True)
+class PageSearch:
+    """What a kernel is compiled for where it finds pages in a block table: one `tl.constexpr`.
+
+    Attributes:
+        page_size: slots of a page.
+        starts: whether sequences have positions at which they begin; else they begin at 0.
+        lanes: offsets that a program reads at a time.
+    """
+
+    page_size: int
+    starts: bool
+    lanes: int
+
+    @classmethod
+    def of(cls, page_size: int, cu_seqlens: Tensor, starts: Tensor | None) -> PageSearch:
+        """The search in a batch with these offsets, `[batch + 1]`, and starts."""
+        return cls(page_size, starts is not None, offset_lanes(cu_seqlens.shape[0] - 1))
 
 
 @triton.jit
@@ -73,34 +98,36 @@ def pick(values, chosen):
 
 
 @triton.jit
-def find_page(
-    record, table_ptr, cu_ptr, start_ptr, batch, columns, num_blocks, total, strides, PAGE: tl.constexpr,
-    STARTS: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    """The page of one record: block or −1, first row, rows, page offset of the first row, sequence, column, id.
+def find_page(record, pointers, sizes, strides, PAGES: tl.constexpr):
+    """The page of one record: block id or −1, first row, rows, page offset of the first row, sequence, column, id.
+
+    Page n of sequence b, whose tokens begin at position start[b], is column start[b] // page_size + n of its row.
 
     Args:
         record: int32, from 0.
-        table_ptr: `[batch, columns]` int32 or int64.
-        cu_ptr: `[batch + 1]` int32 or int64.
-        start_ptr: `[batch]`, positions at which sequences begin; read if STARTS.
-        strides: of the table's rows and columns, of cu and of start.
-        LANES: offsets looked at together.
+        pointers: of the block table `[batch, columns]`, the offsets `[batch + 1]`, and the positions `[batch]` at
+            which sequences begin, read if `PAGES.starts`; int32 or int64 each.
+        sizes: batch, columns, blocks of the pool, tokens at most.
+        strides: of the table's rows and columns, of offsets and of starts.
+        PAGES: a `PageSearch`.
 
     Returns:
-        `rows` 0 for a record that no sequence uses. `block` is −1 where the table has no block of the pool to read;
-        `id` is what it has there, −1 outside of it. All int64.
+        `rows` is 0 for a record that no sequence uses. The block id is −1 where the table names no block of the pool;
+        `id` is the table's entry, −1 outside of it. All int64.
     """
-    if STARTS and LANES == ONE_WARP:  # all starts are loaded, together with the offsets: one wait for memory, not two
-        lane = tl.arange(0, LANES)
+    table_ptr, cu_ptr, start_ptr = pointers
+    batch, columns, num_blocks, total = sizes
+    PAGE: tl.constexpr = PAGES.page_size
+    if PAGES.starts and PAGES.lanes == ONE_WARP:  # all starts are loaded with the offsets: one wait for memory, not two
+        lane = tl.arange(0, PAGES.lanes)
         starts = tl.load(start_ptr + lane.to(tl.int64) * strides[3], mask=lane < batch, other=0)
-    sequence, begin, end = find_sequence(record, cu_ptr, batch, total, strides[2], PAGE, LANES)
+    sequence, begin, end = find_sequence(record, cu_ptr, batch, total, strides[2], PAGE, PAGES.lanes)
     used = sequence >= 0
     safe = tl.maximum(sequence, 0).to(tl.int64)
     length = tl.maximum(end - begin, 0)
     start = safe * 0
-    if STARTS:
-        if LANES == ONE_WARP:
+    if PAGES.starts:
+        if PAGES.lanes == ONE_WARP:
             start = tl.where(used, pick(starts, lane == sequence), 0)
         else:
             start = tl.load(start_ptr + safe * strides[3], mask=used, other=0).to(tl.int64)
@@ -112,7 +139,7 @@ def find_page(
     column = tl.where(start < 0, -1, tl.maximum(start, 0) // PAGE + nth)
     # A start near 2^63 can wrap around to a negative column.
     present = (rows > 0) & (column >= 0) & (column < columns)
-    at = safe * strides[0] + tl.where(present, column, 0) * strides[1]
-    block_id = tl.load(table_ptr + at, mask=present, other=-1).to(tl.int64)
-    block = tl.where((block_id >= 0) & (block_id < num_blocks), block_id, -1)
-    return block, begin + done, rows, page_offset, safe, column, block_id
+    entry = safe * strides[0] + tl.where(present, column, 0) * strides[1]
+    given_id = tl.load(table_ptr + entry, mask=present, other=-1).to(tl.int64)
+    block_id = tl.where((given_id >= 0) & (given_id < num_blocks), given_id, -1)
+    return block_id, begin + done, rows, page_offset, safe, column, given_id

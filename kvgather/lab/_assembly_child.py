@@ -18,10 +18,12 @@ from triton.runtime.driver import driver
 
 from ..cases import Case, empty_pools
 from ..device import fp8_in_hardware
-from ..formats.fp8 import FORMATS
+from ..formats.fp8 import FORMATS, Fp8Format
 from ..formats.layout import Which
 from ..formats.scale import Scale, kind_shape
 from ..gather.kernel import GatherLaunch, Side, gather_kernel, pointers_of
+from ..gather.tile import TiledPool
+from ..kernels.pages import PageSearch
 from .assembly import Variant
 
 META = torch.device("meta")
@@ -105,9 +107,23 @@ def compile_one(variant: Variant, target: str) -> dict[str, Any]:
 
 
 def plain(constants: dict[str, Any]) -> dict[str, Any]:
-    """A kernel's constants in a form that JSON has: the name of the FP8 format, or "" for a pool of floats."""
-    code = constants["CODE"]
-    return constants | {"CODE": "" if code is None else code.name}
+    """A kernel's constants for JSON, by name: a format is its name, and "" for floats.
+
+    Each field of a pool's form is a constant, such as K_ALIGN; so are those of a page search, which a planned gather
+    does not have.
+    """
+    flat: dict[str, Any] = {"PLANNED": constants["PAGES"] is None}
+    for name, value in constants.items():
+        if isinstance(value, TiledPool):
+            flat |= {f"{name}_{field.upper()}": part for field, part in vars(value).items()}
+            flat[f"{name}_UNIT"] = value.unit
+        elif isinstance(value, PageSearch):
+            flat |= {"STARTS": value.starts, "LANES": value.lanes}
+        elif isinstance(value, Fp8Format):
+            flat[name] = value.name
+        elif value is not None:
+            flat[name] = value
+    return {"CODE": ""} | flat
 
 
 def words_of(error: BaseException) -> str:

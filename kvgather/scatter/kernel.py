@@ -9,48 +9,44 @@ from torch import Tensor
 
 from ..device import interpreting
 from ..formats.checks import extent
-from ..formats.fp8 import FORMATS, SCALE_FLOOR, code_max
-from ..formats.layout import Geometry, PoolStrides
+from ..formats.fp8 import FORMATS
+from ..formats.layout import Geometry
 from ..formats.scale import Scale
+from ..kernels.address import PoolForm, element_offset, pool_strides, scale_address
 from ..kernels.guards import guard
 from ..kernels.launch import PreparedLaunch
 from ..kernels.signatures import inside, row_reach
-from ..kernels.values import encode_fp8, round_to, widen
+from ..kernels.values import computed_scale, encode_fp8, round_to, widen
 
 
 @triton.jit
-def _write_rows(
-    pool_ptr, scale_ptr, row_ptr, token, block, slot, head0, strides, scale_strides, row_strides,
-    NUM_HEADS: tl.constexpr, DIM: tl.constexpr, HEADS: tl.constexpr, DIMS: tl.constexpr,
-    SLOTS_PER_GROUP: tl.constexpr, DIMS_PER_GROUP: tl.constexpr, KIND: tl.constexpr,
-    CODE: tl.constexpr, CODE_MAX: tl.constexpr, FLOOR: tl.constexpr, BY_HAND: tl.constexpr,
+def write_rows(
+    pointers,  # pool, scale, rows
+    token, block_id, page_offset, first_head,
+    strides,  # of the pool, of the scale, of the rows: token, head, dim
+    POOL: tl.constexpr, HEADS: tl.constexpr, CODE: tl.constexpr, BY_HAND: tl.constexpr,
 ):  # fmt: skip
-    """Quantize one token's heads and put them into (block, slot) of one pool, their computed scale beside them."""
-    stride_block, stride_head, stride_slot_group, stride_slot, stride_dim_group, stride_dim = strides
-    stride_scale_block, stride_scale_head, stride_scale_slot = scale_strides
-    stride_row_token, stride_row_head, stride_row_dim = row_strides
-    head = (head0 + tl.arange(0, HEADS)).to(tl.int64)
-    dim = tl.arange(0, DIMS).to(tl.int64)
-    mask = (head < NUM_HEADS)[:, None] & (dim < DIM)[None, :]  # [HEADS, DIMS]
-    source = row_ptr + token * stride_row_token + head[:, None] * stride_row_head + dim[None, :] * stride_row_dim
-    values = widen(tl.load(source, mask=mask, other=0.0), None, False)
-    scale_at = scale_ptr + block * stride_scale_block + slot * stride_scale_slot + head * stride_scale_head
-    if KIND == "per-token-head":
-        magnitude = tl.abs(values)
-        finite = tl.where(magnitude <= 3.4028234663852886e38, magnitude, 0.0)  # false for NaN as well
-        scale = tl.maximum(tl.div_rn(tl.max(finite, axis=1), tl.full([HEADS], CODE_MAX, tl.float32)), FLOOR)
-        tl.store(scale_at, scale, mask=head < NUM_HEADS)
-        values = tl.div_rn(values, tl.broadcast_to(scale[:, None], [HEADS, DIMS]))
-    elif KIND != "none":
-        scale = tl.load(scale_at, mask=head < NUM_HEADS, other=1.0)
-        values = tl.div_rn(values, tl.broadcast_to(scale[:, None], [HEADS, DIMS]))
-    slot_offset = (slot // SLOTS_PER_GROUP) * stride_slot_group + (slot % SLOTS_PER_GROUP) * stride_slot
-    dim_offset = (dim // DIMS_PER_GROUP) * stride_dim_group + (dim % DIMS_PER_GROUP) * stride_dim
-    target = pool_ptr + block * stride_block + slot_offset + head[:, None] * stride_head + dim_offset[None, :]
+    """Store HEADS heads of one token in one pool, divided by their scale; a per-token-head scale is computed here."""
+    pool_ptr, scale_ptr, row_ptr = pointers
+    stride_token, stride_head, stride_dim = strides[2]
+    head = (first_head + tl.arange(0, HEADS)).to(tl.int64)
+    dim = tl.arange(0, POOL.dim_lanes).to(tl.int64)
+    mask = (head < POOL.num_heads)[:, None] & (dim < POOL.dim)[None, :]  # [HEADS, dim]
+    row = row_ptr + token * stride_token + head[:, None] * stride_head + dim[None, :] * stride_dim
+    values = widen(tl.load(row, mask=mask, other=0.0), None, False)
+    if POOL.kind != "none":
+        scale_at = scale_address(scale_ptr, block_id, head, page_offset, strides[1])
+        if POOL.kind == "per-token-head":
+            scale = computed_scale(values, CODE)
+            tl.store(scale_at, scale, mask=head < POOL.num_heads)
+        else:
+            scale = tl.load(scale_at, mask=head < POOL.num_heads, other=1.0)
+        values = tl.div_rn(values, tl.broadcast_to(scale[:, None], [HEADS, POOL.dim_lanes]))
+    element = pool_ptr + element_offset(block_id, head[:, None], page_offset, dim[None, :], strides[0], POOL)
     if CODE is not None:
-        tl.store(target, encode_fp8(values, CODE), mask=mask)
+        tl.store(element, encode_fp8(values, CODE), mask=mask)
     else:
-        tl.store(target, round_to(values, pool_ptr.dtype.element_ty, BY_HAND), mask=mask)
+        tl.store(element, round_to(values, pool_ptr.dtype.element_ty, BY_HAND), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_blocks"])
@@ -63,36 +59,39 @@ def scatter_kernel(
     k_strides, v_strides,  # block, head, slot group, slot, dim group, dim
     k_scale_strides, v_scale_strides,  # block, head, slot
     k_row_strides, v_row_strides,  # token, head, dim
-    PAGE: tl.constexpr, NUM_HEADS: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr,
-    HEADS: tl.constexpr, K_DIMS: tl.constexpr, V_DIMS: tl.constexpr,
-    V_SLOTS_PER_GROUP: tl.constexpr, K_DIMS_PER_GROUP: tl.constexpr,
-    K_KIND: tl.constexpr, V_KIND: tl.constexpr,
-    CODE: tl.constexpr, CODE_MAX: tl.constexpr, FLOOR: tl.constexpr, BY_HAND: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr,  # a `PoolForm` each
+    HEADS: tl.constexpr,
+    CODE: tl.constexpr,  # the pools' `Fp8Format`; None: floats
+    BY_HAND: tl.constexpr,
 ):  # fmt: skip
-    """pool[block, head, slot] = encode(row[token, head] / scale), for one token and HEADS of its heads.
+    """Write HEADS heads of one token to its slot, in K and in V:
 
-    A slot below 0 is padding; one past the pool is skipped, and the largest of those is kept.
+        pool[block_id, head, page_offset, dim] = encode(row[token, head, dim] / scale[block_id, head, page_offset])
+
+    with slot = block_id · page_size + page_offset. A slot below 0 is padding; one past the pool is skipped, and the
+    largest of those is kept.
+
+    Source: the engines' `reshape_and_cache` kernels write slots by this mapping, with one scale for a pool. The scale
+    per token and head, computed from its row, is that of dynamic quantization.
     """
-    GROUPS: tl.constexpr = (NUM_HEADS + HEADS - 1) // HEADS
+    GROUPS: tl.constexpr = (K.num_heads + HEADS - 1) // HEADS
     token = (tl.program_id(0) // GROUPS).to(tl.int64)
-    head0 = tl.program_id(0) % GROUPS * HEADS
-    index = tl.load(slot_ptr + token * slot_strides[0]).to(tl.int64)
-    if index < 0:
+    first_head = tl.program_id(0) % GROUPS * HEADS
+    slot = tl.load(slot_ptr + token * slot_strides[0]).to(tl.int64)
+    if slot < 0:
         return
-    block = index // PAGE
-    slot = index % PAGE
-    if block >= num_blocks:
-        tl.atomic_max(too_large_ptr, index)
+    block_id = slot // K.page_size
+    page_offset = slot % K.page_size
+    if block_id >= num_blocks:
+        tl.atomic_max(too_large_ptr, slot)
         return
-    _write_rows(
-        k_ptr, k_scale_ptr, k_row_ptr, token, block, slot, head0, k_strides, k_scale_strides, k_row_strides,
-        NUM_HEADS, K_DIM, HEADS, K_DIMS, 1, K_DIMS_PER_GROUP, K_KIND,
-        CODE, CODE_MAX, FLOOR, BY_HAND,
+    write_rows(
+        (k_ptr, k_scale_ptr, k_row_ptr), token, block_id, page_offset, first_head,
+        (k_strides, k_scale_strides, k_row_strides), K, HEADS, CODE, BY_HAND,
     )  # fmt: skip
-    _write_rows(
-        v_ptr, v_scale_ptr, v_row_ptr, token, block, slot, head0, v_strides, v_scale_strides, v_row_strides,
-        NUM_HEADS, V_DIM, HEADS, V_DIMS, V_SLOTS_PER_GROUP, 1, V_KIND,
-        CODE, CODE_MAX, FLOOR, BY_HAND,
+    write_rows(
+        (v_ptr, v_scale_ptr, v_row_ptr), token, block_id, page_offset, first_head,
+        (v_strides, v_scale_strides, v_row_strides), V, HEADS, CODE, BY_HAND,
     )  # fmt: skip
 
 
@@ -112,41 +111,26 @@ class ScatterLaunch:
     ) -> None:
         """Prepare the launches, of checked arguments; see `kvgather.scatter.scatter`."""
         g, fmt = geometry, FORMATS.get(geometry.dtype)
-        pools = (
-            PoolStrides.of(key_cache, g.layout, "key"),
-            PoolStrides.of(value_cache, g.layout, "value"),
+        forms = (
+            PoolForm.of(key_cache, g.layout, "key", scales[0].kind),
+            PoolForm.of(value_cache, g.layout, "value", scales[1].kind),
         )
-        widest = triton.next_power_of_2(max(g.head_dim, g.v_head_dim))
+        widest = max(form.dim_lanes for form in forms)
         heads = max(1, min(triton.next_power_of_2(g.num_kv_heads), 4096 // widest))
         self._groups, self._num_blocks = triton.cdiv(g.num_kv_heads, heads), g.num_blocks
         interpreted = interpreting()
         strides = (
             (slots.stride(0),),
-            *((s.block, s.head, s.slot_group, s.slot, s.dim_group, s.dim) for s in pools),
+            pool_strides(key_cache, g.layout, "key", forms[0]),
+            pool_strides(value_cache, g.layout, "value", forms[1]),
             *((scale.stride_block, scale.stride_head, scale.stride_slot) for scale in scales),
             k.stride(),
             v.stride(),
         )
-        constants = {
-            "PAGE": g.page_size,
-            "NUM_HEADS": g.num_kv_heads,
-            "K_DIM": g.head_dim,
-            "V_DIM": g.v_head_dim,
-            "HEADS": heads,
-            "K_DIMS": triton.next_power_of_2(g.head_dim),
-            "V_DIMS": triton.next_power_of_2(g.v_head_dim),
-            "V_SLOTS_PER_GROUP": pools[1].slots_per_group,
-            "K_DIMS_PER_GROUP": pools[0].dims_per_group,
-            "K_KIND": scales[0].kind,
-            "V_KIND": scales[1].kind,
-            "CODE": fmt,
-            "CODE_MAX": code_max(g.dtype),
-            "FLOOR": SCALE_FLOOR,
-            "BY_HAND": interpreted,
-        }
+        constants = {"K": forms[0], "V": forms[1], "HEADS": heads, "CODE": fmt, "BY_HAND": interpreted}
         codes = None if fmt is None else torch.uint8
-        stands_in = [codes if scale.tensor is None else None for scale in scales]
-        views = (None, None, codes, stands_in[0], None, codes, stands_in[1], None)
+        k_stand_in, v_stand_in = (codes if scale.tensor is None else None for scale in scales)
+        views = (None, None, codes, k_stand_in, None, codes, v_stand_in, None)
         self._launch = PreparedLaunch(scatter_kernel, views, strides, constants, interpreted)
         self._too_large, self._too_large_at = too_large, too_large.data_ptr()
         # The pool stands in for a scale that is never read.
@@ -158,7 +142,7 @@ class ScatterLaunch:
         self.on_gpu = not interpreted
 
     def remember(self, k: Tensor, v: Tensor, slots: Tensor) -> None:
-        """Remember what rows and slots were like that passed every check, for `fits`."""
+        """Remember rows and slots that passed every check, for `fits`."""
         rows = (k, v, slots)
         self._looks_like = guard(rows, [(None, *t.shape[1:]) for t in rows], [t.stride() for t in rows])
         self._alignment = (k.data_ptr() & 15, v.data_ptr() & 15, slots.data_ptr() & 15)
@@ -170,10 +154,10 @@ class ScatterLaunch:
         ]
 
     def fits(self, k: Tensor, v: Tensor, slots: Tensor) -> bool:
-        """Whether this launch can write these rows to these slots: they pass the checks that those remembered passed.
+        """Whether this launch can write these rows to these slots: they pass the checks of the remembered ones.
 
-        Rows that may share memory with a pool do not. Slots past the pool, or twice, are not looked at; nor are the
-        pools and scales, which the cache has just looked at.
+        Rows that may share memory with a pool do not. The values of slots are not checked, nor are the pools and
+        scales, which the cache has just checked.
         """
         if not self._looks_like(k, v, slots):
             return False

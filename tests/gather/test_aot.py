@@ -70,7 +70,12 @@ def moved(assembly: Assembly, what: str, *, bytes_each: int | None = None) -> in
 def tile_elements(assembly: Assembly) -> int:
     """Elements of K and of V that a program moves."""
     c = assembly.constants
-    return int(c["SLOTS"]) * (c["K_UNITS"] * c["K_UNIT"] + c["V_UNITS"] * c["V_UNIT"])
+    return int(c["K_SLOTS"]) * (c["K_UNITS"] * c["K_UNIT"] + c["V_UNITS"] * c["V_UNIT"])
+
+
+def both(*names: str) -> set[str]:
+    """A constant of K's pool and of V's, for each name."""
+    return {f"{side}_{name}" for side in "KV" for name in names}
 
 
 class Compiles:
@@ -87,7 +92,7 @@ class Compiles:
         assert moved(assembly, "load") and moved(assembly, "store")
         hardware = variant.case.dtype not in FORMATS or variant.case.dtype in fp8_in_hardware(*target.split(":"))
         assert assembly.constants["HARDWARE"] is hardware
-        assert assembly.constants["WIDE"] is variant.heads_outermost
+        assert assembly.constants["K_WIDE"] is assembly.constants["V_WIDE"] is variant.heads_outermost
 
     def test_pools_and_rows_move_16_bytes_a_thread(self, compiled: Compiled, engines: Variant, target: str) -> None:
         """No store is narrower, and loads of 16 bytes bring the whole tile; a record's words and scales are 4 bytes."""
@@ -100,7 +105,7 @@ class Compiles:
 
     def test_the_list_holds_every_value_that_a_launch_can_have(self, compiled: Compiled) -> None:
         """Of each constant with few values, all of them; of the sizes, powers of two and others."""
-        from kvgather.gather.kernel import choose_tile
+        from kvgather.gather.tile import choose_tile
 
         seen: dict[str, set[Any]] = {}
         for assembly in compiled.values():
@@ -111,26 +116,31 @@ class Compiles:
         fp8 = set(product(("e4m3fn", "e4m3fnuz", "e5m2"), (True, False)))
         nowhere = {("e4m3fnuz", True)} if self.backend == "cuda" else set()  # AMD's own format
         assert decodes == {("", True)} | fp8 - nowhere
-        flags = {"HARDWARE", "K_RAW", "V_RAW", "K_ACROSS", "V_ACROSS", "ZERO_BAD_V", "WIDE", "PLANNED", "STARTS"}
+        flags = {"HARDWARE", "V_ZERO_BAD", "PLANNED", "STARTS", *both("RAW", "ACROSS", "WIDE")}
         for name in flags:
             assert seen[name] == {True, False}, name
         assert seen["LANES"] == {offset_lanes(1), offset_lanes(1000)}
         assert seen["BY_HAND"] == {False}  # the interpreter's alone
-        assert seen["K_ALIGN"] | seen["V_ALIGN"] | seen["OUT_ALIGN"] == {1, 2, 4, 8}
+        assert seen["K_ZERO_BAD"] == {False}  # K's rows of a bad block are NaN
+        assert seen["K_ALIGN"] | seen["V_ALIGN"] | seen["K_OUT_ALIGN"] == {1, 2, 4, 8}
         assert seen["V_SLOTS_PER_GROUP"] == seen["K_DIMS_PER_GROUP"] == {1, 4, 8, 16}
+        assert seen["K_SLOTS_PER_GROUP"] == seen["V_DIMS_PER_GROUP"] == {1}
         assert seen["K_UNIT"] | seen["V_UNIT"] == {2**n for n in range(8)}
         dims = (1, 2, 8, 20, 24, 64, 80, 128, 192, 256)
         tiles = [choose_tile(p, h, k, v, s) for p in (1, 2, 3, 7, 24) for h in (1, 2, 3, 8, 16) for k in dims
                  for v in dims for s in (1, 2, 4)]  # fmt: skip
-        assert seen["SLOTS"] == {tile.slots for tile in tiles}
+        assert seen["K_SLOTS"] == {tile.slots for tile in tiles}
         assert seen["num_warps"] == {tile.num_warps for tile in tiles}
-        assert 1 in seen["TILES"] and max(seen["TILES"]) > 1
-        sizes = {"PAGE", "HEADS", "K_DIM", "V_DIM"}
+        assert 1 in seen["K_TILES"] and max(seen["K_TILES"]) > 1
+        sizes = both("PAGE_SIZE", "NUM_HEADS", "DIM")
         for name in sizes:
             assert {value & (value - 1) == 0 for value in seen[name]} == {True, False}, name
-        told = {"K_KIND", "V_KIND", "CODE", "BY_HAND", "V_SLOTS_PER_GROUP", "K_DIMS_PER_GROUP", "SLOTS", "TILES",
-                "K_UNIT", "V_UNIT", "K_ALIGN", "V_ALIGN", "OUT_ALIGN", "LANES", "num_warps"}  # fmt: skip
-        follow = {"NAN_CODE", "K_UNITS", "V_UNITS", "PAGE_TILES"}  # from the format, or the sizes and the tile
+        alike = ("PAGE_SIZE", "NUM_HEADS", "WIDE", "SLOTS", "TILES", "NAN_CODE", "OUT_ALIGN")
+        for assembly in compiled.values():
+            assert all(assembly.constants.get(f"K_{name}") == assembly.constants.get(f"V_{name}") for name in alike)
+        told = {"CODE", "BY_HAND", "LANES", "K_ZERO_BAD", "num_warps"}
+        told |= both("KIND", "SLOTS_PER_GROUP", "DIMS_PER_GROUP", "SLOTS", "TILES", "UNIT", "ALIGN", "OUT_ALIGN")
+        follow = both("NAN_CODE", "UNITS")  # from the format, or the sizes and the tile
         assert set(seen) == flags | sizes | told | follow, (
             "a new constant needs its values in the list, and a line above"
         )
