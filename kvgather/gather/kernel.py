@@ -29,7 +29,7 @@ from ..kernels.address import (
     slot_offset,
 )
 from ..kernels.launch import PreparedLaunch, granule, inner_extent, prepared_once
-from ..kernels.pages import PageSearch, find_page
+from ..kernels.pages import PageSearch, find_page, load_record
 from ..kernels.signatures import MOST, Pointers, signature
 from ..kernels.values import round_to, widen
 from .tile import Tile, TiledPool, choose_tile, unit_of
@@ -207,11 +207,7 @@ def gather_kernel(
     """
     record, tile_offset, tile = tile_of(tl.program_id(0), K)
     if PAGES is None:
-        record_ptr = page_ptr + record.to(tl.int64) * 4
-        block_id = tl.load(record_ptr).to(tl.int64)
-        first_row = tl.load(record_ptr + 1)
-        rows = tl.load(record_ptr + 2)
-        page_offset = tl.load(record_ptr + 3)
+        block_id, first_row, rows, page_offset = load_record(page_ptr, record)
     else:
         strides = (row_stride.to(tl.int64), column_stride.to(tl.int64), cu_strides[0], cu_strides[1])
         block_id, first_row, rows, page_offset, _sequence, _column, _id = find_page(

@@ -39,6 +39,14 @@ class PageSearch:
 
 
 @triton.jit
+def load_record(record_ptr, record):
+    """One record of a plan: block id or −1 (int64), first row, rows, page offset of the first row (int32)."""
+    record_ptr += record.to(tl.int64) * 4
+    block_id = tl.load(record_ptr).to(tl.int64)
+    return block_id, tl.load(record_ptr + 1), tl.load(record_ptr + 2), tl.load(record_ptr + 3)
+
+
+@triton.jit
 def clamped_offset(cu_ptr, index, stride_cu, present, total):
     """`cu_seqlens[index]` inside 0 to `total`, int32; 0 where not present."""
     offset = tl.load(cu_ptr + index.to(tl.int64) * stride_cu, mask=present, other=0).to(tl.int64)

@@ -1,9 +1,9 @@
 """From one program per (token, head) to the page tile, one change at a time: the kernels of chapter 07.
 
-Step 0 is `before_fix.gather_one_head_kernel`, the last step is the package's own kernel; between them stand the four
-kernels of this file. They share every formula: where an element lies never changes, only who reads it, and when.
-They are for reading: pools in NHD or SHUFFLE, contiguous, FP8, one scale for all of K and one for all of V, sizes that
-are powers of two, and a plan whose block ids are good.
+Step 0 is `before_fix.gather_one_head_kernel`, the last step is the package's own kernel; between them are the four
+kernels of this file. They share the package's formula for the address of an element (`kernels.address`); a step changes
+which program reads an element, and when. They are for reading: pools in NHD or SHUFFLE, contiguous, FP8, one scale for
+all of K and one for all of V, sizes that are powers of two, and a plan whose block ids are good.
 """
 
 from __future__ import annotations
@@ -20,138 +20,116 @@ from ..cache import PagedKVCache
 from ..device import fp8_support, interpreting, require_triton
 from ..formats.checks import check_tensor, described, share_elements
 from ..formats.fp8 import FLOATS, FORMATS
+from ..formats.layout import Which, pool_shape
 from ..gather.dispatch import check_made_for
+from ..kernels.address import PoolForm, element_offset, pool_strides
 from ..kernels.launch import launching
+from ..kernels.pages import load_record
 from ..kernels.values import decode_fp8, round_to
 from ..plan import GatherPlan
 
 
 @triton.jit
-def k_offset(block, head, slot, dim, HEADS: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, SHUFFLE: tl.constexpr):
-    """Where K has an element, for integers or tensors that broadcast: chapter 03's strides."""
-    if SHUFFLE:  # [blocks, heads, dim/16, page, 16]
-        return (block * HEADS + head) * (PAGE * DIM) + (dim // 16) * (PAGE * 16) + slot * 16 + dim % 16
-    return ((block * PAGE + slot) * HEADS + head) * DIM + dim
-
-
-@triton.jit
-def v_offset(block, head, slot, dim, HEADS: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, SHUFFLE: tl.constexpr):
-    """Where V has an element."""
-    if SHUFFLE:  # [blocks, heads, page/16, dim, 16]
-        return (block * HEADS + head) * (PAGE * DIM) + (slot // 16) * (DIM * 16) + dim * 16 + slot % 16
-    return ((block * PAGE + slot) * HEADS + head) * DIM + dim
-
-
-@triton.jit
 def finish(codes, scale, dtype: tl.constexpr, CODE: tl.constexpr, HARDWARE: tl.constexpr):
-    """FP8 codes times their scale, rounded; by integers where there is no hardware for it."""
+    """FP8 codes times their scale, rounded; decoded with integer operations unless HARDWARE."""
     return round_to(decode_fp8(codes, CODE, HARDWARE) * scale, dtype, not HARDWARE)
 
 
 @triton.jit
 def page_per_program_kernel(
-    record_ptr,  # [records, 4] int32: block, first row, rows, offset of the first row in the page
+    record_ptr,  # [records, 4] int32: block, first row, rows, page offset of the first row
     k_ptr, v_ptr, k_scale_ptr, v_scale_ptr,
     k_out_ptr, v_out_ptr,  # [rows, heads, dim]
-    HEADS: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, SHUFFLE: tl.constexpr,
+    K_STRIDES: tl.constexpr, V_STRIDES: tl.constexpr,  # block, head, slot group, slot, dim group, dim
+    K: tl.constexpr, V: tl.constexpr,  # a `PoolForm` each
     CODE: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """Step 1: a program for each (page, head); its tokens one after the other."""
-    record, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
-    block = tl.load(record_ptr + record * 4).to(tl.int64)
-    first_row = tl.load(record_ptr + record * 4 + 1).to(tl.int64)
-    rows = tl.load(record_ptr + record * 4 + 2)
-    begin = tl.load(record_ptr + record * 4 + 3)
+    record, head = tl.program_id(0) // K.num_heads, tl.program_id(0) % K.num_heads
+    block_id, first_row, rows, first_offset = load_record(record_ptr, record)
     k_scale, v_scale = tl.load(k_scale_ptr), tl.load(v_scale_ptr)
-    dim = tl.arange(0, DIM)
-    slot, row = begin, first_row
-    while slot < begin + rows:
-        k = tl.load(k_ptr + k_offset(block, head, slot, dim, HEADS, PAGE, DIM, SHUFFLE))  # [dim]
-        v = tl.load(v_ptr + v_offset(block, head, slot, dim, HEADS, PAGE, DIM, SHUFFLE))
-        at = (row * HEADS + head) * DIM + dim
-        tl.store(k_out_ptr + at, finish(k, k_scale, k_out_ptr.dtype.element_ty, CODE, HARDWARE))
-        tl.store(v_out_ptr + at, finish(v, v_scale, v_out_ptr.dtype.element_ty, CODE, HARDWARE))
-        slot += 1
+    dim = tl.arange(0, K.dim)
+    row, page_offset = first_row.to(tl.int64), first_offset
+    while page_offset < first_offset + rows:
+        k = tl.load(k_ptr + element_offset(block_id, head, page_offset, dim, K_STRIDES, K))  # [dim]
+        v = tl.load(v_ptr + element_offset(block_id, head, page_offset, dim, V_STRIDES, V))
+        out = (row * K.num_heads + head) * K.dim + dim
+        tl.store(k_out_ptr + out, finish(k, k_scale, k_out_ptr.dtype.element_ty, CODE, HARDWARE))
+        tl.store(v_out_ptr + out, finish(v, v_scale, v_out_ptr.dtype.element_ty, CODE, HARDWARE))
         row += 1
+        page_offset += 1
 
 
 @triton.jit
 def tile_kernel(
     record_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, k_out_ptr, v_out_ptr,
-    HEADS: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, SHUFFLE: tl.constexpr,
+    K_STRIDES: tl.constexpr, V_STRIDES: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     CODE: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """Step 2: the page's tokens all at once, a tile `[page, dim]`; the mask keeps out the slots of others."""
-    record, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
-    block = tl.load(record_ptr + record * 4).to(tl.int64)
-    first_row = tl.load(record_ptr + record * 4 + 1).to(tl.int64)
-    rows = tl.load(record_ptr + record * 4 + 2)
-    begin = tl.load(record_ptr + record * 4 + 3)
+    """Step 2: the page's tokens all at once, a tile `[page, dim]`; the mask excludes slots outside the record."""
+    record, head = tl.program_id(0) // K.num_heads, tl.program_id(0) % K.num_heads
+    block_id, first_row, rows, first_offset = load_record(record_ptr, record)
     k_scale, v_scale = tl.load(k_scale_ptr), tl.load(v_scale_ptr)
-    slot, dim = tl.arange(0, PAGE)[:, None], tl.arange(0, DIM)[None, :]
-    wanted = (slot >= begin) & (slot < begin + rows)  # [page, 1]
-    k = tl.load(k_ptr + k_offset(block, head, slot, dim, HEADS, PAGE, DIM, SHUFFLE), mask=wanted, other=0)
-    v = tl.load(v_ptr + v_offset(block, head, slot, dim, HEADS, PAGE, DIM, SHUFFLE), mask=wanted, other=0)
-    at = ((first_row - begin + slot) * HEADS + head) * DIM + dim  # [page, dim]
-    tl.store(k_out_ptr + at, finish(k, k_scale, k_out_ptr.dtype.element_ty, CODE, HARDWARE), mask=wanted)
-    tl.store(v_out_ptr + at, finish(v, v_scale, v_out_ptr.dtype.element_ty, CODE, HARDWARE), mask=wanted)
+    page_offset, dim = tl.arange(0, K.page_size)[:, None], tl.arange(0, K.dim)[None, :]
+    wanted = (page_offset >= first_offset) & (page_offset < first_offset + rows)  # [page, 1]
+    k = tl.load(k_ptr + element_offset(block_id, head, page_offset, dim, K_STRIDES, K), mask=wanted, other=0)
+    v = tl.load(v_ptr + element_offset(block_id, head, page_offset, dim, V_STRIDES, V), mask=wanted, other=0)
+    row = first_row.to(tl.int64) - first_offset + page_offset
+    out = (row * K.num_heads + head) * K.dim + dim  # [page, dim]
+    tl.store(k_out_ptr + out, finish(k, k_scale, k_out_ptr.dtype.element_ty, CODE, HARDWARE), mask=wanted)
+    tl.store(v_out_ptr + out, finish(v, v_scale, v_out_ptr.dtype.element_ty, CODE, HARDWARE), mask=wanted)
 
 
 @triton.jit
 def whole_page_kernel(
     record_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, k_out_ptr, v_out_ptr,
-    HEADS: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, SHUFFLE: tl.constexpr,
+    K_STRIDES: tl.constexpr, V_STRIDES: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     CODE: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """Step 3: read the whole page without a mask, for all of it lies in the pool; mask what is written."""
-    record, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
-    block = tl.load(record_ptr + record * 4).to(tl.int64)
-    first_row = tl.load(record_ptr + record * 4 + 1).to(tl.int64)
-    rows = tl.load(record_ptr + record * 4 + 2)
-    begin = tl.load(record_ptr + record * 4 + 3)
-    if rows == 0:  # a record that is not used names no page
+    """Step 3: read the whole page without a mask, because all of it is in the pool; mask the store alone."""
+    record, head = tl.program_id(0) // K.num_heads, tl.program_id(0) % K.num_heads
+    block_id, first_row, rows, first_offset = load_record(record_ptr, record)
+    if rows == 0:  # an unused record names no page
         return
     k_scale, v_scale = tl.load(k_scale_ptr), tl.load(v_scale_ptr)
-    slot, dim = tl.arange(0, PAGE)[:, None], tl.arange(0, DIM)[None, :]
-    wanted = (slot >= begin) & (slot < begin + rows)  # [page, 1]
-    k = tl.load(k_ptr + k_offset(block, head, slot, dim, HEADS, PAGE, DIM, SHUFFLE))
-    v = tl.load(v_ptr + v_offset(block, head, slot, dim, HEADS, PAGE, DIM, SHUFFLE))
-    at = ((first_row - begin + slot) * HEADS + head) * DIM + dim  # [page, dim]
-    tl.store(k_out_ptr + at, finish(k, k_scale, k_out_ptr.dtype.element_ty, CODE, HARDWARE), mask=wanted)
-    tl.store(v_out_ptr + at, finish(v, v_scale, v_out_ptr.dtype.element_ty, CODE, HARDWARE), mask=wanted)
+    page_offset, dim = tl.arange(0, K.page_size)[:, None], tl.arange(0, K.dim)[None, :]
+    wanted = (page_offset >= first_offset) & (page_offset < first_offset + rows)  # [page, 1]
+    k = tl.load(k_ptr + element_offset(block_id, head, page_offset, dim, K_STRIDES, K))
+    v = tl.load(v_ptr + element_offset(block_id, head, page_offset, dim, V_STRIDES, V))
+    row = first_row.to(tl.int64) - first_offset + page_offset
+    out = (row * K.num_heads + head) * K.dim + dim  # [page, dim]
+    tl.store(k_out_ptr + out, finish(k, k_scale, k_out_ptr.dtype.element_ty, CODE, HARDWARE), mask=wanted)
+    tl.store(v_out_ptr + out, finish(v, v_scale, v_out_ptr.dtype.element_ty, CODE, HARDWARE), mask=wanted)
 
 
 @triton.jit
 def all_heads_kernel(
     record_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, k_out_ptr, v_out_ptr,
-    HEADS: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, SHUFFLE: tl.constexpr,
+    K_STRIDES: tl.constexpr, V_STRIDES: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     CODE: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """Step 4: a program for each page, with all its heads: the rows it writes are one run of memory."""
-    record = tl.program_id(0)
-    block = tl.load(record_ptr + record * 4).to(tl.int64)
-    first_row = tl.load(record_ptr + record * 4 + 1).to(tl.int64)
-    rows = tl.load(record_ptr + record * 4 + 2)
-    begin = tl.load(record_ptr + record * 4 + 3)
+    block_id, first_row, rows, first_offset = load_record(record_ptr, tl.program_id(0))
     if rows == 0:
         return
     k_scale, v_scale = tl.load(k_scale_ptr), tl.load(v_scale_ptr)
-    slot = tl.arange(0, PAGE)[:, None, None]
-    head, dim = tl.arange(0, HEADS)[None, :, None], tl.arange(0, DIM)[None, None, :]
-    wanted = (slot >= begin) & (slot < begin + rows)  # [page, 1, 1]
-    k = tl.load(k_ptr + k_offset(block, head, slot, dim, HEADS, PAGE, DIM, SHUFFLE))
-    v = tl.load(v_ptr + v_offset(block, head, slot, dim, HEADS, PAGE, DIM, SHUFFLE))
-    at = ((first_row - begin + slot) * HEADS + head) * DIM + dim  # [page, heads, dim]
-    tl.store(k_out_ptr + at, finish(k, k_scale, k_out_ptr.dtype.element_ty, CODE, HARDWARE), mask=wanted)
-    tl.store(v_out_ptr + at, finish(v, v_scale, v_out_ptr.dtype.element_ty, CODE, HARDWARE), mask=wanted)
+    page_offset = tl.arange(0, K.page_size)[:, None, None]
+    head, dim = tl.arange(0, K.num_heads)[None, :, None], tl.arange(0, K.dim)[None, None, :]
+    wanted = (page_offset >= first_offset) & (page_offset < first_offset + rows)  # [page, 1, 1]
+    k = tl.load(k_ptr + element_offset(block_id, head, page_offset, dim, K_STRIDES, K))
+    v = tl.load(v_ptr + element_offset(block_id, head, page_offset, dim, V_STRIDES, V))
+    row = first_row.to(tl.int64) - first_offset + page_offset
+    out = (row * K.num_heads + head) * K.dim + dim  # [page, heads, dim]
+    tl.store(k_out_ptr + out, finish(k, k_scale, k_out_ptr.dtype.element_ty, CODE, HARDWARE), mask=wanted)
+    tl.store(v_out_ptr + out, finish(v, v_scale, v_out_ptr.dtype.element_ty, CODE, HARDWARE), mask=wanted)
 
 
 @dataclass(frozen=True)
 class Step:
-    """One kernel of the journey.
+    """One kernel of the chapter.
 
     Attributes:
-        name: what it does, as rows of measurements and tables call it.
+        name: what it does, as in rows of measurements and in tables.
         kernel: the Triton kernel.
         all_heads: whether a program takes all heads of a page, or one.
     """
@@ -185,11 +163,14 @@ def constants_of(
     layout: str, dtype: torch.dtype, page_size: int, num_heads: int, head_dim: int, hardware: bool
 ) -> dict[str, Any]:
     """The constexpr values that the four kernels take; `hardware` says whether the GPU decodes this FP8 itself."""
-    fmt = FORMATS[dtype]
-    return {
-        "HEADS": num_heads, "PAGE": page_size, "DIM": head_dim, "SHUFFLE": layout == "SHUFFLE",
-        "CODE": fmt, "HARDWARE": hardware,
-    }  # fmt: skip
+    constants: dict[str, Any] = {"CODE": FORMATS[dtype], "HARDWARE": hardware}
+    sides: tuple[tuple[str, Which], ...] = (("K", "key"), ("V", "value"))
+    for name, which in sides:
+        shape = pool_shape(layout, which, 1, page_size, num_heads, head_dim, dtype.itemsize)
+        pool = torch.empty(shape, dtype=dtype, device="meta")
+        form = PoolForm.of(pool, layout, which, "per-tensor")
+        constants |= {name: form, f"{name}_STRIDES": pool_strides(pool, layout, which, form)}
+    return constants
 
 
 def gather(step: Step, cache: PagedKVCache, plan: GatherPlan, out: tuple[Tensor, Tensor]) -> None:
@@ -198,8 +179,8 @@ def gather(step: Step, cache: PagedKVCache, plan: GatherPlan, out: tuple[Tensor,
     Args:
         step: one of `STEPS`.
         cache: contiguous FP8 pools, NHD or SHUFFLE, one scale each.
-        plan: made for this cache, of block ids that are all in the pool; on a GPU, where to look is to wait for it,
-            only `plan.check()` says so.
+        plan: made for this cache, of block ids that are all in the pool. On a CPU this is checked; on a GPU the check
+            would synchronize, and the caller calls `plan.check()`.
         out: K and V, at least `[plan.total_tokens, heads, dim]` each, contiguous; written in place.
 
     Raises:
