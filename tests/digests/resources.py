@@ -30,8 +30,9 @@ _AMD = {
 
 def jobs() -> dict[str, Callable[[], Any]]:
     """What to compile, by name: gathers, direct attention and the kernels of a batch; 60 kernels, a minute's work."""
-    from kvgather.lab._assembly_child import compile_one as gather
     from tests.attention._batch_assembly_child import compile_all
+
+    from kvgather.lab._assembly_child import compile_one as gather
     from tests.attention._direct_assembly_child import Job
     from tests.attention._direct_assembly_child import compile_one as direct
     from tests.attention.test_direct_aot import JOBS
