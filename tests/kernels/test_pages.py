@@ -17,16 +17,16 @@ if triton_available():
     import triton.language as tl
 
     from kvgather.kernels.launch import launching
-    from kvgather.kernels.pages import find_page
+    from kvgather.kernels.pages import PageSearch, find_page
 
     @triton.jit(do_not_specialize=["batch", "columns", "num_blocks", "total"])
     def pages_kernel(
         table_ptr, cu_ptr, start_ptr, out_ptr, batch, columns, num_blocks, total, strides,
-        PAGE: tl.constexpr, STARTS: tl.constexpr, LANES: tl.constexpr,
+        PAGES: tl.constexpr,
     ):  # fmt: skip
         record = tl.program_id(0)
         block, first, rows, begin, sequence, column, block_id = find_page(
-            record, table_ptr, cu_ptr, start_ptr, batch, columns, num_blocks, total, strides, PAGE, STARTS, LANES
+            record, (table_ptr, cu_ptr, start_ptr), (batch, columns, num_blocks, total), strides, PAGES
         )
         out_ptr += record.to(tl.int64) * 7
         tl.store(out_ptr, block)
@@ -85,7 +85,7 @@ def found_by_kernel(batch: Batch, lanes: int, where: str) -> dict[int, tuple[int
     with launching(table, interpreting()):
         pages_kernel[(batch.records,)](
             table, cu, starts, out, len(batch.table), table.shape[1], batch.num_blocks, batch.total,
-            (*table.stride(), 1, 1), PAGE=batch.page, STARTS=batch.starts is not None, LANES=lanes,
+            (*table.stride(), 1, 1), PAGES=PageSearch(batch.page, batch.starts is not None, lanes),
         )  # fmt: skip
     rows = out.tolist()
     assert all(row[2] >= 0 for row in rows)
