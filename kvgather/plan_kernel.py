@@ -23,7 +23,9 @@ def plan_kernel(
     cu_strides,
     PAGES: tl.constexpr,  # a `PageSearch`
 ):  # fmt: skip
-    """One record of a plan: (block_id or −1, first_row, rows, page_offset) of one page of one sequence; `find_page`.
+    """One record of a plan, of page n of sequence b with start s and offset o[b] (`kernels.pages.find_page`):
+
+        record[o[b] // page_size + 2 b + n] = (table[b, s // page_size + n] or −1, first_row, rows, page_offset)
 
     Also its origin (sequence, column, id in the table), for `check()`, and a copy of one offset: a plan has more
     records than offsets.
@@ -55,7 +57,7 @@ def plan_records(
     total_tokens: int,
     capacity: int,
 ) -> tuple[Tensor, Tensor]:
-    """A plan's records, and where they come from, in one launch.
+    """A plan's records and their origins, in one launch.
 
     Args:
         block_table, cu_seqlens_k, seq_starts, page_size, num_blocks, total_tokens: as `GatherPlan.build` takes them,
@@ -78,8 +80,8 @@ def plan_records(
     )  # fmt: skip
     interpreted, lanes = interpreting(), offset_lanes(batch)
     cu_strides = (cu_seqlens_k.stride(0), starts.stride(0))
-    wide = max(block_table.stride()) > MOST  # what is allocated here is aligned
-    key = (
+    wide = max(block_table.stride()) > MOST
+    key = (  # without the tensors allocated here, which are always aligned
         page_size, seq_starts is None, lanes, interpreted, device, cu_strides, wide, block_table.dtype,
         cu_seqlens_k.dtype, starts.dtype, addresses[0] & 15, addresses[1] & 15, addresses[2] & 15,
     )  # fmt: skip

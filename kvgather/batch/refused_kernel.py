@@ -1,4 +1,4 @@
-"""The kernel that refuses the rows of a sequence that has too many: one program for a sequence; most return at once."""
+"""The kernel that refuses the rows of a sequence with too many new tokens: one program for each sequence."""
 
 from __future__ import annotations
 
@@ -10,28 +10,32 @@ from ..device import interpreting
 from ..kernels.launch import PreparedLaunch, prepared_once
 
 
-@triton.jit(do_not_specialize=["max_q"])  # at 1, decode, it would be another kernel
+@triton.jit(do_not_specialize=["max_q"])  # else Triton would compile another kernel for 1, a decode step
 def refuse_rows_kernel(
     out_ptr, lse_ptr, cu_q_ptr, max_q,
     out_strides, lse_strides,  # row, head and dim; row and head
     HEADS: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
+    """out[row], lse[row] = NaN for the rows of each sequence that has more than max_q; see `batch.refused`.
+
+    Most programs return at once. Rows and heads are walked as one flat axis, R at a time.
+    """
     sequence = tl.program_id(0)
     first = tl.load(cu_q_ptr + sequence).to(tl.int64)
     end = tl.load(cu_q_ptr + sequence + 1).to(tl.int64)
     if end - first <= max_q:
         return
     dim = tl.arange(0, DIMS)
-    at = first * HEADS + tl.arange(0, R)  # of [rows, HEADS], flat
-    while tl.min(at, 0) < end * HEADS:
-        row, head = at // HEADS, at % HEADS
-        mine = at < end * HEADS
-        out_at = (row * out_strides[0] + head * out_strides[1])[:, None] + dim.to(tl.int64)[None, :] * out_strides[2]
-        nan = tl.full([R, DIMS], float("nan"), tl.float32)
-        tl.store(out_ptr + out_at, nan.to(out_ptr.dtype.element_ty), mask=mine[:, None] & (dim < DIM)[None, :])
+    flat = first * HEADS + tl.arange(0, R)  # of [rows, HEADS]
+    while tl.min(flat, 0) < end * HEADS:
+        row, head = flat // HEADS, flat % HEADS
+        mask = flat < end * HEADS
+        offset = (row * out_strides[0] + head * out_strides[1])[:, None] + dim.to(tl.int64)[None, :] * out_strides[2]
+        nan = tl.full([R, DIMS], float("nan"), tl.float32).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + offset, nan, mask=mask[:, None] & (dim < DIM)[None, :])
         nan_lse = tl.full([R], float("nan"), tl.float32)
-        tl.store(lse_ptr + row * lse_strides[0] + head * lse_strides[1], nan_lse, mask=mine)
-        at += R
+        tl.store(lse_ptr + row * lse_strides[0] + head * lse_strides[1], nan_lse, mask=mask)
+        flat += R
 
 
 def launch(out: Tensor, lse: Tensor, cu_seqlens_q: Tensor, max_q: int) -> None:

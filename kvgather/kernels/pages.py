@@ -1,7 +1,8 @@
-"""Which page a program serves: from the batch's offsets and its block table, with no plan made before.
+"""Which page a program serves: from a plan's record, or from the batch's offsets and its block table without a plan.
 
-A sequence's pages have records at fixed places: the first of sequence b is number `offset[b] // PAGE + 2 * b`, whatever
-came before it, which always leaves room for all of its pages. So a program finds its sequence in the offsets alone.
+The pages of a sequence have records at fixed places: the first of sequence b is number `offset[b] // PAGE + 2 * b`,
+whatever the earlier sequences are; this always leaves room for all of its pages. So a program finds its sequence in the
+offsets alone.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def find_sequence(record, cu_ptr, batch, total, stride_cu, PAGE: tl.constexpr, L
 
 @triton.jit
 def pick(values, chosen):
-    """The one of int32 or int64 `values` where `chosen`, int64; reductions are of 32 bits, as in `find_sequence`."""
+    """The int32 or int64 value at which `chosen` is set, int64; reductions are of 32 bits, as in `find_sequence`."""
     least: tl.constexpr = -(2**31)
     low = tl.max(tl.where(chosen, values.to(tl.int32), least), 0).to(tl.int64)
     if values.dtype == tl.int64:
@@ -109,7 +110,8 @@ def pick(values, chosen):
 def find_page(record, pointers, sizes, strides, PAGES: tl.constexpr):
     """The page of one record: block id or −1, first row, rows, page offset of the first row, sequence, column, id.
 
-    Page n of sequence b, whose tokens begin at position start[b], is column start[b] // page_size + n of its row.
+    Page n of sequence b, whose tokens begin at position s = start[b], is column s // page_size + n of its row of the
+    table. Page 0 begins at page_offset s % page_size, the others at 0; rows end with the page or with the sequence.
 
     Args:
         record: int32, from 0.
