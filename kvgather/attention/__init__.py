@@ -1,4 +1,4 @@
-"""Attention over a prefix that is cached: gathered and dense, or straight from the pages."""
+"""Attention over a cached prefix: gathered for a dense kernel, or directly from the pages."""
 
 from ..batch.capture import CaptureError
 from .batch import PrefixBatch

@@ -1,19 +1,19 @@
-"""PrefixBatch: which new tokens and which cached ones attend to each other, checked once per forward.
+"""PrefixBatch: the new and cached tokens of a batch, checked once per forward.
 
-Every layer of a forward reads the same block table at the same offsets. So everything that can be wrong with them is
-dealt with here, once: afterwards a bad id, a falling offset or a sequence longer than its row of the table can make
-rows of NaN, and never an address outside the pool or the table.
+All layers of a forward read the same block table with the same offsets, which are therefore checked here once.
+Afterwards a bad id, a decreasing offset or a sequence longer than its row of the block table can produce rows of NaN,
+but never an address outside the pool or the block table.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..batch.capture import capturing, check_may_make
+from ..batch.capture import capturing, check_may_create
 from ..batch.checked import CheckedBatch
 from ..batch.contents import Sizes
 from ..batch.lengths import check_fit, check_lengths, check_offsets, check_row, longest_of, total_of
@@ -25,23 +25,23 @@ from ..plan import PlanError
 from .choose import PATHS, Layer, explained, facts_of, route_of
 
 _INDEX_DTYPES = (torch.int32, torch.int64)
-_MOST = 2**31 - 1
+_INT32_MAX = 2**31 - 1
 
 
 class PrefixBatch(CheckedBatch):
-    """One batch of the prefix path: its new tokens, and the cached ones before them.
+    """One batch of the prefix path: new tokens, and the cached tokens before them.
 
     Attributes:
-        block_table: `[batch, max_blocks]` int32, contiguous; −1 wherever there is no block of the pool to read.
-        cu_seqlens_q, cu_seqlens_k: `[batch + 1]` int32: prefix sums of new tokens, and of cached + new ones.
+        block_table: `[batch, max_blocks]` int32, contiguous; −1 for entries that must not be read.
+        cu_seqlens_q, cu_seqlens_k: `[batch + 1]` int32: prefix sums of new tokens, and of cached + new tokens.
         total_q, total_k: rows of q and of gathered K; capacities if they are larger than the last offsets.
-        max_q, max_k: no sequence has more new tokens, or more tokens.
-        seqlens_q, seqlens_k: the lengths as the host knows them, or None.
-        page_size, num_blocks: of the pool the batch was checked for.
-        slots: `[total_q]` int64: where each new token is written; −1 for rows that belong to no sequence.
-        everything: all tokens as one piece; its `plan` gathers cached + new. Planned when a layer first needs it.
-        windows: window → the piece that gathers no more than a layer of that window sees.
-        built_in_capture: whether a CUDA graph was being captured: then the batch is of use in that capture alone.
+        max_q, max_k: upper bounds of a sequence's new tokens, and of its cached + new tokens.
+        seqlens_q, seqlens_k: the lengths on the host, or None.
+        page_size, num_blocks: of the pool that the batch was checked for.
+        slots: `[total_q]` int64: the slot of each new token; −1 for rows that belong to no sequence.
+        everything: all tokens as one piece, whose `plan` gathers cached + new tokens. Planned at first use.
+        windows: window → the piece that gathers only the tokens that a layer with this window sees.
+        built_in_capture: whether the batch was built during a CUDA graph's capture, and is valid only in that graph.
     """
 
     @classmethod
@@ -64,75 +64,66 @@ class PrefixBatch(CheckedBatch):
         """Check one batch and plan what its layers gather, on its device.
 
         Args:
-            block_table: `[batch, max_blocks]` int32 or int64. Entries past a sequence's tokens may hold anything.
+            block_table: `[batch, max_blocks]` int32 or int64. Entries past a sequence's tokens are ignored.
             cu_seqlens_q: `[batch + 1]` int32 or int64: prefix sums of new tokens, starting at 0.
             cu_seqlens_k: `[batch + 1]` int32 or int64: prefix sums of cached + new tokens. A sequence's new tokens are
                 its last ones.
             page_size: tokens per block.
             num_blocks: blocks of the pool; ids must be below it.
-            total_q, total_k: the last offsets, or more: capacities. When they or the lengths are given, nothing waits
-                for the device, and the call can be captured in a CUDA graph; when None, they are read.
-            max_q, max_k: upper bounds of new tokens, and of tokens, of one sequence. None: the longest of the lengths
-                if those are given, else what the totals and the table allow. Both are enforced on the device: a
-                sequence past one of them comes out NaN, and nothing is written for it.
-            seqlens_q, seqlens_k: the lengths, where the host knows them: `batch` ints each. They choose better
-                kernels and tighter workspaces. A CUDA graph that replays with other lengths must not be given them:
-                where the device has others, rows may be wrong ones, and `check()` reports it.
-            windows: the sliding windows of the layers to come; others work too, and are planned when first asked for.
+            total_q, total_k: the last offsets, or larger capacities. With totals or lengths the call does not
+                synchronize and can be captured in a CUDA graph; otherwise the last offsets are read.
+            max_q, max_k: upper bounds of a sequence's new tokens, and of its cached + new tokens. None means the
+                longest of the lengths, or without lengths the bound that the totals and the block table give. Both
+                are enforced on the device: a longer sequence has rows of NaN, and its new tokens are not written.
+            seqlens_q, seqlens_k: the lengths, `batch` ints each, or None if the host does not know them. They permit
+                faster kernels and smaller workspaces. Do not pass them for a CUDA graph that is replayed with other
+                lengths: if the lengths on the device differ, rows may be wrong, and `check()` raises.
+            windows: sliding windows to plan now. A window that is not listed is planned at first use.
 
         Returns:
-            A batch. Bad contents do not raise here: an id outside the pool becomes −1 and its keys come out NaN, and so
-            do all of a sequence with more tokens than its row of the table or `max_k`; offsets that fall or pass the
-            totals are clamped. `check()` reports them.
+            A batch. Bad contents do not raise here: an id outside the pool becomes −1 and its keys are NaN; all keys of
+            a sequence with more tokens than its row of the block table or `max_k` are NaN; offsets that decrease or
+            exceed the totals are clamped. `check()` reports them.
 
         Raises:
-            TypeError, ValueError: an argument has the wrong type, rank, size or device, or the lengths do not fit.
+            TypeError, ValueError: an argument has the wrong type, rank, size or device, or the lengths do not match.
         """
-        if not _certainly_good(block_table, cu_seqlens_q, cu_seqlens_k):
+        if not _indices_are_valid(block_table, cu_seqlens_q, cu_seqlens_k):
             _check_indices(block_table, cu_seqlens_q, cu_seqlens_k)
-        batch, columns = block_table.shape
+        batch = block_table.shape[0]
         page_size = check_int(page_size, "page_size", minimum=1)
         num_blocks = check_int(num_blocks, "num_blocks")
-        known_q = check_lengths(seqlens_q, "seqlens_q", batch)
-        known_k = check_lengths(seqlens_k, "seqlens_k", batch)
-        asked = [_one_window(w, f"windows[{i}]") for i, w in enumerate(_listed(windows))]
-        total_q = total_of(total_q, "q", known_q, cu_seqlens_q, batch * columns * page_size)
-        total_k = total_of(total_k, "k", known_k, cu_seqlens_k, batch * columns * page_size)
-        check_fit(known_q, known_k, columns * page_size)
-        # A row of at least one column: where there is no table, keys are NaN too.
-        room = min(max(columns, 1) * page_size, _MOST)
-        most_new = total_q if max_k is None else min(total_q, check_int(max_k, "max_k"))  # they are among the tokens
-        max_k = max(longest_of(max_k, "max_k", known_k, min(total_k, room)), min(total_k, 1))
-        max_q = longest_of(max_q, "max_q", known_q, most_new)
-        most = min(room, max_k)
-        if total_k > most:
-            # A sequence with more tokens counts as one of `most`, all in bad blocks. With up to `most` new tokens each
-            # of its rows sees such a key; with more it is past `max_q`. Either way all its rows are NaN.
-            max_q = min(max_q, most)
-
-        tensors = batch_tensors(
-            block_table, cu_seqlens_q, cu_seqlens_k, Sizes(page_size, num_blocks, total_q, total_k, max_q, most)
-        )
-        made = cls(
+        seqlens_q = check_lengths(seqlens_q, "seqlens_q", batch)
+        seqlens_k = check_lengths(seqlens_k, "seqlens_k", batch)
+        window_list = _check_windows(windows)
+        capacity = block_table.numel() * page_size
+        total_q = total_of(total_q, "q", seqlens_q, cu_seqlens_q, capacity)
+        total_k = total_of(total_k, "k", seqlens_k, cu_seqlens_k, capacity)
+        row_tokens = block_table.shape[1] * page_size
+        check_fit(seqlens_q, seqlens_k, row_tokens)
+        bounds = _check_bounds(max_q, max_k, seqlens_q, seqlens_k, total_q, total_k, max(row_tokens, page_size))
+        sizes = Sizes(page_size, num_blocks, total_q, total_k, bounds.max_q, bounds.max_tokens)
+        tensors = batch_tensors(block_table, cu_seqlens_q, cu_seqlens_k, sizes)
+        result = cls(
             block_table=tensors.table,
             cu_seqlens_q=tensors.cu_q,
             cu_seqlens_k=tensors.cu_k,
             total_q=total_q,
             total_k=total_k,
-            max_q=max_q,
-            max_k=max_k,
-            seqlens_q=known_q,
-            seqlens_k=known_k,
+            max_q=bounds.max_q,
+            max_k=bounds.max_k,
+            seqlens_q=seqlens_q,
+            seqlens_k=seqlens_k,
             page_size=page_size,
             num_blocks=num_blocks,
             slots=tensors.slots,
             windows={},
             built_in_capture=capturing(block_table.device),
-            _given=tensors.given,
+            _inputs=tensors.given,
         )
-        for window in asked:
-            made.for_window(window)
-        return made
+        for window in window_list:
+            result.for_window(window)
+        return result
 
     def prepare(
         self,
@@ -143,23 +134,24 @@ class PrefixBatch(CheckedBatch):
         workspace_tokens: int | None = None,
         path: str = "auto",
     ) -> None:
-        """Make what a layer needs of the batch, so that a CUDA graph's capture may be the first to run that layer.
+        """Create a layer's plans, so that the layer can run for the first time while a CUDA graph is captured.
 
-        Call it once for each kind of layer: layers that are alike in all arguments share what it makes. A layer that
-        ran outside of a capture is prepared. Kernels are compiled when a layer first runs: run one eagerly as well.
+        Call it once for each kind of layer: layers with equal arguments share their plans. Running a layer outside of a
+        capture prepares it too. Kernels are compiled when a layer first runs, so also run each kind of layer once
+        before the capture.
 
         Args:
-            cache: the layer's; another one of its shape and dtype does.
+            cache: the layer's cache, or one of the same shape and dtype.
             num_q_heads: query heads, a multiple of the cache's KV heads.
-            window, workspace_tokens, path: as `prefix_attention` will be given them.
+            window, workspace_tokens, path: as in the call of `prefix_attention`.
             dtype: of q.
 
         Raises:
-            TypeError, ValueError: an argument is wrong, or the batch was made for another cache.
+            TypeError, ValueError: an argument is wrong, or the batch was built for another cache.
             CaptureError: a CUDA graph is being captured.
         """
-        check_may_make(self.device, self.built_in_capture, "what a layer needs")
-        facts_of(self, cache, num_q_heads, dtype, window)  # checks these
+        check_may_create(self.device, self.built_in_capture, "the plan of a layer")
+        facts_of(self, cache, num_q_heads, dtype, window)  # checks its arguments
         check_made_for(cache.geometry, "batch", self.page_size, self.num_blocks, self.device)
         if workspace_tokens is not None:
             workspace_tokens = check_int(workspace_tokens, "workspace_tokens", minimum=1)
@@ -169,12 +161,12 @@ class PrefixBatch(CheckedBatch):
     def explain(
         self, cache: PagedKVCache, num_q_heads: int, window: int | None = None, dtype: torch.dtype = torch.bfloat16
     ) -> str:
-        """Say which path `path="auto"` takes for a layer, with which numbers, and where those come from.
+        """Explain which path `path="auto"` takes for a layer, from which numbers, and where they were measured.
 
         Args:
-            cache: the layer's.
+            cache: the layer's cache.
             num_q_heads: query heads, a multiple of the cache's KV heads.
-            window: of the layer; None is none.
+            window: the layer's window; None means no window.
             dtype: of q.
 
         Raises:
@@ -183,18 +175,18 @@ class PrefixBatch(CheckedBatch):
         return explained(facts_of(self, cache, num_q_heads, dtype, window))
 
     def check(self, window: int | None = None) -> None:
-        """Raise if the batch was built from a bad block table or bad offsets; waits for the device.
+        """Raise if the batch was built from a bad block table or bad offsets. Synchronizes with the device.
 
         Args:
-            window: of all layers that read this table, where they have one: blocks that it never reaches may have been
-                freed, and their entries may hold anything.
+            window: the window of all layers that read this block table, or None. Entries of blocks before the window
+                are not checked: such blocks may have been freed.
 
         Raises:
-            TypeError, ValueError: `window` is neither None nor an int from 1 on.
-            PlanError: with the sequence, and the column where it is about one.
+            TypeError, ValueError: `window` is neither None nor an int of 1 or more.
+            PlanError: gives the sequence, and the column of a bad entry.
         """
         window = check_window(window)
-        table, offsets_q, offsets_k = (tensor.cpu() for tensor in self._given())
+        table, offsets_q, offsets_k = (tensor.cpu() for tensor in self._inputs())
         lens_q = check_offsets(offsets_q, "q", self.total_q, self.seqlens_q)
         lens_k = check_offsets(offsets_k, "k", self.total_k, self.seqlens_k)
         for sequence, (new, tokens) in enumerate(zip(lens_q, lens_k, strict=True)):
@@ -204,13 +196,46 @@ class PrefixBatch(CheckedBatch):
                 )
             first = 0 if window is None else max(0, tokens - new - window + 1)
             check_row(table[sequence], sequence, first, tokens, self.page_size, self.num_blocks)
-            for name, came, most in (("max_q", new, self.max_q), ("max_k", tokens, self.max_k)):
-                if came > most:
-                    raise PlanError(f"sequence {sequence} has {came} tokens; accepted: at most {name}, {most}")
+            for name, length, bound in (("max_q", new, self.max_q), ("max_k", tokens, self.max_k)):
+                if length > bound:
+                    raise PlanError(f"sequence {sequence} has {length} tokens; accepted: at most {name}, {bound}")
 
 
-def _certainly_good(block_table: object, cu_seqlens_q: object, cu_seqlens_k: object) -> bool:
-    """Whether a table and its offsets pass every check: as they mostly come, contiguous; checked in 3 µs, not 15."""
+class _Bounds(NamedTuple):
+    """Upper bounds of one sequence: new tokens, tokens, and tokens that its row of the block table holds as well."""
+
+    max_q: int
+    max_k: int
+    max_tokens: int
+
+
+def _check_bounds(
+    max_q: int | None, max_k: int | None, seqlens_q: tuple[int, ...] | None, seqlens_k: tuple[int, ...] | None,
+    total_q: int, total_k: int, row_tokens: int,
+) -> _Bounds:  # fmt: skip
+    """Return the bounds of one sequence from the arguments, the lengths, the totals and the block table.
+
+    Args:
+        max_q, max_k, seqlens_q, seqlens_k, total_q, total_k: as in `PrefixBatch.build`; lengths and totals are checked.
+        row_tokens: positions of a row of the block table, at least one page: keys without a block table are NaN too.
+
+    Raises:
+        TypeError, ValueError: `max_q` or `max_k` is wrong, or below a length.
+    """
+    row_tokens = min(row_tokens, _INT32_MAX)
+    max_new = total_q if max_k is None else min(total_q, check_int(max_k, "max_k"))  # new tokens count in max_k
+    max_k = max(longest_of(max_k, "max_k", seqlens_k, min(total_k, row_tokens)), min(total_k, 1))
+    max_q = longest_of(max_q, "max_q", seqlens_q, max_new)
+    max_tokens = min(row_tokens, max_k)
+    if total_k > max_tokens:
+        # A sequence with more tokens is treated as one of `max_tokens` tokens, all in bad blocks. If it has at most
+        # `max_tokens` new tokens, each of its rows sees such a key; if more, it exceeds `max_q`. All its rows are NaN.
+        max_q = min(max_q, max_tokens)
+    return _Bounds(max_q, max_k, max_tokens)
+
+
+def _indices_are_valid(block_table: object, cu_seqlens_q: object, cu_seqlens_k: object) -> bool:
+    """Whether contiguous tensors pass every check of `_check_indices`: a fast path of 3 µs instead of 15."""
     if not (type(block_table) is type(cu_seqlens_q) is type(cu_seqlens_k) is Tensor):
         return False
     tensors = (block_table, cu_seqlens_q, cu_seqlens_k)
@@ -239,15 +264,14 @@ def _check_indices(block_table: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tens
             raise ValueError(f"{name} has shape {list(offsets.shape)}; accepted for {batch} sequences: [{batch + 1}]")
 
 
-def _one_window(window: object, name: str) -> int:
-    if window is None:
-        raise TypeError(f"{name} is None; accepted: an int from 1 on; layers without a window need no mention")
-    checked = check_window(window, name)
-    assert checked is not None
-    return checked
-
-
-def _listed(windows: object) -> list[Any]:
+def _check_windows(windows: object) -> list[int]:
     if isinstance(windows, (str, bytes, Tensor)) or not isinstance(windows, Iterable):
         raise TypeError(f"windows is {described(windows)}; accepted: ints, such as (128,)")
-    return list(windows)
+    items: list[Any] = list(windows)
+    checked = []
+    for i, item in enumerate(items):
+        window = check_window(item, f"windows[{i}]")
+        if window is None:
+            raise TypeError(f"windows[{i}] is None; accepted: an int of 1 or more; layers without a window need none")
+        checked.append(window)
+    return checked

@@ -1,4 +1,4 @@
-"""The prefix path: write the new tokens, read them together with the cached ones, attend."""
+"""`prefix_attention`: write the new tokens, then attend to the cached and new tokens on one of three paths."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from ..batch.capture import check_may_make
+from ..batch.capture import check_may_create
 from ..batch.pieces import Attend, Piece
 from ..batch.refused import refuse_rows
 from ..cache import PagedKVCache
@@ -62,60 +62,62 @@ def prefix_attention(
     path: str = "auto",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Write a batch's new tokens to the cache and attend to them and to everything before them.
+    """Write a batch's new tokens to the cache and attend to them and to all tokens before them.
 
     Args:
         q: `[batch.total_q, q_heads, head_dim]`, bfloat16, float16 or float32; `q_heads` a multiple of the KV heads.
-        k_new, v_new: `[batch.total_q, kv_heads, head_dim]` and `[…, v_head_dim]`; both None when they are in the cache
-            already.
-        cache: what the batch's block ids point into. Its scales say themselves of which kind they are.
+        k_new, v_new: `[batch.total_q, kv_heads, head_dim]` and `[…, v_head_dim]`; both None if they are already in the
+            cache.
+        cache: the pools of the batch's block ids, with their scales.
         batch: from `PrefixBatch.build`, for this cache's page size.
-        softmax_scale: what scores are multiplied by, above 0; None is `head_dim ** -0.5`.
-        sinks: `[q_heads]`, a logit per head that counts in the denominator alone.
-        window: how many keys a query sees at most, itself included; None is all.
-        workspace_tokens: at most so many tokens are gathered at a time; None is all at once. Any context fits: partial
-            results are merged, and the sink enters once, at the end. It must hold one token, or the window, if there is
-            one; and that for each sequence where the batch does not know their lengths.
-        path: "direct" (straight from the pages), "gather" (all is gathered first), "hybrid" (what is cached at the
-            beginning of every sequence is gathered, the rest comes straight from the pages; where the host does not
-            know the lengths, or in a window, that is all), or "auto": the fastest one, see `batch.explain`.
+        softmax_scale: factor of the scores, above 0; None means `head_dim ** -0.5`.
+        sinks: `[q_heads]`, a logit per head that is added to the softmax denominator only.
+        window: how many keys a query sees at most, itself included; None means all.
+        workspace_tokens: upper bound of the tokens that one gather reads; None means no bound. A context of any length
+            is supported: partial results are merged, and the sink is applied once, at the end. Must be at least 1, or
+            the window; if the batch has no lengths, at least this for each sequence.
+        path: "direct" reads the pages directly. "gather" gathers all tokens for a dense kernel. "hybrid" gathers the
+            tokens that are cached at the beginning of every sequence, and reads the others directly from the pages; it
+            reads all tokens directly if there is a window, or if the host does not know the lengths. "auto" takes the
+            path with the shortest expected time, see `batch.explain`.
         return_lse: also return the log-sum-exp.
 
     Returns:
-        out `[total_q, q_heads, v_head_dim]` in q's dtype, or (out, lse) with the natural log-sum-exp, the sink's
-        included, `[total_q, q_heads]` FP32. On every path rows that belong to no sequence are 0 (and −inf, or the
-        sink); rows that see a key in a bad block are NaN in both; and so are all rows of a sequence that is longer than
-        the batch's bounds, or than its row of the block table.
+        out `[total_q, q_heads, v_head_dim]` in q's dtype, or (out, lse) with the natural log-sum-exp `[total_q,
+        q_heads]` in FP32, which includes the sink. On every path, rows that belong to no sequence are 0 with lse −inf
+        or the sink. NaN in out and in lse are: rows that see a key in a bad block, and all rows of a sequence that is
+        longer than the batch's bounds or its row of the block table.
 
-        K and V have to be finite: a kernel multiplies what it masks by 0, and 0 · NaN is NaN, so NaN in a token's V may
-        reach the rows before it.
+        K and V must be finite: a kernel multiplies masked values of V by 0, and 0 · NaN is NaN, so NaN in a token's V
+        can reach the rows before it.
 
     Raises:
-        TypeError, ValueError: an argument is wrong, or the combination not supported; nothing was written or launched.
-        CaptureError: a ValueError: a CUDA graph is being captured, and the batch lacks what the layer needs: see
-            `PrefixBatch.prepare`. Or the batch was built in a capture, and this call is not part of one.
+        TypeError, ValueError: an argument is wrong, or the combination is not supported; nothing is written or
+            launched.
+        CaptureError: a subclass of ValueError. A CUDA graph is being captured, and the batch lacks the layer's plans
+            (see `PrefixBatch.prepare`); or the batch was built during a capture, and this call is not part of one.
     """
     arguments = q, k_new, v_new, cache, batch, softmax_scale, sinks, window, workspace_tokens, path
     try:
-        call = _recalled(*arguments)
+        call = _checked_call(*arguments)
     except ValueError:
-        read = q, k_new, v_new, sinks
-        if not any(isinstance(tensor, Tensor) and tensor.is_neg() for tensor in read):
+        tensors = q, k_new, v_new, sinks
+        if not any(isinstance(tensor, Tensor) and tensor.is_neg() for tensor in tensors):
             raise
         return prefix_attention(
             resolved(q), resolved(k_new), resolved(v_new), cache, batch, softmax_scale, resolved(sinks), window,
             workspace_tokens, path, return_lse,
         )  # fmt: skip
     if batch.built_in_capture:
-        check_may_make(batch.device, True, "attention")
+        check_may_create(batch.device, True, "attention")
     if call.route.path != "gather":
         require_triton(call.geometry.device, f'path="{path}"', '"gather" or "auto"')
 
     if k_new is not None and v_new is not None:
         _write(cache, k_new, v_new, batch, arguments)
 
-    if call.sees_nothing:
-        out, lse = _nothing(q, batch, call, sinks)
+    if call.has_no_keys:
+        out, lse = _without_keys(q, batch, call, sinks)
     elif call.route.path == "direct":
         out, lse = _direct(q, cache, batch, call, sinks)
     elif call.route.path == "gather":
@@ -126,49 +128,60 @@ def prefix_attention(
 
 
 class _Call(NamedTuple):
-    """What checked arguments come to; equal for all calls whose tensors differ in their addresses alone."""
+    """The result of checking the arguments; equal for calls whose tensors differ only in their addresses.
+
+    Attributes:
+        geometry: the cache's.
+        scale: the softmax scale.
+        window: the window, or None.
+        route: the path, and its plans.
+        has_no_keys: whether no row can see a key.
+        likeness: the cache's.
+    """
 
     geometry: Geometry
     scale: float
     window: int | None
     route: Route
-    sees_nothing: bool
+    has_no_keys: bool
     likeness: int
 
 
-def _recalled(
+def _checked_call(
     q: Tensor, k_new: Tensor | None, v_new: Tensor | None, cache: PagedKVCache, batch: PrefixBatch,
     softmax_scale: float | None, sinks: Tensor | None, window: int | None, workspace_tokens: int | None, path: str,
 ) -> _Call:  # fmt: skip
-    """`_checked`, once for arguments that are alike in everything it looks at; the rest of k_new and v_new is looked at
-    by `cache.write`."""
+    """`_check_call`, whose result is kept in the batch for calls with the same properties.
+
+    `cache.write` checks the remaining properties of k_new and v_new.
+    """
     arguments = q, k_new, v_new, cache, batch, softmax_scale, sinks, window, workspace_tokens, path
     if type(cache) is not PagedKVCache or type(batch) is not PrefixBatch:
-        return _checked(*arguments)
+        return _check_call(*arguments)
     try:
         key = (
             "call", _likeness_of(cache), signature(q),
             None if k_new is None else (k_new.shape, k_new.dtype, k_new.device),
             None if v_new is None else (v_new.shape, v_new.dtype, v_new.device),
             None if sinks is None else signature(sinks),
-            # True is 1 to a dictionary, and a window of True is refused: so types are part of it.
+            # True equals 1 as a key, but a window of True is rejected: types are part of the key.
             type(softmax_scale), softmax_scale, type(window), window, type(workspace_tokens), workspace_tokens, path,
         )  # fmt: skip
         call: _Call | None = batch.recall(key)
-    except (AttributeError, RuntimeError, TypeError):  # no tensor, or nothing that a dictionary takes
-        return _checked(*arguments)
+    except (AttributeError, RuntimeError, TypeError):  # an argument is not a tensor, or not hashable
+        return _check_call(*arguments)
     if call is None:
-        call = _checked(*arguments)
+        call = _check_call(*arguments)
         batch.decided(key, lambda: call)
     return call
 
 
-def _checked(
+def _check_call(
     q: Tensor, k_new: Tensor | None, v_new: Tensor | None, cache: PagedKVCache, batch: PrefixBatch,
     softmax_scale: float | None, sinks: Tensor | None, window: int | None, workspace_tokens: int | None, path: str,
 ) -> _Call:  # fmt: skip
-    """Check the arguments, and find the layer's way through the batch."""
-    _check(q, k_new, v_new, cache, batch)
+    """Check the arguments and choose the layer's route through the batch."""
+    _check_tensors(q, k_new, v_new, cache, batch)
     g = cache.geometry
     scale = _softmax_scale(softmax_scale, g.head_dim)
     if sinks is not None:
@@ -180,31 +193,33 @@ def _checked(
         workspace_tokens = check_int(workspace_tokens, "workspace_tokens", minimum=1)
     check_choice(path, "path", PATHS)
     route = route_of(batch, cache, Layer(q.shape[1], q.dtype, window, workspace_tokens, path))
-    sees_nothing = batch.num_sequences == 0 or min(batch.max_q, batch.max_k) == 0
-    return _Call(g, scale, window, route, sees_nothing, _likeness_of(cache))
+    has_no_keys = batch.num_sequences == 0 or min(batch.max_q, batch.max_k) == 0
+    return _Call(g, scale, window, route, has_no_keys, _likeness_of(cache))
 
 
 def _likeness_of(cache: PagedKVCache) -> int:
     try:
         return cache.likeness
-    except ValueError as error:  # it names a pool or a scale, which are no arguments of this call
+    except ValueError as error:  # names a pool or a scale, which are not arguments of this function
         raise ValueError(f"cache cannot be read: {error}") from None
 
 
 def _write(cache: PagedKVCache, k_new: Tensor, v_new: Tensor, batch: PrefixBatch, arguments: tuple[Any, ...]) -> None:
-    """Write the new tokens; errors name the arguments of `prefix_attention`."""
+    """Write the new tokens. Errors name the arguments of `prefix_attention`."""
     try:
         if not cache.write_again(k_new, v_new, batch.slots):
             cache.write(k_new, v_new, batch.slots)
     except SlotError as error:
         raise SlotError(f"batch puts new tokens where they cannot go: {error}") from None
     except (TypeError, ValueError) as error:
-        _checked(*arguments)  # which knows the names of these arguments
+        _check_call(*arguments)  # raises an error that names k_new or v_new, if one of them is wrong
         raise type(error)(f"cache cannot be written: {error}") from None
 
 
-def _check(q: Tensor, k_new: Tensor | None, v_new: Tensor | None, cache: PagedKVCache, batch: PrefixBatch) -> None:
-    """Raise unless the tensors, the cache and the batch belong together."""
+def _check_tensors(
+    q: Tensor, k_new: Tensor | None, v_new: Tensor | None, cache: PagedKVCache, batch: PrefixBatch
+) -> None:
+    """Raise unless the tensors, the cache and the batch match."""
     if not isinstance(cache, PagedKVCache):
         raise TypeError(f"cache is {described(cache)}; accepted: a PagedKVCache")
     if not isinstance(batch, PrefixBatch):
@@ -219,8 +234,8 @@ def _check(q: Tensor, k_new: Tensor | None, v_new: Tensor | None, cache: PagedKV
             f"{g.head_dim}]"
         )
     if (k_new is None) != (v_new is None):
-        missing, given = ("k_new", "v_new") if k_new is None else ("v_new", "k_new")
-        raise TypeError(f"{missing} is None and {given} is not; accepted: both, or neither (already in the cache)")
+        missing, present = ("k_new", "v_new") if k_new is None else ("v_new", "k_new")
+        raise TypeError(f"{missing} is None and {present} is not; accepted: both, or neither (already in the cache)")
     for name, tensor, dim in (("k_new", k_new, g.head_dim), ("v_new", v_new, g.v_head_dim)):
         if tensor is None:
             continue
@@ -231,11 +246,11 @@ def _check(q: Tensor, k_new: Tensor | None, v_new: Tensor | None, cache: PagedKV
             )
 
 
-def _softmax_scale(given: object, head_dim: int) -> float:
-    if given is None:
+def _softmax_scale(softmax_scale: object, head_dim: int) -> float:
+    if softmax_scale is None:
         return float(head_dim**-0.5)
-    # Kernels multiply a row's largest product by it, and take that for the largest score: it is above 0.
-    return check_positive(given, "softmax_scale", "None, or a number")
+    # Kernels multiply the largest product of a row by the scale to get the largest score, so the scale is positive.
+    return check_positive(softmax_scale, "softmax_scale", "None, or a number")
 
 
 def _contiguous_dims(q: Tensor) -> Tensor:
@@ -243,8 +258,8 @@ def _contiguous_dims(q: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _nothing(q: Tensor, batch: PrefixBatch, call: _Call, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The result where no row can see a key: 0, and −inf or the sink."""
+def _without_keys(q: Tensor, batch: PrefixBatch, call: _Call, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the result if no row can see a key: 0, and −inf or the sink."""
     state = RunningState(q.shape[0], q.shape[1], call.geometry.v_head_dim, q.dtype, q.device)
     out, lse = apply_sinks(state.out, state.lse, sinks) if sinks is not None else (state.out, state.lse)
     refuse_rows(out, lse, batch.cu_seqlens_q, batch.max_q)
@@ -254,7 +269,7 @@ def _nothing(q: Tensor, batch: PrefixBatch, call: _Call, sinks: Tensor | None) -
 def _direct(
     q: Tensor, cache: PagedKVCache, batch: PrefixBatch, call: _Call, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Attend straight from the pages."""
+    """Attend directly from the pages."""
     return _direct_attention()(
         _contiguous_dims(q), cache, batch, softmax_scale=call.scale, sinks=sinks, window=call.window,
         likeness=call.likeness,
@@ -265,11 +280,11 @@ def _direct(
 def _gather(
     q: Tensor, cache: PagedKVCache, batch: PrefixBatch, call: _Call, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Gather each piece into the same memory and attend to it; then merge, and let the sinks in once."""
+    """Gather each piece into one workspace and attend to it, merge the results, and apply the sinks once."""
     assert call.route.pieces is not None
     q, g, pieces = _contiguous_dims(q), call.geometry, call.route.pieces
     k, v = (q.new_empty((pieces.capacity, g.num_kv_heads, dim)) for dim in (g.head_dim, g.v_head_dim))
-    if pieces.all_at_once(len(q)):
+    if pieces.is_single_call(len(q)):
         (piece,) = pieces.pieces
         cache.gather_for_attention(piece.plan, out_dtype=q.dtype, out=(k, v))
         out, lse = _dense(q, k, v, piece, piece.attends[0], call.scale)
@@ -279,12 +294,12 @@ def _gather(
         for piece in pieces.pieces:
             cache.gather_for_attention(piece.plan, out_dtype=q.dtype, out=(k, v))
             for attend in piece.attends:
-                part = _dense(q, k, v, piece, attend, call.scale)
+                partial_state = _dense(q, k, v, piece, attend, call.scale)
                 if pieces.merged:
-                    state.add(attend.rows, *part)
+                    state.add(attend.rows, *partial_state)
                 else:
-                    state.put(attend.rows, *part)
-                del part  # its memory is the next one's
+                    state.put(attend.rows, *partial_state)
+                del partial_state  # frees its memory for the next one
         out, lse = state.out, state.lse
         del state
     del k, v
@@ -299,13 +314,13 @@ def _gather(
 def _hybrid(
     q: Tensor, cache: PagedKVCache, batch: PrefixBatch, call: _Call, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Gather what is cached in every sequence, attend without a mask, and go on from there straight from the pages."""
+    """Gather the part that all sequences have cached and attend without a mask; then attend to the rest by pages."""
     assert call.route.common is not None
     q, (piece, begin) = _contiguous_dims(q), call.route.common
     k, v = cache.gather_for_attention(piece.plan, out_dtype=q.dtype)
     out, lse = _dense(q, k, v, piece, piece.attends[0], call.scale)
     del k, v
-    state = out.contiguous(), lse.contiguous()  # the flash kernel's log-sum-exp is stored by heads
+    state = out.contiguous(), lse.contiguous()  # the flash kernel stores the log-sum-exp head by head
     return _direct_attention()(q, cache, batch, softmax_scale=call.scale, sinks=sinks, begin=begin, state=state)
 
 
@@ -319,6 +334,6 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, piece: Piece, attend: Attend, scale:
 
 @functools.cache
 def _direct_attention() -> Any:
-    from .direct import direct_attention  # needs triton, which this module does not
+    from .direct import direct_attention  # imports triton, which may be missing
 
     return direct_attention

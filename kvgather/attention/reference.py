@@ -1,4 +1,4 @@
-"""The attention that all paths are measured against: float64, one sequence at a time, as the formula says."""
+"""Reference attention, the specification of all paths: the formula in float64, one sequence at a time."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def reference_attention(
     sinks: Tensor | None = None,
     window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attend causally: query i of a sequence is at position len_k − len_q + i, and sees the keys up to there.
+    """Causal attention: query i of a sequence has position len_k − len_q + i, and sees the keys up to this position.
 
     Args:
         q: `[n_q, q_heads, dim]`; query head h reads KV head h // (q_heads // kv_heads).
         k, v: `[n_k, kv_heads, dim]` and `[n_k, kv_heads, v_dim]`.
-        cu_seqlens_q, cu_seqlens_k: `[batch + 1]`, where each sequence's rows begin and end.
-        softmax_scale: what scores are multiplied by; None is `dim ** -0.5`.
-        sinks: `[q_heads]`, a logit per head that counts in the denominator alone.
-        window: how many keys a query sees at most, itself included; None is all.
+        cu_seqlens_q, cu_seqlens_k: `[batch + 1]`, offsets of the sequences in the rows of q, and of k and v.
+        softmax_scale: factor of the scores; None means `dim ** -0.5`.
+        sinks: `[q_heads]`, a logit per head that is added to the softmax denominator only.
+        window: how many keys a query sees at most, itself included; None means all.
 
     Returns:
-        out `[n_q, q_heads, v_dim]` and the natural log-sum-exp `[n_q, q_heads]`, the sink's included; both float64.
-        A row that sees no key is 0, and −inf or the sink.
+        out `[n_q, q_heads, v_dim]` and the natural log-sum-exp `[n_q, q_heads]`, which includes the sink; both float64.
+        A row that sees no key is 0, with log-sum-exp −inf or the sink.
     """
     (_, q_heads, dim), kv_heads = q.shape, k.shape[1]
     scale = dim**-0.5 if softmax_scale is None else softmax_scale
@@ -48,12 +48,12 @@ def reference_attention(
         rows, keys = slice(q_begin, q_end), slice(k_begin, k_end)
         position = torch.arange(q_end - q_begin, device=q.device)[:, None] + (k_end - k_begin) - (q_end - q_begin)
         key = torch.arange(k_end - k_begin, device=q.device)
-        seen = key <= position  # [rows, keys]
+        visible = key <= position  # [rows, keys]
         if window is not None:
-            seen &= key > position - window
+            visible &= key > position - window
         scores = torch.einsum("ihgd,jhd->hgij", grouped[rows], k[keys].double()) * scale
-        scores = scores.masked_fill(~seen, -math.inf)
+        scores = scores.masked_fill(~visible, -math.inf)
         lse[rows] = torch.logaddexp(lse[rows], scores.logsumexp(-1).permute(2, 0, 1))
-        weights = torch.exp(scores - lse[rows].permute(1, 2, 0)[..., None]).masked_fill(~seen, 0)
+        weights = torch.exp(scores - lse[rows].permute(1, 2, 0)[..., None]).masked_fill(~visible, 0)
         out[rows] = torch.einsum("hgij,jhd->ihgd", weights, v[keys].double())
     return out.flatten(1, 2), lse.flatten(1, 2)

@@ -1,1 +1,1 @@
-"""The contents of a batch: lengths, offsets and block table, checked once; and what its layers share."""
+"""Contents of a batch: lengths, offsets and the block table, checked once, and the state that layers share."""

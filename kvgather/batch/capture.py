@@ -1,7 +1,7 @@
-"""What a CUDA graph's capture may make: nothing that a later eager call would find in a batch.
+"""CUDA graph capture: a capture must not create tensors that a batch keeps for later eager calls.
 
-Work that is captured runs when the graph is replayed. A record made then is uninitialised memory until the first
-replay, and that of another step after each further one.
+Captured work runs when the graph is replayed. A plan that is created during a capture is uninitialized memory until the
+first replay, and each replay overwrites it.
 """
 
 from __future__ import annotations
@@ -10,33 +10,35 @@ import torch
 
 
 class CaptureError(ValueError):
-    """A batch lacks what a layer needs of it while a CUDA graph is captured, or was itself built in a capture."""
+    """A batch lacks a layer's plan while a CUDA graph is captured, or the batch was built in another capture."""
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether what is launched now on `device` is captured in a CUDA graph, to run when that is replayed."""
+    """Whether launches on `device` are being captured in a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def check_may_make(device: torch.device, built_in_capture: bool, what: str) -> None:
-    """Raise if a batch may not make `what` now and keep it.
+def check_may_create(device: torch.device, built_in_capture: bool, what: str) -> None:
+    """Raise if a batch must not create and keep an object now.
 
     Args:
-        built_in_capture: whether the batch was: then it lives in that graph, and so does what its layers need.
+        device: the batch's device.
+        built_in_capture: whether the batch was built during a capture; its objects then belong to that graph too.
+        what: the object's name, for errors.
 
     Raises:
-        CaptureError: it would be made where the batch does not live.
+        CaptureError: a CUDA graph is being captured and the batch was built outside of a capture, or the reverse.
     """
-    now = capturing(device)
-    if now == built_in_capture:
+    is_capturing = capturing(device)
+    if is_capturing == built_in_capture:
         return
-    if now:
+    if is_capturing:
         raise CaptureError(
-            f"{what} is first needed while a CUDA graph is captured, and would hold nothing before a replay; accepted: "
-            "a batch that has it: call PrefixBatch.prepare(...) for the layer, or pass its window in windows= of "
-            "PrefixBatch.build, before the capture"
+            f"{what} is first needed while a CUDA graph is captured, and would be uninitialized until a replay; "
+            "accepted: a batch that has it: call PrefixBatch.prepare(...) for the layer, or pass its window in "
+            "windows= of PrefixBatch.build, before the capture"
         )
     raise CaptureError(
-        f"{what} is needed of a batch that was built while a CUDA graph was captured, and holds nothing but in that "
-        "graph's replays; accepted: the same capture, or a batch that was built outside of one"
+        f"{what} is needed from a batch that was built while a CUDA graph was captured, and is only valid in that "
+        "graph's replays; accepted: the same capture, or a batch that was built outside of a capture"
     )

@@ -1,4 +1,4 @@
-"""CheckedBatch: the tensors and bounds of a batch that layers read, and what they share once one of them needed it."""
+"""CheckedBatch: the tensors and bounds of a batch, and the plans and decisions that its layers share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..plan import GatherPlan
-from .capture import check_may_make
+from .capture import check_may_create
 from .lengths import STEP
 from .pieces import Attend, Piece
 from .reference import window_lengths, window_offsets
@@ -18,7 +18,7 @@ from .reference import window_lengths, window_offsets
 
 @dataclass(frozen=True, eq=False)
 class CheckedBatch:
-    """A batch whose contents name no address outside the pool or the table; see `PrefixBatch`."""
+    """A batch whose contents refer to no address outside the pool or the block table; see `PrefixBatch`."""
 
     block_table: Tensor
     cu_seqlens_q: Tensor
@@ -34,9 +34,9 @@ class CheckedBatch:
     slots: Tensor
     windows: dict[int, Piece]
     built_in_capture: bool = field(repr=False)
-    _given: Callable[[], tuple[Tensor, Tensor, Tensor]] = field(repr=False)  # table and offsets as they came
-    _made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)  # on the device, for layers so far
-    _decided: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)  # by the host alone
+    _inputs: Callable[[], tuple[Tensor, Tensor, Tensor]] = field(repr=False)  # block table and offsets, unchecked
+    _device_objects: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+    _host_decisions: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def num_sequences(self) -> int:
@@ -48,10 +48,10 @@ class CheckedBatch:
 
     @property
     def everything(self) -> Piece:
-        """All tokens as one piece, planned when a layer first needs it.
+        """All tokens as one piece, planned at first use.
 
         Raises:
-            CaptureError: it is not there yet, and a CUDA graph is being captured.
+            CaptureError: this is the first use, and a CUDA graph is being captured.
         """
         return self.once("everything", self._everything, "the plan of all tokens")
 
@@ -67,7 +67,7 @@ class CheckedBatch:
 
     @property
     def plan(self) -> GatherPlan:
-        """The plan that gathers all tokens, cached + new."""
+        """The plan of all tokens, cached + new."""
         return self.everything.plan
 
     @property
@@ -81,75 +81,80 @@ class CheckedBatch:
         return self.cu_seqlens_k.diff()
 
     def for_window(self, window: int | None) -> Piece:
-        """What a layer gathers, in one piece: everything, or of each sequence the last tokens that a window reaches.
+        """Return what a layer gathers, as one piece: all tokens, or the last tokens that are visible in a window.
 
         Raises:
-            CaptureError: it is not there yet, and a CUDA graph is being captured.
+            CaptureError: this is the first use, and a CUDA graph is being captured.
         """
         if window is None:
             return self.everything
         if window not in self.windows:
-            check_may_make(self.device, self.built_in_capture, f"what window {window} gathers")
+            check_may_create(self.device, self.built_in_capture, f"the plan of window {window}")
             self.windows[window] = self._in_window(window)
         return self.windows[window]
 
     def _in_window(self, window: int) -> Piece:
         capacity = min(self.total_k, self.total_q + self.num_sequences * (window - 1))
         cu_k, starts = window_offsets(self.cu_seqlens_q, self.cu_seqlens_k, self.max_q, window, capacity)
-        several = self.max_q > 1  # one row sees all that is gathered
+        causal = self.max_q > 1  # a single row sees all gathered keys
         attend = Attend(
             slice(0, self.total_q), self.cu_seqlens_q, cu_k, self.max_q, min(self.max_k, self.max_q + window - 1),
-            causal=several, window=window if several else None, seqlens_q=self.seqlens_q, seqlens_k=self.known(window),
+            causal=causal, window=window if causal else None, seqlens_q=self.seqlens_q,
+            seqlens_k=self.visible_lens_on_host(window),
         )  # fmt: skip
         return Piece(self.plan_of(cu_k, capacity, starts), (attend,))
 
-    def known(self, window: int | None) -> tuple[int, ...] | None:
-        """How many tokens at the end of each sequence its new tokens see, where the host knows the lengths."""
+    def visible_lens_on_host(self, window: int | None) -> tuple[int, ...] | None:
+        """Return how many tokens at the end of each sequence its new tokens see; None if the lengths are unknown."""
         if self.seqlens_q is None or self.seqlens_k is None:
             return None
-        further = self.max_k if window is None else window - 1
+        before = self.max_k if window is None else window - 1  # tokens that the first new token sees before itself
         pairs = zip(self.seqlens_q, self.seqlens_k, strict=True)
-        return tuple([(k if k < q + further else q + further) if q else 0 for q, k in pairs])
+        return tuple([(k if k < q + before else q + before) if q else 0 for q, k in pairs])
 
-    def seen(self, window: int | None) -> Tensor:
-        """The same on the device, `[batch]` int32."""
+    def visible_lens(self, window: int | None) -> Tensor:
+        """Return how many tokens at the end of each sequence its new tokens see, `[batch]` int32 on the device."""
         return window_lengths(self.lens_q, self.lens_k, self.max_q, self.max_k + 1 if window is None else window)
 
     def plan_of(self, cu_k: Tensor, total: int, starts: Tensor, sequences: slice = slice(None)) -> GatherPlan:
-        """A plan over some sequences' positions `starts` and on."""
+        """Plan the gather of some sequences from the positions `starts` on."""
         table = self.block_table if sequences == slice(None) else self.block_table[sequences]
         return GatherPlan.of_checked(table, cu_k, starts, self.page_size, self.num_blocks, total)
 
     @property
     def common_cached(self) -> int:
-        """How many tokens at the beginning of every sequence are cached, rounded down to what unmasked kernels take; 0
-        where the host does not know the lengths."""
+        """Tokens that are cached at the beginning of every sequence with new tokens, rounded down to a multiple of
+        `STEP`; 0 if the host does not know the lengths."""
         if self.seqlens_q is None or self.seqlens_k is None:
             return 0
         cached = (tokens - new for new, tokens in zip(self.seqlens_q, self.seqlens_k, strict=True) if new)
         return min(cached, default=0) // STEP * STEP
 
     def once(self, key: object, make: Callable[[], Any], what: str) -> Any:
-        """What `make` gives, made on the device when a layer first needs it, and kept for the others.
+        """Return the result of `make`, which creates tensors on the device and is called at the first use of a key.
 
         Args:
-            what: its name in an error.
+            key: identifies the object.
+            make: creates it.
+            what: the object's name, for errors.
 
         Raises:
-            CaptureError: it is not there yet, and a CUDA graph is being captured.
+            CaptureError: this is the first use, and a CUDA graph is being captured.
         """
-        if key not in self._made:
-            check_may_make(self.device, self.built_in_capture, what)
-            self._made[key] = make()
-        return self._made[key]
+        if key not in self._device_objects:
+            check_may_create(self.device, self.built_in_capture, what)
+            self._device_objects[key] = make()
+        return self._device_objects[key]
 
     def recall(self, key: object) -> Any:
-        """What was decided for a key, or None."""
-        return self._decided.get(key)
+        """Return the result that `decided` keeps for a key, or None."""
+        return self._host_decisions.get(key)
 
     def decided(self, key: object, decide: Callable[[], Any]) -> Any:
-        """What `decide` gives, kept likewise: for what only the host is needed, and what it has of the device is the
-        batch's already."""
-        if key not in self._decided:
-            self._decided[key] = decide()
-        return self._decided[key]
+        """Return the result of `decide`, which is called at the first use of a key.
+
+        `decide` runs on the host and creates no tensors, except through `once`.
+        """
+        if key not in self._host_decisions:
+            self._host_decisions[key] = decide()
+        return self._host_decisions[key]

@@ -1,4 +1,4 @@
-"""What a batch consists of: the numbers that the host knows, and the tensors that its device has."""
+"""Data of a batch: sizes that the host knows, and tensors on the device."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 class Sizes(NamedTuple):
-    """What the host knows of a batch, checked.
+    """Checked sizes of a batch, known to the host.
 
     Attributes:
         page_size, num_blocks: of the pool.
         total_q, total_k: capacities.
-        max_q: new tokens that a sequence may have.
-        most: tokens that a sequence may have, by `max_k` and its row of the table.
+        max_q: upper bound of a sequence's new tokens.
+        most: upper bound of a sequence's tokens, from `max_k` and the length of a row of the block table.
     """
 
     page_size: int
@@ -30,10 +30,10 @@ class BatchTensors(NamedTuple):
     """The tensors of a batch.
 
     Attributes:
-        table: `[batch, max(columns, 1)]` int32; −1 wherever there is no block of the pool to read.
-        cu_q, cu_k: `[batch + 1]` int32, offsets that begin at 0, never fall and end at or below the totals.
-        slots: `[total_q]` int64: where each new token is written; −1 for rows that belong to no sequence.
-        given: makes views of the copies of the table and of both offsets (int64) as they came.
+        table: `[batch, max(columns, 1)]` int32; −1 for entries that must not be read.
+        cu_q, cu_k: `[batch + 1]` int32: offsets that begin at 0, never decrease, and end at or below the totals.
+        slots: `[total_q]` int64: the slot of each new token; −1 for rows that belong to no sequence.
+        given: returns copies of the block table and of both offsets (int64) before they were checked.
     """
 
     table: Tensor

@@ -1,4 +1,4 @@
-"""Pieces: keys that are gathered together, and which rows of q attend to them under which mask."""
+"""Pieces: keys that one gather reads, and the attention calls that use them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from ..plan import GatherPlan
 
 
 class Attend(NamedTuple):
-    """One call of the dense attention.
+    """Arguments of one call of the dense attention.
 
     Attributes:
-        rows: the rows of q it covers.
-        cu_seqlens_q, cu_seqlens_k: `[sequences + 1]` int32, into those rows and into the gathered keys.
-        max_q, max_k: upper bounds of one sequence's rows and keys.
-        causal: the last row of a sequence sees its last key, the row before sees one key less; else all see all.
+        rows: the rows of q.
+        cu_seqlens_q, cu_seqlens_k: `[sequences + 1]` int32: offsets of the sequences in these rows, and in the gathered
+            keys.
+        max_q, max_k: upper bounds of a sequence's rows and keys.
+        causal: True: the mask is causal and aligned to the bottom right, the last row of a sequence sees its last key.
+            False: each row sees all keys of its sequence.
         window: how many keys a row sees at most; only with `causal`.
-        seqlens_q, seqlens_k: the lengths, where the host knows them.
+        seqlens_q, seqlens_k: the lengths, or None if the host does not know them.
     """
 
     rows: slice
@@ -34,7 +36,7 @@ class Attend(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """What is gathered in one go, and everything that attends to it."""
+    """One gather, and the attention calls that read its keys."""
 
     plan: GatherPlan
     attends: tuple[Attend, ...]
@@ -42,20 +44,20 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Pieces:
-    """The pieces of one kind of layer.
+    """The pieces of a layer.
 
     Attributes:
-        pieces: each row of q attends in at least one, if its sequence has keys.
-        capacity: rows that a workspace for any of them needs.
-        merged: whether a row attends in more than one, so that states have to be merged.
+        pieces: each row of q whose sequence has keys is in at least one piece.
+        capacity: rows of the largest piece, the size of the workspace.
+        merged: whether a row can be in several pieces, whose partial states are then merged.
     """
 
     pieces: tuple[Piece, ...]
     capacity: int
     merged: bool
 
-    def all_at_once(self, rows: int) -> bool:
-        """Whether one attention does all there is, for all `rows` of q."""
+    def is_single_call(self, rows: int) -> bool:
+        """Whether one attention call covers all `rows` of q."""
         if self.merged or len(self.pieces) != 1:
             return False
         return self.pieces[0].attends[0].rows == slice(0, rows)

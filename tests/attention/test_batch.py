@@ -264,15 +264,15 @@ GOOD: dict[str, Any] = {
         ({"seqlens_q": table(2)}, TypeError, r"seqlens_q is Tensor of shape \[2\]; accepted: None, or a list of ints"),
         ({"seqlens_q": [1]}, ValueError, r"seqlens_q has 1 lengths; accepted for 2 sequences: 2"),
         ({"seqlens_k": [1, -1]}, ValueError, r"seqlens_k\[1\] is -1; accepted: 0 to"),
-        ({"seqlens_k": [13, 1]}, ValueError, r"seqlens_k\[0\] is 13; accepted: at most 12, which a row of block_table"),
-        ({"seqlens_q": [3, 2]}, ValueError, r"total_q is 4; accepted for seqlens_q that sum to 5: that or more"),
+        ({"seqlens_k": [13, 1]}, ValueError, r"seqlens_k\[0\] is 13; accepted: at most 12, the positions of a row"),
+        ({"seqlens_q": [3, 2]}, ValueError, r"total_q is 4; accepted for seqlens_q of sum 5: 5 or more"),
         (
             {"seqlens_q": [1, 2], "seqlens_k": [5, 1]}, ValueError,
             r"seqlens_q\[1\] is 2, and seqlens_k\[1\] 1; accepted: seqlens_k counts cached \+ new",
         ),
         (
             {"seqlens_q": [1, 3], "max_q": 2}, ValueError,
-            r"max_q is 2; accepted: at least the longest of the lengths given, 3",
+            r"max_q is 2; accepted: at least 3, the longest of the lengths",
         ),
         (
             {"total_k": None, "cu_seqlens_k": torch.tensor([0, 0, 2**40])}, ValueError,

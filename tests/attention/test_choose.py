@@ -65,7 +65,7 @@ def test_the_larger_dim_decides_and_the_table_ends() -> None:
         ({"device": "cpu"}, "on a cpu"),
         ({"triton": False}, "Triton is not available"),
         ({"dtype": torch.float32}, "q is float32"),
-        ({"head_dim": 512}, "head dim 512 is past what was measured, 256"),
+        ({"head_dim": 512}, "head dim 512 is above the largest measured one, 256"),
         ({"lengths": ((8192, 8192),) * 16, "common": 0, "head_dim": 128, "v_head_dim": 128}, "µs expected"),
     ],
 )

@@ -47,7 +47,7 @@ def test_bounds_give_what_lengths_give_with_few_scores_at_a_time(mix: str, monke
     monkeypatch.setattr(dense, "_SCORES", 200)
     for way in ("lengths", "bounds"):
         if way == "bounds":
-            monkeypatch.setattr(dense, "_known_offsets", lambda call: None)
+            monkeypatch.setattr(dense, "_host_offsets", lambda call: None)
         for causal, window in MASKS:
             call = made(*MIXES[mix], spare=2)
             got = dense_attention(**call, causal=causal, window=window)
@@ -115,7 +115,7 @@ GOOD = made([2, 3], [4, 3])
         ({"k": torch.zeros(7, 2, 8)}, ValueError, r"k has shape \[7, 2, 8\]; accepted for q .*, 16\]"),
         ({"v": torch.zeros(6, 2, 16)}, ValueError, r"v has shape \[6, 2, 16\]; accepted for k of shape \[7, 2, 16\]"),
         ({"cu_seqlens_q": torch.zeros(3)}, TypeError, r"cu_seqlens_q has dtype float32; accepted: int32"),
-        ({"cu_seqlens_k": offsets([7], "cpu")}, ValueError, r"cu_seqlens_k has shape \[2\]; accepted: .* which has 3"),
+        ({"cu_seqlens_k": offsets([7], "cpu")}, ValueError, r"cu_seqlens_k has shape \[2\]; accepted: .* cu_seqlens_q, 3"),
         ({"seqlens_q": [5]}, ValueError, r"seqlens_q has 1 lengths; accepted: 2"),
         ({"seqlens_k": [4, 4]}, ValueError, r"seqlens_k sum to 8; accepted: at most the rows of k, 7"),
         ({"max_q": -1}, ValueError, r"max_q is -1; accepted: 0 to"),
@@ -123,8 +123,8 @@ GOOD = made([2, 3], [4, 3])
         ({"window": 0}, ValueError, r"window is 0; accepted: 1 to"),
         ({"window": 4, "causal": False}, ValueError, r"window is 4, and causal False; accepted: a window with causal"),
         ({"backend": "best"}, ValueError, r"backend is 'best'; accepted: auto, cudnn, flash, torch"),
-        ({"backend": "flash"}, ValueError, r"'flash'; accepted here: torch, because it is a GPU's, and q is on cpu"),
-        ({"backend": "cudnn"}, ValueError, r"'cudnn'; accepted here: torch, because it is a GPU's, and q is on cpu"),
+        ({"backend": "flash"}, ValueError, r"'flash'; accepted here: torch, because the kernel runs on a GPU"),
+        ({"backend": "cudnn"}, ValueError, r"'cudnn'; accepted here: torch, because the kernel runs on a GPU"),
     ],
 )  # fmt: skip
 def test_wrong_arguments(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -172,7 +172,7 @@ def test_dims_that_a_kernel_does_not_take_as_they_are() -> None:
         assert_right(dense_attention(**call, causal=causal, backend="flash"), call, expected)
     call["v"] = torch.zeros(10, 2, 264, dtype=torch.bfloat16)
     assert possible(bound(call)) == ("torch",)
-    with pytest.raises(ValueError, match=r"accepted here: torch, because its head dims end at 256, and .* 12 and 264"):
+    with pytest.raises(ValueError, match=r"accepted here: torch, because its head dims are at most 256, .* 12 and 264"):
         dense_attention(**call, backend="flash")
 
 

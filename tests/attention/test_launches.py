@@ -202,8 +202,8 @@ def test_a_call_like_one_before_is_checked_for_what_may_differ(path: str, where:
 def test_arguments_are_checked_once_for_layers_that_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     made = setup([5, 1], [4, 19])
     batch, checks = made.batch(), []
-    check = prefix._check
-    monkeypatch.setattr(prefix, "_check", lambda *arguments: (checks.append(arguments), check(*arguments)))
+    check = prefix._check_tensors
+    monkeypatch.setattr(prefix, "_check_tensors", lambda *arguments: (checks.append(arguments), check(*arguments)))
     for _ in range(3):
         made.attend(batch)
     made.attend(batch, window=3)

@@ -44,7 +44,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> Capture:
 
 
 def kept(batch: kg.PrefixBatch) -> tuple[int, ...]:
-    return len(batch._made), len(batch.windows)
+    return len(batch._device_objects), len(batch.windows)
 
 
 @pytest.mark.parametrize("lengths", [True, False], ids=["lengths", "bounds"])
@@ -82,7 +82,7 @@ def test_windows_of_build_and_an_earlier_eager_layer_do_as_well(captured: Captur
     for batch in (with_window, used):
         with captured():
             assert_close(made.attend(batch, window=4), made.wanted(raw=True, window=4))
-            with pytest.raises(kg.CaptureError, match="what window 5 gathers"):
+            with pytest.raises(kg.CaptureError, match="the plan of window 5"):
                 batch.for_window(5)
 
 
