@@ -14,13 +14,15 @@ from typing import Literal
 
 import torch
 
-from .block_keys import BlockKey as _Key  # chapter 01 prints `_lookup`, with this name
+from . import block_keys
 from .device import resolve_device
 from .formats.checks import check_int, described, shown
 from .free_blocks import FreeBlocks
 from .prefix_sums import cu_seqlens, number_list
 
 __all__ = ["BlockPool", "BlockView", "OutOfBlocksError", "PoolStats", "PooledSequence", "cu_seqlens"]
+
+_Key = block_keys.BlockKey  # chapter 01 prints the source of `_lookup`, which has this name
 
 
 class OutOfBlocksError(ValueError):

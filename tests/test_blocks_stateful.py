@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvgather import block_keys
+from kvgather import blocks
 from kvgather.blocks import BlockPool, OutOfBlocksError, PooledSequence
 
 Prefix = tuple[str | None, tuple[int, ...]]
@@ -225,7 +225,7 @@ class CollidingPoolMachine(PoolMachine):
     def __init__(self) -> None:
         super().__init__()
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(block_keys, "chain_hash", lambda parent_hash, token_ids, extra_key: 7)
+        self.patch.setattr(blocks.block_keys, "chain_hash", lambda parent_hash, token_ids, extra_key: 7)
 
     def teardown(self) -> None:
         self.patch.undo()

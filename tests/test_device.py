@@ -258,10 +258,10 @@ def test_fp8_support_of_amd(monkeypatch: pytest.MonkeyPatch, arch: str, hardware
     monkeypatch.setattr(device, "interpreting", lambda: False)
     monkeypatch.setattr(torch.version, "hip", "7.0")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda where: Properties)
-    assert {dtype for dtype, decoder in device.fp8_support("cuda").items() if decoder == "hardware"} == hardware
+    assert {dtype for dtype, how in device.fp8_support("cuda").items() if how == "hardware"} == hardware
 
 
-def test_the_report_of_this_machine() -> None:
+def test_the_doctor_says_what_runs_here() -> None:
     report = device.doctor()
     assert list(report.rows) == ["python", "torch", "triton", "GPU", "Triton kernels", "FP8 decode", "notebooks"]
     assert report.rows["torch"] == torch.__version__

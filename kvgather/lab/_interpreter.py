@@ -27,7 +27,7 @@ TESTED_VERSIONS = "3.6 to 3.9"
 
 
 class TraceError(ValueError):
-    """Triton's interpreter cannot be imported, or lacks a function that the hooks replace; the message says which."""
+    """Triton's interpreter cannot be imported, or lacks functions that the hooks replace; the message says why."""
 
 
 @dataclass
