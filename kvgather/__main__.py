@@ -1,4 +1,4 @@
-"""`python -m kvgather`: the command line, where the `kvgather` script is not on the path."""
+"""`python -m kvgather`: the command line, for environments without the `kvgather` script on the path."""
 
 import sys
 

@@ -1,7 +1,7 @@
 """The command line: `kvgather doctor`, `kvgather crash`, `kvgather bench`; also as `python -m kvgather`.
 
-Exit status of every command: 0 as it should be, 1 not as it should be, 2 wrong usage (or what was asked for cannot run
-here), 3 the command itself failed, 130 interrupted.
+Exit status of every command: 0 the results are as expected, 1 they are not, 2 wrong usage or a request that this
+machine cannot run, 3 the command failed, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-Commands = Any  # what add_subparsers returns has no public name
+Commands = Any  # the return type of add_subparsers has no public name
 OK, NOT_AS_EXPECTED, USAGE, FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 
 BENCHMARKS = {
@@ -24,20 +24,20 @@ BENCHMARKS = {
     "host": "how long one eager call keeps the host busy, in raw launches of upstream's form",
     "prefix": "the prefix path both ways, the choice between them, one program per (token, head), and the limits",
 }
-"""What `kvgather bench` measures: each is the `run` of the module of its name in `kvgather.bench`."""
+"""The benchmarks of `kvgather bench`: each is the function `run` of the module `kvgather.bench.NAME`."""
 STDOUT = "-"
 
 
 def doctor(arguments: argparse.Namespace) -> int:
-    """What this machine can run."""
-    from .device import doctor as look
+    """Print what this machine can run."""
+    from .device import doctor as report
 
-    print(look())
+    print(report())
     return OK
 
 
 def crash(arguments: argparse.Namespace) -> int:
-    """Run the crash cases, print what became of each, and compare with what should."""
+    """Run the crash cases, print the outcome of each, and compare the outcomes with the expected ones."""
     from .files import check_replaceable
     from .lab import crash as lab
 
@@ -51,33 +51,33 @@ def crash(arguments: argparse.Namespace) -> int:
         check_replaceable(Path(arguments.json))
     outcomes = []
     width = max(map(len, cases))
-    said = sys.stderr if arguments.json == STDOUT else sys.stdout
+    messages = sys.stderr if arguments.json == STDOUT else sys.stdout
     for outcome in lab.run_all(cases, timeout=arguments.timeout):
         outcomes.append(outcome)
-        print(f"{outcome.case:<{width}}  {lab.describe(outcome)}", file=said, flush=True)
+        print(f"{outcome.case:<{width}}  {lab.describe(outcome)}", file=messages, flush=True)
     if arguments.json == STDOUT:
         print(lab.as_json(outcomes), end="")
     elif arguments.json is not None:
         lab.save(outcomes, arguments.json)
     if all(outcome.as_expected for outcome in outcomes):
-        print(f"all {len(outcomes)} outcomes are as expected", file=said)
+        print(f"all {len(outcomes)} outcomes are as expected", file=messages)
         return OK
     return FAILED if any(outcome.kind in ("failed", "timeout") for outcome in outcomes) else NOT_AS_EXPECTED
 
 
 def _list_cases(device: str) -> int:
-    """Print the cases of a device, whether this machine can run them or not, and what is expected of each."""
+    """Print the cases of a device and the expected outcomes of each, also those that this machine cannot run."""
     from .lab import crash as lab
 
-    chosen = [case for case in lab.CASES.values() if device in ("all", case.device)]
-    width = max(len(case.name) for case in chosen)
-    for case in chosen:
+    cases = [case for case in lab.CASES.values() if device in ("all", case.device)]
+    width = max(len(case.name) for case in cases)
+    for case in cases:
         print(f"{case.name:<{width}}  expected: {' or '.join(case.expected)}")
     return OK
 
 
 def bench(arguments: argparse.Namespace) -> int:
-    """Measure, print each case's rows when they are there, and keep them in a CSV file."""
+    """Run a benchmark, print the rows of each case as soon as they are measured, and write them to a CSV file."""
     from .bench.keep import RowWriter
     from .bench.machine import COMMIT
     from .bench.progress import Progress
@@ -86,43 +86,44 @@ def bench(arguments: argparse.Namespace) -> int:
     device = resolve_device(arguments.device, "--device")
     if arguments.commit:
         os.environ[COMMIT] = arguments.commit
-    what = importlib.import_module(f".bench.{arguments.what}", __package__)
+    benchmark = importlib.import_module(f".bench.{arguments.what}", __package__)
     path = None if arguments.csv is None else Path(arguments.csv or _default_csv(arguments.what, device.type))
     with Progress() as progress, RowWriter(path, progress) as keep:
-        rows = what.run(device, only=arguments.case, seconds=arguments.seconds, progress=progress, keep=keep)
-        if hasattr(what, "summary") and (said := what.summary(rows)):
-            keep.say(f"\n{said}")
+        rows = benchmark.run(device, only=arguments.case, seconds=arguments.seconds, progress=progress, keep=keep)
+        if hasattr(benchmark, "summary") and (summary := benchmark.summary(rows)):
+            keep.say(f"\n{summary}")
     return OK
 
 
-def _default_csv(what: str, device_type: str) -> Path:
+def _default_csv(benchmark: str, device_type: str) -> Path:
     from .bench.machine import machine
     from .bench.report import slug
     from .bench.results import RESULTS
 
     device = "cpu" if device_type == "cpu" else slug(machine(device_type)["device"])
-    return RESULTS / f"{what}_{device}.csv"
+    return RESULTS / f"{benchmark}_{device}.csv"
 
 
 def _add_doctor(commands: Commands) -> None:
-    parser = commands.add_parser("doctor", help="say what this machine can run, and how")
+    parser = commands.add_parser("doctor", help="print what this machine can run")
     parser.set_defaults(run=doctor)
 
 
 def _add_crash(commands: Commands) -> None:
     parser = commands.add_parser(
         "crash",
-        help="repeat the crash in child processes, and show that it is fixed",
-        description="Runs the gather as it was and with upstream's fix, both in our rewrite, and as it is, with a "
-        "scale that is guarded (followed by memory that faults) or not, each in a child process of its own.",
+        help="reproduce the crash in child processes, and show that it is fixed",
+        description="Runs three gathers: the one before the fix and the one with upstream's fix, both in our rewrite, "
+        "and the package's own. The scale is guarded (followed by memory that faults) or not. Each case runs in a "
+        "child process of its own.",
         epilog="exit status: 0 every outcome is as expected; 1 some are not; 2 wrong usage, or no such device here; "
         "3 a child failed for another reason or ran out of time; 130 interrupted",
     )
-    parser.add_argument("--device", choices=("cpu", "cuda", "all"), default="all", help="default: all there are")
-    parser.add_argument("--case", action="append", metavar="NAME", help="only this case; may be given several times")
+    parser.add_argument("--device", choices=("cpu", "cuda", "all"), default="all", help="default: all of this machine")
+    parser.add_argument("--case", action="append", metavar="NAME", help="run only this case; may be repeated")
     parser.add_argument("--json", metavar="FILE", help="also write the outcomes to FILE; - is the standard output")
     parser.add_argument("--timeout", type=_seconds, default=120.0, metavar="SECONDS", help="per case; default: 120")
-    parser.add_argument("--list", action="store_true", help="only print the cases, and what is expected of each")
+    parser.add_argument("--list", action="store_true", help="print the cases and the expected outcomes, and run none")
     parser.set_defaults(run=crash)
 
 
@@ -132,20 +133,20 @@ def _add_bench(commands: Commands) -> None:
     parser = commands.add_parser(
         "bench",
         help="measure the gather, the prefix path and host times, against upstream's form and the memory's limit",
-        description="Checks each implementation against the reference, then times it; on a GPU in CUDA graphs, over "
-        "inputs that do not fit in its cache.",
+        description="Checks each implementation against the reference, then measures its time; on a GPU with CUDA "
+        "graphs, over inputs larger than the L2 cache.",
     )
-    told = "; ".join(f"{what}: {about}" for what, about in BENCHMARKS.items())
-    parser.add_argument("what", choices=tuple(BENCHMARKS), metavar="WHAT", help=told)
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
-    parser.add_argument("--case", default="", metavar="TEXT", help="only cases whose name holds TEXT")
-    parser.add_argument("--seconds", type=_seconds, default=0.2, help="about how long for each; default: 0.2")
+    descriptions = "; ".join(f"{name}: {description}" for name, description in BENCHMARKS.items())
+    parser.add_argument("what", choices=tuple(BENCHMARKS), metavar="WHAT", help=descriptions)
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if the machine has one")
+    parser.add_argument("--case", default="", metavar="TEXT", help="only cases whose name contains TEXT")
+    parser.add_argument("--seconds", type=_seconds, default=0.2, help="approximate time per measurement; default: 0.2")
     parser.add_argument(
-        "--csv", metavar="FILE", nargs="?", const="", help="also write the rows to FILE, in place of older ones of "
-        f"its cases; without FILE to {RESULTS}/WHAT_DEVICE.csv; - is the standard output"
+        "--csv", metavar="FILE", nargs="?", const="", help="also write the rows to FILE, where they replace older rows "
+        f"of their cases; without FILE to {RESULTS}/WHAT_DEVICE.csv; - is the standard output"
     )  # fmt: skip
     parser.add_argument(
-        "--commit", metavar="TEXT", help="the commit for the rows; default: the environment's KVGATHER_COMMIT, or git's"
+        "--commit", metavar="TEXT", help="commit to record in the rows; default: KVGATHER_COMMIT, or git's HEAD"
     )  # fmt: skip
     parser.set_defaults(run=bench)
 
@@ -163,7 +164,7 @@ def _seconds(text: str) -> float:
 
 
 def _version() -> str:
-    """This package's version, from its metadata, or from the clone that it runs in."""
+    """This package's version, from the clone that it runs in, or from the metadata of an installed package."""
     import importlib.metadata
     import tomllib
 
@@ -182,7 +183,7 @@ COMMANDS: tuple[Callable[[Commands], None], ...] = (_add_doctor, _add_crash, _ad
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors are one line on stderr."""
+    """A parser that prints each error as one line on stderr."""
 
     def error(self, message: str) -> None:  # type: ignore[override]
         self.exit(USAGE, f"{self.prog}: {message}\n")
@@ -201,8 +202,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return _run(argv)
         finally:
-            sys.stdout.flush()  # at exit it would be too late to say anything about it
-    except BrokenPipeError:  # whoever read, such as head, has enough
+            sys.stdout.flush()  # raises here, where main can report the error, and not at exit
+    except BrokenPipeError:  # the reader, such as head, has closed the pipe
         _discard_stdout()
         return OK
     except OSError as error:
@@ -212,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _discard_stdout() -> None:
-    """Let what is still to be written go nowhere, or Python reports at exit that it cannot write it."""
+    """Redirect stdout to the null device, because Python's flush at exit would report the write error again."""
     with contextlib.suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())
@@ -220,7 +221,7 @@ def _discard_stdout() -> None:
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    parser = _Parser(prog="kvgather", description="Gather a paged FP8 KV cache; see what went wrong before.")
+    parser = _Parser(prog="kvgather", description="Gather a paged FP8 KV cache, and reproduce the crash that it fixes.")
     parser.add_argument("--version", action="version", version=f"kvgather {_version()}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
     for add in COMMANDS:
@@ -231,7 +232,7 @@ def _run(argv: Sequence[str] | None) -> int:
     except (ValueError, TypeError) as error:
         print(f"kvgather: {error}", file=sys.stderr)
         return USAGE
-    except ArithmeticError as error:  # what was to be measured gives wrong rows
+    except ArithmeticError as error:  # a measured implementation gives wrong rows
         print(f"kvgather: {error}", file=sys.stderr)
         return NOT_AS_EXPECTED
     except KeyboardInterrupt:

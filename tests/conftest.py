@@ -1,4 +1,4 @@
-"""What every test gets: fixed seeds, and a reason where the machine cannot run it."""
+"""The set-up of every test: fixed seeds, and skips for tests that this machine cannot run."""
 
 import os
 
@@ -8,13 +8,13 @@ import torch
 
 from kvgather import device
 
-# The same examples on every run; a GPU-less machine under load is slow, which is no failure.
+# The same examples on every run, without a deadline: a slow machine is no failure.
 hypothesis.settings.register_profile("kvgather", derandomize=True, deadline=None, database=None, max_examples=50)
 hypothesis.settings.load_profile("kvgather")
 
 
 def triton_version() -> str:
-    """The imported triton's version, "none" where there is no build of it."""
+    """The version of the imported triton; "none" if triton is not available."""
     if not device.triton_available():
         return "none"
     import triton
@@ -23,10 +23,10 @@ def triton_version() -> str:
 
 
 def pytest_configure() -> None:
-    """Stop unless the imported triton is the one that `make test-triton` set the path up for."""
-    wanted = os.environ.get("KVGATHER_TRITON")
-    if wanted and wanted != triton_version():
-        raise pytest.UsageError(f"KVGATHER_TRITON is {wanted}, and the imported triton is {triton_version()}")
+    """Stop unless the imported triton is the version that `make test-triton` has put on the path."""
+    expected = os.environ.get("KVGATHER_TRITON")
+    if expected and expected != triton_version():
+        raise pytest.UsageError(f"KVGATHER_TRITON is {expected}, and the imported triton is {triton_version()}")
 
 
 def pytest_report_header() -> str:

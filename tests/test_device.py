@@ -1,4 +1,4 @@
-"""Where kernels run: what is found out about this machine, and what is said where they cannot."""
+"""The choice between GPU and interpreter, device arguments, FP8 support and `doctor`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvgather import device
+from kvgather import device, interpreter
 from kvgather.device import BackendError, Report
 from tests.where import interpreted
 
@@ -20,10 +20,10 @@ no_gpu = pytest.mark.skipif(device.has_gpu(), reason="about machines with no GPU
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run Python in a child that decides for itself where kernels run."""
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    """Run Python code in a child that does not inherit TRITON_INTERPRET."""
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
-        [sys.executable, "-c", code], env=inherited | environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], env=variables | environment, capture_output=True, text=True, timeout=120
     )
 
 
@@ -40,7 +40,7 @@ except ValueError as error:
 
 @no_gpu
 @pytest.mark.triton
-def test_importing_kvgather_first_switches_the_interpreter_on() -> None:
+def test_importing_kvgather_first_enables_the_interpreter() -> None:
     done = run(f"import torch, kvgather as kg\n{GATHER}")
     assert done.stdout.split("\n") == ["48.0 True", "48.0", ""], done.stderr
 
@@ -52,7 +52,7 @@ with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / "own.py"
     path.write_text(
         "import triton, triton.language as tl\\n@triton.jit\\n"
-        "def double(x, N: tl.constexpr):\\n    at = tl.arange(0, N)\\n    tl.store(x + at, tl.load(x + at) * 2)\\n"
+        "def double(x, N: tl.constexpr):\\n    i = tl.arange(0, N)\\n    tl.store(x + i, tl.load(x + i) * 2)\\n"
     )
     spec = importlib.util.spec_from_file_location("own", path)
     own = importlib.util.module_from_spec(spec)
@@ -67,21 +67,21 @@ print(subprocess.run([sys.executable, "-c", child], capture_output=True, text=Tr
 
 @no_gpu
 @pytest.mark.triton
-def test_the_interpreter_reaches_kernels_decorated_later_and_no_child_process() -> None:
+def test_the_interpreter_runs_later_kernels_and_is_not_inherited() -> None:
     done = run(DECORATED_LATER)
     assert done.stdout.split("\n") == ["16.0 False", "True", ""], done.stderr
 
 
 @no_gpu
 @pytest.mark.triton
-def test_a_variable_that_was_set_by_the_user_stays_for_child_processes() -> None:
+def test_a_variable_that_the_user_set_is_inherited() -> None:
     done = run("import os, kvgather; print(os.environ['TRITON_INTERPRET'])", TRITON_INTERPRET="1")
     assert done.stdout == "1\n", done.stderr
 
 
 @no_gpu
 @pytest.mark.triton
-def test_triton_before_kvgather_leaves_torch_and_says_what_to_do() -> None:
+def test_triton_imported_first_leaves_torch_and_the_error_gives_the_fix() -> None:
     done = run(f"import triton, torch, kvgather as kg\n{GATHER}\nprint(kg.device.doctor())")
     lines = done.stdout.split("\n")
     assert lines[0] == "48.0 False", done.stderr
@@ -96,14 +96,14 @@ def test_triton_before_kvgather_leaves_torch_and_says_what_to_do() -> None:
 
 @no_gpu
 @pytest.mark.triton
-def test_triton_before_kvgather_is_fine_with_the_variable_set() -> None:
+def test_triton_imported_first_works_with_the_variable_set() -> None:
     done = run(f"import triton, torch, kvgather as kg\n{GATHER}", TRITON_INTERPRET="1")
     assert done.stdout.split("\n")[:2] == ["48.0 True", "48.0"], done.stderr
 
 
 @no_gpu
 @pytest.mark.triton
-def test_the_variable_set_to_0_is_left_alone() -> None:
+def test_the_variable_set_to_0_disables_the_interpreter() -> None:
     done = run(f"import torch, kvgather as kg\n{GATHER}", TRITON_INTERPRET="0")
     assert done.stdout.split("\n")[0] == "48.0 False", done.stderr
     assert "BackendError" in done.stdout
@@ -113,7 +113,7 @@ def test_the_variable_set_to_0_is_left_alone() -> None:
 
 @no_gpu
 @pytest.mark.triton
-def test_the_knob_switched_off_later_is_named() -> None:
+def test_the_error_names_a_knob_that_was_disabled() -> None:
     done = run(f"import torch, kvgather as kg, triton\ntriton.knobs.runtime.interpret = False\n{GATHER}")
     assert "and triton.knobs.runtime.interpret was set to False; accepted: " in done.stdout, done.stderr
 
@@ -129,7 +129,7 @@ sys.modules["numpy"] = None
 @no_gpu
 @pytest.mark.triton
 @pytest.mark.filterwarnings("ignore")
-def test_without_numpy_the_message_names_numpy_whatever_the_variable_says() -> None:
+def test_the_error_names_a_missing_numpy_for_each_value_of_the_variable() -> None:
     for environment in ({}, {"TRITON_INTERPRET": "1"}, {"TRITON_INTERPRET": "0"}):
         done = run(f"{HIDDEN}\nimport torch, kvgather as kg\n{GATHER}\nprint(kg.device.doctor())", **environment)
         assert done.stdout.startswith("48.0 False\nBackendError"), done.stderr
@@ -139,7 +139,7 @@ def test_without_numpy_the_message_names_numpy_whatever_the_variable_says() -> N
 
 
 @no_gpu
-def test_a_triton_that_cannot_be_imported_leaves_torch_and_is_named(tmp_path: Path) -> None:
+def test_a_failed_import_of_triton_leaves_torch_and_is_reported(tmp_path: Path) -> None:
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton" / "__init__.py").write_text("raise ImportError('GLIBC_9.9 not found')\n", encoding="utf-8")
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nimport os, torch, kvgather as kg\n{GATHER}"
@@ -154,14 +154,15 @@ def test_a_triton_that_cannot_be_imported_leaves_torch_and_is_named(tmp_path: Pa
     assert "Triton kernels  not here: ImportError: GLIBC_9.9 not found" in lines
 
 
-def test_the_message_is_in_the_words_of_the_argument(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "triton_available", lambda: False)
+def test_the_error_names_the_callers_argument(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interpreter, "triton_available", lambda: False)
     with pytest.raises(BackendError, match=r'path="direct" needs triton, .*; accepted: "gather" or "auto"$'):
         device.require_triton(CPU, 'path="direct"', '"gather" or "auto"')
 
 
-def test_without_triton_torch_runs_and_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "triton_available", lambda: False)
+def test_without_triton_the_triton_backend_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (device, interpreter):
+        monkeypatch.setattr(module, "triton_available", lambda: False)
     assert not device.interpreting()
     with pytest.raises(
         BackendError, match=r'backend="triton" needs triton, which is not installed here; accepted: "to'
@@ -173,9 +174,9 @@ def test_without_triton_torch_runs_and_triton_is_refused(monkeypatch: pytest.Mon
 
 
 @pytest.mark.triton
-def test_tensors_on_a_cpu_while_kernels_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "interpreting", lambda: False)
-    monkeypatch.setattr(device, "has_gpu", lambda: True)
+def test_cpu_tensors_are_rejected_while_kernels_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interpreter, "interpreting", lambda: False)
+    monkeypatch.setattr(interpreter, "has_gpu", lambda: True)
     device.require_triton(CUDA)
     with pytest.raises(
         BackendError, match=r'backend="triton" got tensors on cpu, and kernels are compiled for the GPU'
@@ -185,12 +186,12 @@ def test_tensors_on_a_cpu_while_kernels_are_compiled(monkeypatch: pytest.MonkeyP
 
 @interpreted
 @pytest.mark.triton
-def test_the_interpreter_takes_any_device() -> None:
+def test_the_interpreter_accepts_cpu_tensors() -> None:
     assert device.interpreting()
     device.require_triton(CPU)
 
 
-def test_in_the_interpreter_every_format_is_decoded_in_software() -> None:
+def test_every_format_is_decoded_in_software_on_a_cpu() -> None:
     assert device.fp8_support("cpu") == dict.fromkeys(device.FP8_DTYPES, "software")
 
 
@@ -205,14 +206,14 @@ BAD_DEVICES = [
 ]
 
 
-@pytest.mark.parametrize(("given", "error", "message"), BAD_DEVICES)
-def test_a_bad_device_is_named(given: object, error: type[Exception], message: str) -> None:
+@pytest.mark.parametrize(("value", "error", "message"), BAD_DEVICES)
+def test_an_invalid_device_is_rejected(value: object, error: type[Exception], message: str) -> None:
     for call in (device.fp8_support, device.resolve_device):
         with pytest.raises(error, match=message):
-            call(given)
+            call(value)
 
 
-def test_a_device_that_this_machine_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_that_this_machine_lacks_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     count = torch.cuda.device_count() if device.has_gpu() else 0
     with pytest.raises(ValueError, match=rf"where is cuda:99, and torch sees {count} GPUs here; accepted: one of thos"):
         device.resolve_device("cuda:99", "where")
@@ -225,7 +226,7 @@ def test_a_device_that_this_machine_does_not_have(monkeypatch: pytest.MonkeyPatc
         device.fp8_support("cuda:99")
 
 
-def test_the_device_that_an_argument_means() -> None:
+def test_resolve_device() -> None:
     assert device.resolve_device().type == ("cuda" if device.has_gpu() else "cpu")
     assert device.resolve_device("cpu") == device.resolve_device(CPU) == CPU
 
@@ -233,7 +234,7 @@ def test_the_device_that_an_argument_means() -> None:
 @pytest.mark.parametrize(
     ("capability", "hardware"), [((8, 0), 0), ((8, 6), 0), ((8, 9), 2), ((9, 0), 2), ((10, 0), 2), ((12, 0), 2)]
 )
-def test_what_nvidia_gpus_decode(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], hardware: int) -> None:
+def test_fp8_support_of_nvidia(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], hardware: int) -> None:
     monkeypatch.setattr(device, "interpreting", lambda: False)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda where: capability)
@@ -252,7 +253,7 @@ def test_what_nvidia_gpus_decode(monkeypatch: pytest.MonkeyPatch, capability: tu
         ("gfx1201", {torch.float8_e4m3fn, torch.float8_e5m2}),
     ],
 )
-def test_what_amd_gpus_decode(monkeypatch: pytest.MonkeyPatch, arch: str, hardware: set[torch.dtype]) -> None:
+def test_fp8_support_of_amd(monkeypatch: pytest.MonkeyPatch, arch: str, hardware: set[torch.dtype]) -> None:
     class Properties:
         gcnArchName = arch
 
@@ -289,7 +290,7 @@ def test_the_doctor_says_what_runs_here() -> None:
         assert report.rows["GPU"] == "none"
 
 
-def test_a_report_is_a_table_and_its_notes() -> None:
+def test_the_text_of_a_report_is_a_table_and_notes() -> None:
     assert str(Report({"a": "1", "long": "2"}, ("mind the gap",))) == "a     1\nlong  2\nnote: mind the gap"
 
 

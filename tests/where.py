@@ -1,4 +1,4 @@
-"""Where a test's kernels run: in Triton's interpreter on a CPU, compiled on a GPU, each where there is one."""
+"""The devices of tests: kernels run in Triton's interpreter on a CPU, or compiled on a GPU if the machine has one."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import torch
 from kvgather.device import interpreting
 
 interpreted = pytest.mark.skipif(
-    not interpreting(), reason="needs Triton's interpreter, and kernels are compiled here; the GPU's twin runs"
+    not interpreting(), reason="needs Triton's interpreter, and kernels are compiled here; the test on the GPU runs"
 )
 CPU = pytest.param("cpu", marks=[pytest.mark.triton, interpreted])
 GPU = pytest.param("cuda", marks=[pytest.mark.triton, pytest.mark.gpu])
 
 on_each_device = pytest.mark.parametrize("where", [CPU, GPU])
-"""The test takes `where`, and runs for "cpu" and for "cuda"."""
+"""Runs a test with its parameter `where` set to "cpu" and to "cuda"."""
 
 
 @contextlib.contextmanager
 def nothing_waits() -> Iterator[None]:
-    """A block in which an operation that waits for the GPU raises."""
+    """Context manager in which an operation that synchronizes with the GPU raises."""
     torch.cuda.synchronize()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Synchronization debug mode")  # it is a prototype, and says so
+        warnings.filterwarnings("ignore", message="Synchronization debug mode")  # torch warns that it is a prototype
         torch.cuda.set_sync_debug_mode("error")
     try:
         yield

@@ -1,4 +1,4 @@
-"""Argument checks: what came is named, whatever it is."""
+"""Argument checks: each error names the argument, its value and the accepted values."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from kvgather.formats.checks import (
 
 
 def negative() -> torch.Tensor:
-    """[-1., -2.], of which the bytes in memory are 1 and 2."""
+    """[-1., -2.] with the negative bit set: its memory contains 1 and 2."""
     view = torch.tensor([1 + 1j, 1 + 2j]).conj().imag
     assert view.is_neg() and view.tolist() == [-1, -2]
     return view
@@ -33,7 +33,7 @@ def negative() -> torch.Tensor:
 
 def nested() -> torch.Tensor:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # nested tensors are a prototype, and say so
+        warnings.simplefilter("ignore")  # torch warns that nested tensors are a prototype
         return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
 
 
@@ -52,12 +52,12 @@ def nested() -> torch.Tensor:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_is_no_tensor_to_read(value: object, error: type[Exception], message: str) -> None:
+def test_check_tensor_rejects(value: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         check_tensor(value, "x", dtypes=(torch.float32,))
 
 
-def test_the_negative_bit_is_resolved_and_everything_else_left_alone() -> None:
+def test_resolved_clears_the_negative_bit_and_returns_other_values_unchanged() -> None:
     plain = resolved(negative())
     assert not plain.is_neg() and plain.tolist() == [-1, -2]
     assert check_tensor(plain, "x") is plain
@@ -65,7 +65,7 @@ def test_the_negative_bit_is_resolved_and_everything_else_left_alone() -> None:
         assert resolved(value) is value
 
 
-def test_a_fake_tensor_is_no_meta_tensor() -> None:
+def test_check_tensor_accepts_a_fake_tensor() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
@@ -74,7 +74,7 @@ def test_a_fake_tensor_is_no_meta_tensor() -> None:
 
 
 @pytest.mark.parametrize("number", [3, np.int64(3), np.uint8(3), np.array(3)], ids=repr)
-def test_an_int_is_pythons_or_numpys(number: int) -> None:
+def test_check_int_accepts_integers_of_python_and_numpy(number: int) -> None:
     assert type(check_int(number, "n")) is int and check_int(number, "n") == 3
 
 
@@ -93,12 +93,12 @@ def test_an_int_is_pythons_or_numpys(number: int) -> None:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_is_no_int(value: object, error: type[Exception], message: str) -> None:
+def test_check_int_rejects(value: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         check_int(value, "n")
 
 
-def test_floats() -> None:
+def test_as_float_and_check_positive() -> None:
     assert [as_float(x) for x in (2, 0.5, np.float32(0.5), np.int8(2))] == [2.0, 0.5, 0.5, 2.0]
     assert [as_float(x) for x in (10**400, -(10**400))] == [float("inf"), float("-inf")]
     assert [as_float(x) for x in (True, np.bool_(True), 1j, "1", None, torch.ones(()), np.ones(1))] == [None] * 7
@@ -107,12 +107,12 @@ def test_floats() -> None:
         check_positive("x", "softmax_scale", "None, or a number")
 
 
-def test_a_word_that_is_too_long_to_print() -> None:
+def test_errors_truncate_long_values() -> None:
     with pytest.raises(ValueError, match=r"^layout is 'x{59}; accepted: NHD, HND$"):
         check_choice("x" * 10_000, "layout", ("NHD", "HND"))
 
 
-def test_a_window() -> None:
+def test_check_window() -> None:
     assert check_window(None) is None
     assert [check_window(n) for n in (1, np.int32(7), 2**31 - 1)] == [1, 7, 2**31 - 1]
     for bad in (0, -1):
@@ -130,7 +130,7 @@ def test_described_never_prints_the_values_of_a_tensor() -> None:
 
 @st.composite
 def views(draw: st.DrawFn, memory: torch.Tensor) -> torch.Tensor:
-    """Any view of some bytes: elements of 1 to 4 bytes, up to three axes, gaps, and elements on each other."""
+    """Any view of some bytes: elements of 1 to 4 bytes, up to three axes, with gaps and overlapping elements."""
     dtype = draw(st.sampled_from([torch.uint8, torch.int16, torch.int32]))
     base = memory[draw(st.integers(0, 3)) * dtype.itemsize :]
     base = base[: len(base) // dtype.itemsize * dtype.itemsize].view(dtype)
@@ -150,14 +150,14 @@ def bytes_of(tensor: torch.Tensor) -> set[int]:
 
 @given(st.data())
 @settings(max_examples=300)
-def test_whether_two_views_share_a_byte(data: st.DataObject) -> None:
+def test_share_elements_equals_a_comparison_of_all_bytes(data: st.DataObject) -> None:
     memory = torch.zeros(512, dtype=torch.uint8)
     first, second = data.draw(views(memory)), data.draw(views(memory))
-    wanted = bool(bytes_of(first) & bytes_of(second))
-    assert share_elements(first, second) is share_elements(second, first) is wanted
+    expected = bool(bytes_of(first) & bytes_of(second))
+    assert share_elements(first, second) is share_elements(second, first) is expected
 
 
-def test_what_shares_no_memory_at_all() -> None:
+def test_share_elements_of_other_memory_empty_tensors_and_columns() -> None:
     rows = torch.zeros(3, 4)
     assert not share_elements(rows, torch.zeros(3, 4)) and not share_elements(rows, rows[:0])
     assert not share_elements(rows[:, ::2], rows[:, 1::2]) and share_elements(rows, rows[2:, 3])

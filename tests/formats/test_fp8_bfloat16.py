@@ -1,4 +1,4 @@
-"""The one-pass way from FP8 codes to scaled BF16, over every code that has a finite value."""
+"""`decode_into_bfloat16`: one pass from FP8 codes to scaled BF16, for every finite code."""
 
 import pytest
 import torch
@@ -24,21 +24,21 @@ def test_every_finite_code_is_scaled_and_rounded_once(dtype: torch.dtype, factor
 
 
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
-def test_codes_that_are_no_numbers_are_left_to_the_long_way(dtype: torch.dtype) -> None:
-    every = torch.arange(256, dtype=torch.uint8)
-    for code in every[~every.view(dtype).float().isfinite()]:
+def test_codes_without_a_finite_value_are_declined(dtype: torch.dtype) -> None:
+    all_codes = torch.arange(256, dtype=torch.uint8)
+    for code in all_codes[~all_codes.view(dtype).float().isfinite()]:
         codes = torch.tensor([1, int(code)], dtype=torch.uint8)
         out = torch.full((2,), 7.0, dtype=torch.bfloat16)
         assert not decode_into_bfloat16(codes, dtype, 1.0, out)
         assert out.tolist() == [7.0, 7.0]
 
 
-def test_a_factor_too_large_to_fold_in_is_left_to_the_long_way() -> None:
+def test_a_factor_that_is_too_large_is_declined() -> None:
     out = torch.empty(1, dtype=torch.bfloat16)
     assert not decode_into_bfloat16(torch.ones(1, dtype=torch.uint8), torch.float8_e4m3fn, 1e6, out)
 
 
-def test_flushed_subnormals_are_noticed() -> None:
+def test_flushed_subnormals_are_detected() -> None:
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor cannot flush subnormal numbers to zero")
     try:

@@ -1,4 +1,4 @@
-"""Layouts: shapes, strides and addresses by hand, and conversions there and back."""
+"""Layouts: shapes, strides and addresses computed by hand, and conversions in both directions."""
 
 from __future__ import annotations
 
@@ -60,17 +60,17 @@ def test_addresses_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("layout", "which"), list(product(LAYOUTS, SIDES)))
-def test_every_address_is_where_the_flat_index_is(layout: str, which: Which) -> None:
+def test_every_element_offset_is_the_flat_index(layout: str, which: Which) -> None:
     blocks, page, heads, dim = 2, 12, 3, 20
     pool = counting(layout, which, blocks, page, heads, dim)
     nhd = as_nhd(pool, layout, which)
     assert nhd.shape == (blocks, page, heads, dim)
-    seen = set()
+    offsets = set()
     for block, slot, head, d in product(range(blocks), range(page), range(heads), range(dim)):
-        at = element_offset(pool, layout, which, block, head, slot, d)
-        assert nhd[block, slot, head, d] == at  # the pool holds its own flat index
-        seen.add(at)
-    assert len(seen) == pool.numel()
+        offset = element_offset(pool, layout, which, block, head, slot, d)
+        assert nhd[block, slot, head, d] == offset  # each element of the pool is its own flat index
+        offsets.add(offset)
+    assert len(offsets) == pool.numel()
 
 
 @pytest.mark.parametrize(("layout", "style"), list(product(LAYOUTS, POOL_STYLES)))
@@ -84,7 +84,7 @@ def test_addresses_follow_the_strides_of_a_view(layout: str, style: str) -> None
             assert memory.view(torch.int32).item() == nhd[block, slot, head, dim].view(torch.int32).item()
 
 
-def test_offsets_of_many_places_at_once() -> None:
+def test_offsets_of_tensors_of_positions() -> None:
     pool = counting("SHUFFLE", "value", 2, 8, 2, 4)
     slots = torch.arange(8)
     got = PoolStrides.of(pool, "SHUFFLE", "value").offset(slots * 0 + 1, slots * 0, slots, slots * 0 + 2)
@@ -101,15 +101,15 @@ def test_conversions_keep_every_value_and_round_trip(src: str, dst: str, which: 
     moved = convert(pool, src, dst, which)
     assert moved.shape == pool_shape(dst, which, 2, 48, 3, 80, itemsize)
     assert moved.is_contiguous() and moved.dtype == dtype
-    there = as_nhd(moved.view(torch.uint8) if itemsize == 1 else moved, dst, which)
-    here = as_nhd(pool.view(torch.uint8) if itemsize == 1 else pool, src, which)
-    assert torch.equal(there.contiguous().view(torch.uint8), here.contiguous().view(torch.uint8))
+    moved_nhd = as_nhd(moved.view(torch.uint8) if itemsize == 1 else moved, dst, which)
+    pool_nhd = as_nhd(pool.view(torch.uint8) if itemsize == 1 else pool, src, which)
+    assert torch.equal(moved_nhd.contiguous().view(torch.uint8), pool_nhd.contiguous().view(torch.uint8))
     assert torch.equal(convert(moved, dst, src, which).view(torch.uint8), bits)
     moved.view(torch.uint8).zero_()
-    assert bool(pool.view(torch.uint8).any())  # a copy, also where src is dst
+    assert bool(pool.view(torch.uint8).any())  # `moved` is a copy, even if src equals dst
 
 
-def test_converting_reads_a_strided_pool() -> None:
+def test_a_strided_pool_is_converted() -> None:
     pool = counting("NHD", "key", 3, 4, 6, 8)[:, :, 1::2]
     assert torch.equal(convert(pool, "NHD", "HND", "key"), pool.transpose(1, 2))
 
@@ -127,17 +127,17 @@ def test_converting_reads_a_strided_pool() -> None:
         (("NHD", "k", 2, 4, 1, 64, 2), r"which is 'k'; accepted: key, value"),
     ],
 )
-def test_sizes_that_no_layout_holds(arguments: tuple[str, Which, int, int, int, int, int], message: str) -> None:
+def test_invalid_sizes_are_rejected(arguments: tuple[str, Which, int, int, int, int, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pool_shape(*arguments)
 
 
-def test_v_of_shuffle_needs_no_multiple_in_its_dim() -> None:
+def test_v_of_shuffle_may_have_any_head_dim() -> None:
     assert pool_shape("SHUFFLE", "value", 2, 16, 1, 40, 1) == (2, 1, 1, 40, 16)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_geometry_is_read_off_the_pools(layout: str) -> None:
+def test_the_geometry_of_a_pair_of_pools(layout: str) -> None:
     key = torch.empty(key_shape(layout, 5, 32, 3, 80, 2), dtype=torch.bfloat16)
     value = torch.empty(value_shape(layout, 5, 32, 3, 40, 2), dtype=torch.bfloat16)
     g = Geometry.of(key, value, layout)
@@ -150,7 +150,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensor:
 
 
 def short(pool: Tensor) -> Tensor:
-    """The pool over memory that ends one element early."""
+    """A pool whose storage is one element too short."""
     pool.untyped_storage().resize_((pool.numel() - 1) * pool.element_size())
     return pool
 
@@ -204,7 +204,7 @@ WRONG_POOLS = {
 
 
 @pytest.mark.parametrize("wrong", WRONG_POOLS)
-def test_pools_that_do_not_belong_together(wrong: str) -> None:
+def test_invalid_pairs_of_pools_are_rejected(wrong: str) -> None:
     key, value, layout, error, message = WRONG_POOLS[wrong]
     with pytest.raises(error, match=message):
         Geometry.of(key, value, layout)
@@ -219,7 +219,7 @@ def test_pools_that_do_not_belong_together(wrong: str) -> None:
         ({"dim": 8}, r"dim is 8; accepted: 0 to 7"),
     ],
 )
-def test_places_outside_the_pool(place: dict[str, int], message: str) -> None:
+def test_positions_outside_the_pool_are_rejected(place: dict[str, int], message: str) -> None:
     pool = counting("HND", "key", 2, 4, 3, 8)
     with pytest.raises(ValueError, match=message):
         element_offset(pool, "HND", "key", **{"block": 0, "head": 0, "slot": 0, "dim": 0, **place})

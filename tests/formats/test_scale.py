@@ -1,4 +1,4 @@
-"""The scale contract: every shape that is accepted, what it resolves to, and everything that is not."""
+"""The scale contract: every accepted shape with its kind and strides, and every rejected scale."""
 
 from __future__ import annotations
 
@@ -74,10 +74,10 @@ def test_a_float_stays_a_number_until_memory_is_needed() -> None:
     assert (got.tensor.tolist(), got.tensor.dtype, got.tensor.device) == ([0.25], torch.float32, CPU)
 
 
-def test_the_message_says_what_came_and_what_is_accepted() -> None:
-    with pytest.raises(ValueError) as caught:
+def test_the_error_names_the_shape_and_the_accepted_shapes() -> None:
+    with pytest.raises(ValueError) as info:
         resolved(ones(7), num_blocks=1024)
-    assert str(caught.value) == (
+    assert str(info.value) == (
         "k_scale has shape [7]; accepted for 8 heads, 1024 blocks, page 16: one element (per-tensor), [8], [1024, 8], "
         "[1024, 8, 16]"
     )
@@ -91,7 +91,7 @@ def test_the_message_says_what_came_and_what_is_accepted() -> None:
         (BLOCKS - 1, HEADS, PAGE), (BLOCKS + 1, HEADS), (BLOCKS, HEADS, PAGE + 1),
     ],
 )  # fmt: skip
-def test_every_other_shape_is_refused(shape: tuple[int, ...]) -> None:
+def test_every_other_shape_is_rejected(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"^v_scale has shape \[.*\]; accepted for 8 heads, 6 blocks, page 16: one el"):
         resolved(ones(*shape), name="v_scale")
 
@@ -112,7 +112,7 @@ def test_every_other_shape_is_refused(shape: tuple[int, ...]) -> None:
         ({"num_blocks": 1, "num_heads": 1}, (1, 1, PAGE), "per-token-head"),
     ],
 )
-def test_shapes_that_two_kinds_share_resolve_one_way(sizes: dict[str, int], shape: tuple[int, ...], kind: str) -> None:
+def test_an_ambiguous_shape_has_one_kind(sizes: dict[str, int], shape: tuple[int, ...], kind: str) -> None:
     assert resolved(ones(*shape), **sizes).kind == kind
 
 
@@ -124,7 +124,7 @@ def test_shapes_that_two_kinds_share_resolve_one_way(sizes: dict[str, int], shap
         ({"num_heads": 1, "num_blocks": 1, "page_size": 1}, (1, 1, 1), "per-token-head"),
     ],
 )
-def test_a_kind_decides_where_the_shape_does_not(sizes: dict[str, int], shape: tuple[int, ...], kind: str) -> None:
+def test_a_kind_selects_among_ambiguous_shapes(sizes: dict[str, int], shape: tuple[int, ...], kind: str) -> None:
     assert resolved(ones(*shape), kind, **sizes).kind == kind
     assert resolved(ones(*shape), "per-tensor", **sizes).kind == "per-tensor"
 
@@ -148,13 +148,15 @@ def test_a_kind_decides_where_the_shape_does_not(sizes: dict[str, int], shape: t
         ),
     ],
 )
-def test_a_scale_that_is_not_of_its_kind(scale: Tensor | float | None, kind: str, message: str) -> None:
+def test_a_scale_that_does_not_match_its_kind_is_rejected(
+    scale: Tensor | float | None, kind: str, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         resolved(scale, kind)
 
 
 def short(scale: Tensor) -> Tensor:
-    """The scale over memory that ends one element early."""
+    """A scale whose storage is one element too short."""
     scale.untyped_storage().resize_(scale.untyped_storage().nbytes() - 4)
     return scale
 
@@ -178,13 +180,13 @@ def short(scale: Tensor) -> Tensor:
     ],
     ids=scale_id,
 )
-def test_what_is_no_scale(scale: object, error: type[Exception], message: str) -> None:
+def test_invalid_scales_are_rejected(scale: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         resolved(scale)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 0.0, -0.0, -1.0])
-def test_values_that_no_scale_may_have(bad: float) -> None:
+def test_values_that_are_not_finite_and_positive_are_rejected(bad: float) -> None:
     with pytest.raises(ValueError, match=rf"k_scale is {bad}; accepted: finite values above 0"):
         resolved(bad)
     with pytest.raises(ValueError, match=rf"k_scale is {bad}.*; accepted: finite values above 0"):
@@ -196,11 +198,11 @@ def test_values_that_no_scale_may_have(bad: float) -> None:
     pages = ones(BLOCKS, HEADS, PAGE)
     pages[2, 1, 3] = bad
     with pytest.raises(ValueError, match=rf"k_scale is {bad} at \[2, 1, 3\]; accepted"):
-        check_values(resolved(pages), "k_scale")  # large ones are looked at on request
+        check_values(resolved(pages), "k_scale")  # values of larger scales are checked on request
 
 
 @pytest.mark.parametrize("number", [np.float32(0.5), np.float64(0.5), np.float16(0.5), Fraction(1, 2)], ids=repr)
-def test_numbers_of_numpy_are_numbers(number: float) -> None:
+def test_numbers_of_other_types_are_accepted(number: float) -> None:
     assert resolved(number).in_memory(CPU).tensor.tolist() == [0.5]
 
 
@@ -216,13 +218,13 @@ def test_numbers_of_numpy_are_numbers(number: float) -> None:
     ],
     ids=["nan", "negative", "digits", "1e300", "bool", "array"],
 )
-def test_what_is_no_scale_of_numpy(bad: object, error: type[Exception], message: str) -> None:
+def test_invalid_numbers_are_rejected(bad: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         resolved(bad)
 
 
 @pytest.mark.parametrize("bad", [1e-60, 1e300, 1e-40])
-def test_floats_that_fp32_cannot_hold(bad: float) -> None:
+def test_floats_that_fp32_cannot_represent_are_rejected(bad: float) -> None:
     with pytest.raises(ValueError, match=r"k_scale is .*; accepted: values that FP32 can hold"):
         resolved(bad)
 
@@ -233,7 +235,7 @@ def test_every_kind_has_one_shape() -> None:
         kind_shape("none", BLOCKS, HEADS, PAGE)
 
 
-def test_an_empty_pool_still_has_kinds() -> None:
+def test_the_kinds_of_an_empty_pool() -> None:
     sizes = {"num_blocks": 0, "num_heads": HEADS, "page_size": PAGE}
     assert classify(ones(0, HEADS), "k_scale", **sizes) == "per-page-head"
     assert classify(ones(0, HEADS, PAGE), "k_scale", **sizes) == "per-token-head"
@@ -242,7 +244,7 @@ def test_an_empty_pool_still_has_kinds() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
-def test_at_reads_the_scale_of_each_place(kind: str) -> None:
+def test_at_reads_the_scale_of_each_position(kind: str) -> None:
     shape = kind_shape(kind, BLOCKS, HEADS, PAGE) or (1,)
     tensor = torch.arange(1, torch.Size(shape).numel() + 1, dtype=torch.float32).view(shape)
     scale = resolved(tensor, kind)
@@ -256,5 +258,5 @@ def test_at_reads_the_scale_of_each_place(kind: str) -> None:
     assert got.expand(2).tolist() == flat
 
 
-def test_no_scale_reads_nothing() -> None:
+def test_at_of_kind_none_is_none() -> None:
     assert resolved(None).at(torch.tensor(0), torch.tensor(0), torch.tensor(0)) is None

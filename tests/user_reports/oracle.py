@@ -1,4 +1,4 @@
-"""What the tests of user reports expect: plain torch in float64, with nothing of the package that they judge."""
+"""Expected results for the tests of user reports: plain torch in float64, independent of the package's numerics."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import kvgather as kg
 
 BACKENDS = ("torch", "triton")
 PATHS = (("gather", None), ("gather", 48), ("direct", None))
-"""Ways through `prefix_attention`: its path, and its workspace in tokens."""
+"""Arguments of `prefix_attention`: `path`, and `workspace_tokens`."""
 FP8_MAX = {torch.float8_e4m3fn: 448.0, torch.float8_e4m3fnuz: 240.0, torch.float8_e5m2: 57344.0}
 
 
@@ -23,22 +23,22 @@ def offsets(lengths: Sequence[int]) -> Tensor:
 
 
 def stored(values: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
-    """What a pool of `dtype` stores of `values`, in float64; `scale` broadcasts against them."""
+    """The values that a pool of `dtype` represents after a write of `values`, in float64; `scale` is broadcast."""
     scale = torch.as_tensor(scale, dtype=torch.float32)
     if dtype not in FP8_MAX:
         return values.to(dtype).double()
-    most = FP8_MAX[dtype]
-    return (values.float() / scale).clamp(-most, most).to(dtype).double() * scale.double()
+    maximum = FP8_MAX[dtype]
+    return (values.float() / scale).clamp(-maximum, maximum).to(dtype).double() * scale.double()
 
 
 def attention(
     q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], lengths_q: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention of each sequence's last rows, in float64.
+    """Causal attention of the last rows of each sequence, in float64.
 
     Args:
         q: `[sum(lengths_q), q_heads, dim]`.
-        keys, values: of each sequence `[tokens, kv_heads, dim]`.
+        keys, values: for each sequence, `[tokens, kv_heads, dim]`.
         lengths_q: rows of each sequence.
 
     Returns:
@@ -71,7 +71,7 @@ def assert_near(got: Tensor, wanted: Tensor, tolerance: float) -> None:
 
 
 def poisoned(cache: kg.PagedKVCache) -> kg.PagedKVCache:
-    """The cache with NaN in every slot: codes and, where each token has one, scales."""
+    """The cache with NaN in every slot: in the codes, and in the scales if each token has its own."""
     for pool in (cache.key_cache, cache.value_cache):
         if pool.dtype in FP8_MAX:
             pool.view(torch.uint8).fill_(0x80 if pool.dtype == torch.float8_e4m3fnuz else 0x7F)
@@ -84,9 +84,9 @@ def poisoned(cache: kg.PagedKVCache) -> kg.PagedKVCache:
 
 
 def scattered(lengths: Sequence[int], page: int, num_blocks: int, seed: int = 0) -> tuple[Tensor, list[Tensor]]:
-    """A block table with blocks in no order and −1 past a sequence's end, and each sequence's slots.
+    """A block table with block ids in random order and −1 after each sequence's end, and the slots of each sequence.
 
-    Block 0 belongs to no sequence: a masked address is often one in it, and it was never written.
+    No sequence uses block 0, which stays unwritten: a masked address often points into it.
     """
     ids = iter((1 + torch.randperm(num_blocks - 1, generator=torch.Generator().manual_seed(seed))).tolist())
     width = max([-(-n // page) for n in lengths] + [1])

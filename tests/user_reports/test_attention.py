@@ -1,4 +1,4 @@
-"""Attention over odd sizes, odd strides and in other precisions than a kernel was first written for."""
+"""Attention with unusual sizes, strides and precisions."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def test_sizes_that_are_no_powers_of_two(
         blocks, page, heads, dim, scale=("per-page-head", "per-head"), k_scale=k_scale, v_scale=v_scale, device="cpu"
     ))  # fmt: skip
     keys, values = [], []
-    for n, where in zip(lengths_k, slots, strict=True):
+    for n, seq_slots in zip(lengths_k, slots, strict=True):
         k, v = torch.randn(2, n, heads, dim, generator=random)
         for backend, rows in (("torch", slice(0, n // 2)), ("triton", slice(n // 2, n))):
-            cache.write(k[rows], v[rows], where[rows], backend=backend)
-        keys.append(stored(k, k_scale[where // page][..., None], torch.float8_e4m3fn))
+            cache.write(k[rows], v[rows], seq_slots[rows], backend=backend)
+        keys.append(stored(k, k_scale[seq_slots // page][..., None], torch.float8_e4m3fn))
         values.append(stored(v, v_scale[:, None], torch.float8_e4m3fn))
     q = torch.randn(4, heads * group, dim, generator=random)
     batch = kg.PrefixBatch.build(table, offsets(lengths_q), offsets(lengths_k), page_size=page, num_blocks=blocks)
@@ -46,9 +46,7 @@ def test_sizes_that_are_no_powers_of_two(
     ("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 2e-3), (torch.float32, 1e-5)], ids=str
 )
 @pytest.mark.parametrize("pool", [torch.float8_e4m3fn, torch.bfloat16, torch.float16], ids=str)
-def test_the_direct_path_multiplies_values_in_the_interpreter_too(
-    dtype: torch.dtype, tolerance: float, pool: torch.dtype
-) -> None:
+def test_the_direct_path_is_exact_in_the_interpreter(dtype: torch.dtype, tolerance: float, pool: torch.dtype) -> None:
     """Reported as triton-lang/triton#11584 and #10945: the interpreter multiplies the bits of BF16."""
     random = torch.Generator().manual_seed(6)
     scale = {"k_scale": 0.02, "v_scale": 0.02} if pool in FP8_MAX else {"scale": "none"}
@@ -66,13 +64,14 @@ def test_the_direct_path_multiplies_values_in_the_interpreter_too(
 
 
 @each_path
-@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_does_not_take_precision_from_one_path(
-    path: str, workspace: int | None, cast: torch.dtype
+@pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_does_not_reduce_the_precision_of_a_path(
+    path: str, workspace: int | None, autocast_dtype: torch.dtype
 ) -> None:  # fmt: skip
     """Reported as huggingface/diffusers#14104, pytorch/pytorch#126053.
 
-    q says the dtype, and the path is a matter of speed: every path gives FP32 its precision inside of autocast.
+    The dtype of q determines the precision, and the path affects the speed only: inside autocast, each path computes
+    FP32 inputs in FP32.
     """
     random = torch.Generator().manual_seed(10)
     k, v = torch.randn(2, 40, 2, 16, generator=random)
@@ -80,7 +79,7 @@ def test_autocast_does_not_take_precision_from_one_path(
     cache.write(k, v, torch.arange(40))
     q = torch.randn(5, 4, 16, generator=random)
     batch = kg.PrefixBatch.build(torch.tensor([[0, 1, 2]]), offsets([5]), offsets([40]), page_size=16, num_blocks=6)
-    with torch.autocast("cpu", dtype=cast):
+    with torch.autocast("cpu", dtype=autocast_dtype):
         out, lse = kg.prefix_attention(
             q, None, None, cache, batch, path=path, workspace_tokens=workspace, return_lse=True
         )
@@ -91,8 +90,8 @@ def test_autocast_does_not_take_precision_from_one_path(
 
 
 @pytest.mark.parametrize("path", ["gather", "direct"])
-@pytest.mark.parametrize("how", ["fused", "heads outermost", "dims outermost"])
-def test_q_k_and_v_of_any_strides(path: str, how: str) -> None:
+@pytest.mark.parametrize("view", ["fused", "heads outermost", "dims outermost"])
+def test_q_k_and_v_of_any_strides(path: str, view: str) -> None:
     """Reported as ROCm/aiter#4531 and #2772: q, K and V are views of one projection."""
     random = torch.Generator().manual_seed(11)
     n, q_heads, heads, dim = 7, 4, 2, 16
@@ -100,9 +99,9 @@ def test_q_k_and_v_of_any_strides(path: str, how: str) -> None:
     parts = qkv.split([q_heads * dim, heads * dim, heads * dim], -1)
     q, k, v = (part.view(n, -1, dim) for part in parts)
     wanted, _ = attention(q, [k], [v], [n])
-    if how == "heads outermost":
+    if view == "heads outermost":
         q, k, v = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v))
-    elif how == "dims outermost":
+    elif view == "dims outermost":
         q, k, v = (x.permute(2, 0, 1).contiguous().permute(1, 2, 0) for x in (q, k, v))
     cache = poisoned(kg.PagedKVCache(6, 4, heads, dim, dtype=torch.float32, device="cpu"))
     batch = kg.PrefixBatch.build(torch.tensor([[3, 1]]), offsets([n]), offsets([n]), page_size=4, num_blocks=6)

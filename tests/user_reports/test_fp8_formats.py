@@ -1,4 +1,4 @@
-"""e4m3fn and e4m3fnuz taken for each other. Reported as pytorch/FBGEMM#4113, vllm-project/vllm#45562."""
+"""Confusion of e4m3fn with e4m3fnuz. Reported as pytorch/FBGEMM#4113, vllm-project/vllm#45562."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.triton
 
 
 def values_of_codes(dtype: torch.dtype) -> torch.Tensor:
-    """What each of the 256 codes means, by the formats' definitions, float64."""
+    """The value of each of the 256 codes by the format's definition, float64."""
     bits, bias = {torch.float8_e4m3fn: (3, 7), torch.float8_e4m3fnuz: (3, 8), torch.float8_e5m2: (2, 15)}[dtype]
     values = []
     for code in range(256):
@@ -51,7 +51,7 @@ def test_every_code_of_every_format(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["per-tensor", "per-token-head"])
-def test_what_rounds_to_minus_zero_is_no_nan_in_fnuz(backend: str, kind: str) -> None:
+def test_values_that_round_to_minus_zero_are_zero_in_fnuz(backend: str, kind: str) -> None:
     cache = kg.PagedKVCache(2, 4, 1, 16, dtype=torch.float8_e4m3fnuz, scale=kind, device="cpu")
     x = torch.tensor([-0.0, -1e-9, -1e-30, -(2.0**-12), -(2.0**-11), -240, -300, 300, -(2.0**-10)] + [0.0] * 7)
     cache.write(x.reshape(1, 1, 16), x.reshape(1, 1, 16), torch.tensor([5]), backend=backend)

@@ -1,4 +1,4 @@
-"""Triton or NumPy is missing, or the interpreter is off: the rest works, and each message names its own cause.
+"""Without Triton, NumPy or the interpreter, the torch backend works, and each error names its cause.
 
 Reported as triton-lang/triton#2899, vllm-project/vllm#14888.
 """
@@ -46,7 +46,12 @@ for call in (
 
 
 def messages(hidden: str = "", before: str = "") -> list[str]:
-    """What `backend="triton"` and `path="direct"` say in a process that lacks a package, or begins with a line."""
+    """The errors of `backend="triton"` and of `path="direct"` in a new process.
+
+    Args:
+        hidden: a package that cannot be imported.
+        before: code that runs before the import of kvgather.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     child = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROGRAM.format(hidden=hidden, before=before)],
@@ -56,32 +61,32 @@ def messages(hidden: str = "", before: str = "") -> list[str]:
     return child.stdout.splitlines()
 
 
-def test_without_triton_everything_else_works() -> None:
+def test_without_triton_the_torch_backend_works() -> None:
     backend, path = messages("triton")
     for message in (backend, path):
         assert "triton" in message and "not installed" in message
 
 
 @pytest.mark.triton
-def test_without_numpy_the_message_names_numpy() -> None:
-    """torch and triton do not install NumPy, and the interpreter needs it."""
+def test_without_numpy_the_error_names_numpy() -> None:
+    """The interpreter needs NumPy, which torch and triton do not install."""
     for message in messages("numpy"):
         assert "numpy" in message.lower(), message
 
 
 @pytest.mark.triton
-def test_triton_imported_first_is_explained() -> None:
+def test_triton_imported_first_gives_an_error_with_the_fix() -> None:
     for message in messages(before="import triton"):
         assert "import kvgather before triton" in message
 
 
 @pytest.mark.triton
-def test_the_interpreter_switched_off_by_hand_is_no_matter_of_import_order() -> None:
+def test_the_error_of_a_disabled_interpreter_names_the_variable() -> None:
     for message in messages(before="import os; os.environ['TRITON_INTERPRET'] = '0'"):
         assert "TRITON_INTERPRET" in message and "imported before" not in message, message
 
 
-def test_the_message_about_a_path_speaks_of_paths() -> None:
-    """`path="direct"` has no argument `backend`: its advice is something that `path` accepts."""
+def test_the_error_about_a_path_lists_paths() -> None:
+    """The accepted values in the error of `path="direct"` are values of `path`, not of `backend`."""
     _, message = messages("triton")
     assert 'path="direct"' in message and '"torch"' not in message, message

@@ -1,4 +1,4 @@
-"""Pools, scales and outputs as engines store them: views of one tensor, swapped axes, scales inside the pages."""
+"""Pools, scales and outputs in the forms of inference engines: views of one tensor, swapped axes, scales in pages."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ def test_scales_inside_the_pages(backend: str, padding: int) -> None:
 
 
 @each_backend
-@pytest.mark.parametrize("how", ["HND view of NHD", "NHD view of HND", "heads outermost", "content interleaved"])
-def test_pools_that_are_views(backend: str, how: str) -> None:
+@pytest.mark.parametrize("view", ["HND view of NHD", "NHD view of HND", "heads outermost", "content interleaved"])
+def test_pools_that_are_views(backend: str, view: str) -> None:
     """Reported as vllm-project/vllm#8200, LMCache/LMCache#2826 and #4467, ROCm/aiter#3492: axes were swapped."""
-    blocks, page, heads, dim = 5, 4, 4, 16  # page = heads: no shape can tell one from the other
+    blocks, page, heads, dim = 5, 4, 4, 16  # page = heads: the shape does not distinguish NHD from HND
     layout = "NHD"
-    if how == "HND view of NHD":
+    if view == "HND view of NHD":
         layout, pools = "HND", [torch.zeros(blocks, page, heads, dim).transpose(1, 2) for _ in "kv"]
-    elif how == "NHD view of HND":
+    elif view == "NHD view of HND":
         pools = [torch.zeros(blocks, heads, page, dim).transpose(1, 2) for _ in "kv"]
-    elif how == "heads outermost":
+    elif view == "heads outermost":
         layout, pools = "HND", [torch.zeros(heads, blocks, page, dim).transpose(0, 1) for _ in "kv"]
     else:
         pools = list(torch.zeros(blocks, page, heads, 2 * dim).split(dim, -1))
@@ -71,7 +71,7 @@ def test_pools_that_are_views(backend: str, how: str) -> None:
 
 
 @each_backend
-def test_scales_of_each_token_are_block_head_slot_whatever_their_strides(backend: str) -> None:
+def test_per_token_head_scales_are_indexed_by_their_strides(backend: str) -> None:
     blocks, page, heads = 3, 4, 4
     by_slot = torch.arange(1, 1 + blocks * page * heads, dtype=torch.float32).reshape(blocks, page, heads)
     ones = torch.ones(blocks, page, heads, 16).to(torch.float8_e4m3fn)
@@ -84,13 +84,13 @@ def test_scales_of_each_token_are_block_head_slot_whatever_their_strides(backend
     assert torch.equal(k, wanted) and torch.equal(v, wanted)
 
 
-@pytest.mark.parametrize("rows", ["apart", "in turn"])
+@pytest.mark.parametrize("rows", ["separate", "interleaved"])
 def test_k_and_v_are_gathered_into_one_workspace(rows: str) -> None:
-    """One tensor for both, whole or with each row's K next to its V: elements that do not overlap."""
+    """One tensor contains both outputs, one after the other or with interleaved rows, without shared elements."""
     cache = kg.PagedKVCache(4, 4, 2, 16, dtype=torch.float32, device="cpu")
     k, v = torch.randn(2, 6, 2, 16, generator=torch.Generator().manual_seed(9))
     cache.write(k, v, torch.arange(6))
     plan = kg.GatherPlan.build(torch.tensor([[0, 1]]), torch.tensor([0, 6]), page_size=4, num_blocks=4)
-    space = torch.zeros(2, 6, 2, 16) if rows == "apart" else torch.zeros(6, 2, 2, 16).transpose(0, 1)
-    cache.gather(plan, out_dtype=torch.float32, out=(space[0], space[1]))
-    assert torch.equal(space[0], k) and torch.equal(space[1], v)
+    workspace = torch.zeros(2, 6, 2, 16) if rows == "separate" else torch.zeros(6, 2, 2, 16).transpose(0, 1)
+    cache.gather(plan, out_dtype=torch.float32, out=(workspace[0], workspace[1]))
+    assert torch.equal(workspace[0], k) and torch.equal(workspace[1], v)

@@ -1,4 +1,4 @@
-"""Blocks that are found: the right ones, when they are computed, and a prompt that is wholly cached."""
+"""Prefix sharing: only blocks of equal content are shared, only computed ones, and a prompt may be fully cached."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.user_reports.oracle import assert_near, attention, offsets, poisoned,
 # The wrong block is found: vllm-project/vllm#44701, sgl-project/sglang#24638, openvinotoolkit/openvino.genai#3722.
 
 
-def test_only_the_same_key_finds_a_block() -> None:
+def test_different_extra_keys_share_no_block() -> None:
     pool = kg.BlockPool(64, 2)
     keys: list[Hashable] = [
         None, "a", "b", ("lora", "a"), ("salt", "a"), ("lora", "salt"), ("a",), b"a", 0, 1, "0", ("lora", "a", None)
@@ -27,7 +27,7 @@ def test_only_the_same_key_finds_a_block() -> None:
         assert pool.allocate([1, 2, 3, 4, 5], key).num_cached_tokens == 4
 
 
-def test_the_key_counts_in_every_block_and_not_in_the_first_alone() -> None:
+def test_the_extra_key_applies_to_every_block() -> None:
     pool = kg.BlockPool(16, 2)
     for key in ("x", "y"):
         pool.commit(pool.allocate([1, 2, 3, 4, 5], key))
@@ -35,8 +35,8 @@ def test_the_key_counts_in_every_block_and_not_in_the_first_alone() -> None:
     assert not set(x.block_ids) & set(y.block_ids)
 
 
-def test_equal_hashes_are_not_equal_tokens() -> None:
-    """Python's hash of an integer repeats after 2^61 − 1, so these prompts collide for certain."""
+def test_prompts_with_equal_hashes_share_no_block() -> None:
+    """Python's hash of an integer is its residue modulo 2^61 − 1, so these prompts always collide."""
     step = 2**61 - 1
     assert hash((5, 7)) == hash((5 + step, 7))
     pool = kg.BlockPool(16, 2)
@@ -47,7 +47,7 @@ def test_equal_hashes_are_not_equal_tokens() -> None:
     assert pool.allocate([5, 7, 1, 2, 9]).num_cached_tokens == 4
 
 
-def test_the_same_block_after_another_beginning_is_another_block() -> None:
+def test_equal_tokens_after_different_prefixes_share_no_block() -> None:
     pool = kg.BlockPool(16, 2)
     pool.commit(pool.allocate([1, 1, 8, 8, 0]))
     assert pool.allocate([2, 2, 8, 8, 0]).num_cached_tokens == 0
@@ -57,8 +57,8 @@ def test_the_same_block_after_another_beginning_is_another_block() -> None:
 @pytest.mark.triton
 @pytest.mark.parametrize("path", ["gather", "direct"])
 @pytest.mark.parametrize("length", [4, 8, 9, 12])
-def test_a_prompt_that_is_wholly_cached_gives_the_same_rows(path: str, length: int) -> None:
-    """Reported as vllm-project/vllm#11186: a prompt that is in the cache to its last token."""
+def test_a_fully_cached_prompt_gives_the_same_rows(path: str, length: int) -> None:
+    """Reported as vllm-project/vllm#11186: a prompt whose tokens are all in the cache."""
     page, blocks = 4, 12
     random = torch.Generator().manual_seed(4)
     q, k, v = (torch.randn(length, heads, 16, generator=random) for heads in (4, 2, 2))
@@ -82,7 +82,7 @@ def test_a_prompt_that_is_wholly_cached_gives_the_same_rows(path: str, length: i
     assert pool.stats.hit_tokens == 2 * ((length - 1) // page * page)
 
 
-def test_a_block_is_found_when_it_is_computed_and_not_before() -> None:
+def test_a_block_is_shared_only_after_it_is_computed() -> None:
     """Reported as vllm-project/vllm#7822 and #7619: a block was found before its K and V were computed."""
     pool = kg.BlockPool(32, 4)
     prompt = list(range(13))
@@ -91,7 +91,7 @@ def test_a_block_is_found_when_it_is_computed_and_not_before() -> None:
     assert not set(first.block_ids) & set(second.block_ids)
     pool.commit(first, 7)  # a chunk that ends within a block
     assert pool.allocate(prompt).num_cached_tokens == 4
-    pool.commit(second, 12)  # overtakes: its first block is a copy, the others are found from now on
+    pool.commit(second, 12)  # its first block duplicates a published one; its other blocks are published
     third = pool.allocate(prompt)
     assert third.num_cached_tokens == 12
     assert third.block_ids[:3] == [first.block_ids[0], *second.block_ids[1:3]]
@@ -110,6 +110,6 @@ def test_a_request_that_does_not_fit_changes_nothing() -> None:
     pool.free(seq)
     before = (pool.eviction_order(), pool.num_free_blocks, pool.stats, [pool.block(i) for i in range(4)])
     with pytest.raises(OutOfBlocksError):
-        pool.allocate([1, 2, 3, 4, 5, 6, 7, 8, 9])  # the two that it would hit are not free for the rest of it
+        pool.allocate([1, 2, 3, 4, 5, 6, 7, 8, 9])  # two of the four free blocks are hits, and it needs three others
     assert before == (pool.eviction_order(), pool.num_free_blocks, pool.stats, [pool.block(i) for i in range(4)])
     assert pool.allocate([1, 2, 3, 4, 5, 6, 7, 8]).num_cached_tokens == 4

@@ -1,4 +1,4 @@
-"""Slots that were never written hold NaN here, and no row sees them.
+"""Unwritten slots contain NaN in these tests, and have no effect on any row.
 
 Reported as Dao-AILab/flash-attention#1745, ROCm/aiter#5401, flashinfer-ai/flashinfer#941 and #4452.
 """
@@ -20,20 +20,20 @@ each_path = pytest.mark.parametrize(("path", "workspace"), PATHS)
 @each_path
 @pytest.mark.parametrize("layout", ["NHD", "HND", "SHUFFLE"])
 @pytest.mark.parametrize("dtype", [*FP8_MAX, torch.bfloat16], ids=str)
-def test_unwritten_slots_are_not_seen(path: str, workspace: int | None, layout: str, dtype: torch.dtype) -> None:
+def test_unwritten_slots_have_no_effect(path: str, workspace: int | None, layout: str, dtype: torch.dtype) -> None:
     lengths_q, lengths_k, page = [1, 4, 0, 17], [13, 33, 16, 17], 16
     table, slots = scattered(lengths_k, page, 9)
     random = torch.Generator().manual_seed(1)
     cache = poisoned(kg.PagedKVCache(9, page, 2, 16, layout=layout, dtype=dtype, scale="per-token-head", device="cpu"))
-    most = FP8_MAX.get(dtype, 1.0)
+    maximum = FP8_MAX.get(dtype, 1.0)
     keys, values = [], []
-    for n, where in zip(lengths_k, slots, strict=True):
+    for n, seq_slots in zip(lengths_k, slots, strict=True):
         k, v = torch.randn(2, n, 2, 16, generator=random)
-        cache.write(k, v, where)
-        for x, wanted in ((k, keys), (v, values)):
-            scale = x.abs().amax(-1, keepdim=True) / most
-            plain = (x / scale).to(dtype).double() * scale.double()
-            wanted.append(stored(x, scale, dtype) if dtype in FP8_MAX else plain)
+        cache.write(k, v, seq_slots)
+        for x, expected in ((k, keys), (v, values)):
+            scale = x.abs().amax(-1, keepdim=True) / maximum
+            unclamped = (x / scale).to(dtype).double() * scale.double()
+            expected.append(stored(x, scale, dtype) if dtype in FP8_MAX else unclamped)
     q = torch.randn(sum(lengths_q), 4, 16, generator=random)
     batch = kg.PrefixBatch.build(table, offsets(lengths_q), offsets(lengths_k), page_size=page, num_blocks=9)
     batch.check()
@@ -46,8 +46,8 @@ def test_unwritten_slots_are_not_seen(path: str, workspace: int | None, layout: 
 
 
 @each_path
-def test_rows_before_the_first_key_see_nothing(path: str, workspace: int | None) -> None:
-    """More rows than tokens: the last rows are the tokens', and `check()` says what is wrong."""
+def test_rows_before_the_first_key_are_empty(path: str, workspace: int | None) -> None:
+    """With more rows than tokens, the last rows belong to the tokens, and `check()` raises."""
     random = torch.Generator().manual_seed(7)
     k, v = torch.randn(2, 2, 1, 16, generator=random)
     cache = poisoned(kg.PagedKVCache(4, 4, 1, 16, dtype=torch.float32, device="cpu"))
