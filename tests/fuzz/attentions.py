@@ -29,6 +29,7 @@ def prefix_attention(draw: Draw) -> Case:
     build = Builder(draw, function, "kg.prefix_attention", [*lines, f"batch = {build_call(given, of)}"])
     if direct:
         build.trace()
+        build.warm = 0.5
     rows, q_heads = given.total_q, of.heads * draw.one(1, 1, 2, 3)
     q_dtype = draw.choice(FLOATS)
     _add_rows(build, "q", (rows, q_heads, of.k_dim), q_dtype)
@@ -75,6 +76,7 @@ def prefix_attention(draw: Draw) -> Case:
     elif writes and overlapping:
         verdict, names = EITHER, (*names, "cache")
     if draw.chance(0.02):
+        build.warm = 0 if verdict != GOOD else build.warm
         build.late.append("shrunk(cache)")
         verdict, names = BAD if of.blocks else EITHER, (*names, "cache")
 

@@ -48,6 +48,7 @@ def write(draw: Draw) -> Case:
     overlapping = draw.chance(0.15)
     if triton:
         build.trace()
+        build.warm = 0.6
     build.lines += cache_lines(draw, of, kinds, overlapping)
     slots_there = of.blocks * of.page
     tokens = min(draw.choice([0, 1, 2, draw.randint(1, 8)]), slots_there)
@@ -91,8 +92,9 @@ def write(draw: Draw) -> Case:
 
     of_scope = tuple(f"cache.{name}" for name in ("key_cache", "value_cache", "k_scale", "v_scale"))
     names = ("key_cache", "value_cache", "k_scale", "v_scale")  # those whose elements overlap
-    if draw.chance(0.03) and not any("= cache." in line for line in build.lines):
+    if draw.chance(0.03) and not overlapping and not any("= cache." in line for line in build.lines):
         build.late.append("shrunk(cache)")
+        build.spoils = (1.0,)
         return build.finish(check, of_scope, BAD if of.blocks else EITHER, names)
     return build.finish(check, of_scope, EITHER if overlapping else GOOD, names if overlapping else ())
 
@@ -133,6 +135,7 @@ def cache_gather(draw: Draw) -> Case:
     kinds = draw.choice(KINDS), draw.choice(KINDS)
     if triton:
         build.trace()
+        build.warm = 0.6
     build.lines += cache_lines(draw, of, kinds, overlapping=True)
     raw = kinds == ("none", "none") and draw.chance(0.4)
     out_dtype = of.dtype if raw else draw.choice(FLOATS)

@@ -11,82 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from tests.fuzz.junk import EVERYWHERE
+from tests.fuzz.preamble import SURROUNDINGS
 
 Value = TypeVar("Value")
 
 GOOD, EITHER, BAD = "good", "either", "bad"
 """What has to come of an argument: the right result; that or an error of ours; an error of ours."""
-
-PREAMBLE = """
-import contextlib, decimal, enum, fractions, functools, itertools
-import numpy as np
-import torch
-import kvgather as kg
-from kvgather.lab.fence import fenced
-from kvgather.lab.trace import trace
-
-def source(seed):
-    return torch.Generator().manual_seed(seed)
-
-def codes(*shape, seed=0):
-    return torch.randint(0, 256, shape, generator=source(seed), dtype=torch.uint8)
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=source(seed))
-
-def scales(*shape, seed=0):
-    return 0.25 + torch.rand(shape, generator=source(seed))
-
-def sparkled(x, seed=0):
-    special = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e-42, 3e38, 500.0, -1e-9])
-    where = torch.rand(x.shape, generator=source(seed)) < 0.2
-    return torch.where(where, special[torch.randint(0, 9, x.shape, generator=source(seed + 1))].to(x.dtype), x)
-
-def negative(x):
-    return torch.complex(torch.zeros(x.shape), -x).conj().imag
-
-def without_memory(x):
-    x = x.clone()
-    x.untyped_storage().resize_(max(0, x.untyped_storage().nbytes() - 1))
-    return x
-
-def over(x, shape, dtype):
-    begin, needed = x.storage_offset() * x.element_size(), int(np.prod(shape)) * dtype.itemsize
-    if not 0 < needed <= x.untyped_storage().nbytes() - begin or begin % dtype.itemsize or not x.numel():
-        return 0
-    return torch.empty(0, dtype=dtype).set_(x.untyped_storage(), begin // dtype.itemsize, shape)
-
-class Named(torch.Tensor):
-    pass
-
-def of_subclass(x):
-    return x.as_subclass(Named)
-
-@contextlib.contextmanager
-def by_default(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-def traced(call, strict, **named):
-    with trace(strict=strict) as found:
-        result = call(**named)
-    assert not found.violations, found.report()
-    return result
-
-def shrunk(cache):
-    cache.key_cache.untyped_storage().resize_(0)
-    return cache
-"""
-"""What the code of calls may use; `tests.fuzz.snippet` prints the part of it that a call needs."""
-SURROUNDINGS = (
-    "by_default(torch.bfloat16)", "by_default(torch.float64)", "torch.device('meta')", "torch.inference_mode()",
-    "torch.autocast('cpu', dtype=torch.bfloat16)", "torch.no_grad()",
-)  # fmt: skip
-"""Of a call; they change nothing."""
 
 
 class Wrong(Exception):
@@ -235,7 +165,7 @@ class Builder:
             verdict, names: of the call in its good forms, where an error may come all the same.
         """
         draw, args, blamed, verdicts, large = self.draw, dict(self.args), set(names), {verdict}, False
-        if verdict == GOOD and draw.chance(self.warm):
+        if (verdict == GOOD or self.late) and draw.chance(self.warm):
             self.lines.append(f"{self.callee}({', '.join(f'{name}={code}' for name, code in args.items())})")
         self.lines += self.late
         able = [name for name, forms in self.forms.items() if forms]

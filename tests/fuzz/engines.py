@@ -8,7 +8,7 @@ from tests.fuzz import forms
 from tests.fuzz.case import BAD, GOOD, Builder, Case, Draw, Facts, Wrong, bad, either, good
 from tests.fuzz.gathers import add_rows, numbers
 from tests.fuzz.pages import Pool, Scales, check_rows, rows_of_plan
-from tests.fuzz.pools import FLOATS, Sizes, add_pools, pool_lines, scale_code, scale_forms, sizes
+from tests.fuzz.pools import FLOATS, Sizes, add_pools, pool_lines, scale_code, scale_forms, sizes, taken_away
 from tests.fuzz.tables import batch, index_forms
 
 
@@ -79,4 +79,6 @@ def engines_call(draw: Draw) -> Case:
             scale = Scales(args[f"{side}_scales"] if args["dequant"] else None)
             check_rows(which, args[which], facts.before(args[which]), pool, scale, rows)
 
-    return build.finish(check, writes=("args['key']", "args['value']"), verdict=GOOD)
+    outs = ("key",) if given.total else ()
+    verdict, blamed = taken_away(build, of, "s", outs) if dequant else (GOOD, ())
+    return build.finish(check, ("args['key']", "args['value']"), verdict, blamed)

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import kvgather
-from tests.fuzz.case import BAD, GOOD, PREAMBLE, Case, Facts, Wrong
+from tests.fuzz.case import BAD, GOOD, Case, Facts, Wrong
 from tests.fuzz.memory import Memory, tensors_in
+from tests.fuzz.preamble import PREAMBLE
 
 PACKAGE = Path(kvgather.__file__).parent
 NO_MEMORY = re.compile(r"allocate memory|out of memory|Storage size|MemoryError", re.IGNORECASE)

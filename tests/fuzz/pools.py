@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from tests.fuzz import forms
-from tests.fuzz.case import Builder, Draw, Form, bad, either, good
+from tests.fuzz.case import BAD, GOOD, Builder, Draw, Form, bad, either, good
 
 FP8 = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2")
 FLOATS = ("bfloat16", "float16", "float32")
@@ -130,6 +130,32 @@ def scale_forms(of: Sizes, name: str, kind: str) -> list[Form]:
         found += good(f"torch.nn.Parameter(torch.ones({shown}))", f"torch.ones({shown}).as_strided(({shown},), "
                       f"({', '.join('0' for _ in shape)},))")  # fmt: skip
     return found
+
+
+def taken_away(build: Builder, of: Sizes, suffix: str = "", outs: tuple[str, ...] = ()) -> tuple[str, tuple[str, ...]]:
+    """At times, after the good call: memory is taken from under a tensor, or a scale loses its value.
+
+    Args:
+        suffix: of the names of scales.
+        outs: variables of outputs that have elements.
+
+    Returns:
+        What has to come of the call then, and the names of which an error has one.
+    """
+    if not build.draw.chance(0.05):
+        return GOOD, ()
+    ways = {f"{name}.untyped_storage().resize_(0)": name for name in (*outs, *(("key_cache",) if of.blocks else ()))}
+    for side in "kv":
+        name = f"{side}_scale{suffix}"
+        if any(line.startswith(f"{name} = torch.tensor(") for line in build.lines):
+            ways[f"{name}.{build.draw.one('zero_()', 'neg_()', 'fill_(torch.nan)')}"] = name
+    if not ways:
+        return GOOD, ()
+    line = build.draw.choice(list(ways))
+    build.late.append(line)
+    build.spoils = (1.0,)  # other forms read what is gone
+    name = ways[line]
+    return BAD, (name, "out", "key", "value", "key_cache", "value_cache") if "resize" in line else (name,)
 
 
 def kind_forms(given: str) -> list[Form]:

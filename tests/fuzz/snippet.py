@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ast
 
-from tests.fuzz.case import GOOD, PREAMBLE, Case
+from tests.fuzz.case import GOOD, Case
+from tests.fuzz.preamble import PREAMBLE
 
 NEEDED = {
     "codes": ("source",), "normal": ("source",), "scales": ("source",), "sparkled": ("source",),

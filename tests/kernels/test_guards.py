@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -55,7 +56,15 @@ def test_the_negative_bit_alone_is_a_difference() -> None:
 
 def test_torch_has_the_check_that_is_asked() -> None:
     """Without it calls are right and slower; this says when a version of torch moved it."""
-    assert guards()[0].__class__.__name__ == "builtin_function_or_method"
+    assert guards()[0].__name__ == "torch_check" and guards()[1].__name__ == "check"
+
+
+def test_a_nested_tensor_is_another_and_does_not_end_the_process() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they are a prototype
+        nested = torch.nested.nested_tensor([torch.ones(3), torch.ones(2)])
+    for check in guards():
+        assert check(FIXED, GROWS) and not check(nested, GROWS) and not check(FIXED, nested)
 
 
 @pytest.mark.parametrize("where", [GPU])
