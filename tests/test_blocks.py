@@ -197,7 +197,7 @@ def test_out_of_blocks_leaves_the_pool_as_it_was() -> None:
 
 
 def test_a_hash_collision_never_shares_wrong_content(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks.block_keys, "chain_hash", lambda parent_hash, token_ids, extra_key: 7)
+    monkeypatch.setattr(blocks.keys, "chain_hash", lambda parent_hash, token_ids, extra_key: 7)
     pool = BlockPool(num_blocks=32, page_size=2)
     run_prompt(pool, [1, 2, 3, 4, 5], "a")
     assert pool.allocate([3, 4, 1, 2, 5], "a").num_cached_tokens == 0
@@ -325,7 +325,8 @@ def test_a_very_long_chain_neither_recurses_nor_slows_down() -> None:
     In a child process: a recursion that C code takes would end the interpreter and every test with it.
     """
     code = (
-        "from kvgather.blocks import BlockPool, _Key\n"
+        "from kvgather.blocks import BlockPool\n"
+        "from kvgather.blocks.keys import BlockKey as _Key\n"
         "def chain():\n"
         "    key = None\n"
         "    for i in range(60_000):\n"

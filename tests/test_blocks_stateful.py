@@ -225,7 +225,7 @@ class CollidingPoolMachine(PoolMachine):
     def __init__(self) -> None:
         super().__init__()
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(blocks.block_keys, "chain_hash", lambda parent_hash, token_ids, extra_key: 7)
+        self.patch.setattr(blocks.keys, "chain_hash", lambda parent_hash, token_ids, extra_key: 7)
 
     def teardown(self) -> None:
         self.patch.undo()

@@ -14,7 +14,8 @@ from tests.house import House, Order
 
 ROOT = Path(__file__).resolve().parents[1]
 ORDER: Order = [
-    {"device", "files"},
+    {"interpreter", "files"},
+    {"device"},
     {"formats"},
     {"kernels"},
     {"plan_kernel"},

@@ -14,15 +14,15 @@ from typing import Literal
 
 import torch
 
-from . import block_keys
-from .device import resolve_device
-from .formats.checks import check_int, described, shown
-from .free_blocks import FreeBlocks
-from .prefix_sums import cu_seqlens, number_list
+from ..device import resolve_device
+from ..formats.checks import check_int, described, shown
+from .free import FreeBlocks
+from .keys import BlockKey
+from .offsets import cu_seqlens, number_list
 
 __all__ = ["BlockPool", "BlockView", "OutOfBlocksError", "PoolStats", "PooledSequence", "cu_seqlens"]
 
-_Key = block_keys.BlockKey  # chapter 01 prints the source of `_lookup`, which has this name
+_Key = BlockKey  # chapter 01 prints the source of `_lookup`, which has this name
 
 
 class OutOfBlocksError(ValueError):

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from .device import resolve_device
-from .formats.checks import check_int, check_tensor, shown
+from ..device import resolve_device
+from ..formats.checks import check_int, check_tensor, shown
 
 
 def cu_seqlens(lengths: Iterable[int], device: torch.device | str = "cpu") -> torch.Tensor:
