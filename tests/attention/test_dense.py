@@ -115,7 +115,7 @@ GOOD = made([2, 3], [4, 3])
         ({"k": torch.zeros(7, 2, 8)}, ValueError, r"k has shape \[7, 2, 8\]; accepted for q .*, 16\]"),
         ({"v": torch.zeros(6, 2, 16)}, ValueError, r"v has shape \[6, 2, 16\]; accepted for k of shape \[7, 2, 16\]"),
         ({"cu_seqlens_q": torch.zeros(3)}, TypeError, r"cu_seqlens_q has dtype float32; accepted: int32"),
-        ({"cu_seqlens_k": offsets([7], "cpu")}, ValueError, r"cu_seqlens_k has shape \[2\]; accepted: .*_q, 3"),
+        ({"cu_seqlens_k": offsets([7], "cpu")}, ValueError, r"cu_seqlens_k has shape \[2\]; accepted: .* cu_seqlens_q, 3"),
         ({"seqlens_q": [5]}, ValueError, r"seqlens_q has 1 lengths; accepted: 2"),
         ({"seqlens_k": [4, 4]}, ValueError, r"seqlens_k sum to 8; accepted: at most the rows of k, 7"),
         ({"max_q": -1}, ValueError, r"max_q is -1; accepted: 0 to"),
