@@ -222,12 +222,12 @@ def explained(facts: Facts) -> str:
     choice, speeds = choose(facts), _speeds(facts)
     new, tokens = (max((pair[i] for pair in facts.lengths), default=0) for i in range(2))
     cached = [tokens - new for new, tokens in facts.lengths]
-    fewest, most = (f"{find(cached, default=0):,}" for find in (min, max))
+    smallest, largest = f"{min(cached, default=0):,}", f"{max(cached, default=0):,}"
     common = f", of which the hybrid path gathers {facts.common:,}" if facts.common else ""
     lines = [
         f"auto takes the {choice.path} path: {choice.why}",
         f"  {len(facts.lengths)} sequences, at most {new:,} new tokens and {tokens:,} tokens; "
-        f"{fewest if fewest == most else f'{fewest} to {most}'} cached in each{common}; "
+        f"{smallest if smallest == largest else f'{smallest} to {largest}'} cached in each{common}; "
         f"window {'none' if facts.window is None else facts.window}",
         f"  {facts.group} query heads to each of {facts.kv_heads} KV heads, dims {facts.head_dim} and "
         f"{facts.v_head_dim}, {dtype_name(facts.dtype)}, {facts.device}",

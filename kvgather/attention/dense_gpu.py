@@ -68,7 +68,7 @@ class Dense:
 
     @property
     def has_no_keys(self) -> bool:
-        """Whether no row is known to see a key, because an axis is empty."""
+        """Whether it is known that no row sees a key, because an axis is empty."""
         return 0 in (*self.q.shape, *self.k.shape, *self.v.shape, self.max_q, self.max_k, len(self.cu_q) - 1)
 
     def empty(self) -> tuple[Tensor, Tensor]:

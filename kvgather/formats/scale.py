@@ -164,9 +164,9 @@ def check_values(scale: Scale, name: str) -> None:
     """
     if scale.tensor is None or (scale.tensor.numel() == 1 and 0 < scale.tensor.item() < math.inf):
         return  # a fast check of one value: every gather on a CPU runs it
-    good = torch.isfinite(scale.tensor) & (scale.tensor > 0)
-    if not bool(good.all()):
-        first = (~good).nonzero()[0].tolist()
+    valid = torch.isfinite(scale.tensor) & (scale.tensor > 0)
+    if not bool(valid.all()):
+        first = (~valid).nonzero()[0].tolist()
         value = scale.tensor[tuple(first)].item()
         where = f" at {first}" if first else ""
         raise ValueError(f"{name} is {value}{where}; accepted: finite values above 0")
