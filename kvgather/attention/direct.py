@@ -311,9 +311,6 @@ def combine_kernel(
     tl.store(lse_ptr + row, lse, mask=in_use)
 
 
-LOG2E = 1.4426950408889634
-
-
 def direct_attention(
     q: Tensor,
     cache: PagedKVCache,
@@ -363,7 +360,7 @@ def direct_attention(
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
     tiles = call.tiles
     launch = prepared_once("direct attention", call.signature(addresses, tiles), lambda: DirectLaunch(call))
-    launch(call, tiles, softmax_scale * LOG2E, tensors, addresses, out, lse)
+    launch(call, tiles, softmax_scale * LOG2E.value, tensors, addresses, out, lse)
     return out, lse
 
 
