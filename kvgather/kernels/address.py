@@ -106,13 +106,19 @@ def head_offset(head, strides, POOL: tl.constexpr):
 
 
 @triton.jit
+def slot_group_offset(group, strides, POOL: tl.constexpr):
+    """Offset of a group of slots inside a head; a group is one slot, but for V in SHUFFLE."""
+    return group * strides[2] * POOL.align
+
+
+@triton.jit
 def slot_offset(page_offset, strides, POOL: tl.constexpr):
     """Offset of a slot inside a head: `page_offset` counts tokens inside the block."""
     if POOL.slots_per_group > 1:  # V of SHUFFLE
-        group = (page_offset // POOL.slots_per_group) * strides[2] * POOL.align
+        group = slot_group_offset(page_offset // POOL.slots_per_group, strides, POOL)
         return group + (page_offset % POOL.slots_per_group) * strides[3]
     else:
-        return page_offset * strides[2] * POOL.align
+        return slot_group_offset(page_offset, strides, POOL)
 
 
 @triton.jit

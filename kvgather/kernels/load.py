@@ -1,98 +1,118 @@
-"""What the direct kernel loads from a cache: rows of K and of V, whatever the layout, and the scales of keys."""
+"""What attention loads of a paged pool: tiles of K and of V for a range of keys, and scales, in any layout.
+
+Keys have positions in their sequence; a key's block is `block_table[key // page_size]`, its place in the block
+`page_offset = key % page_size`. Pointers to tiles, and to the scales of keys, are at their head already.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from .address import block_offset, dim_offset, scale_offset, slot_group_offset, slot_offset
 from .values import decode_fp8, widen
 
 
 @triton.jit
-def as_operand(held, CODE: tl.constexpr, HARDWARE: tl.constexpr, dtype: tl.constexpr):
-    """What a pool holds as an operand of a dot; FP16 and BF16 hold every FP8 value exactly."""
+def as_operand(codes, CODE: tl.constexpr, HARDWARE: tl.constexpr, dtype: tl.constexpr):
+    """A pool's elements as an operand of a dot; FP16 and BF16 hold every FP8 value exactly."""
     if CODE is not None:
         if HARDWARE and dtype == tl.float16 and CODE.name == "e4m3fn":
-            operand = held.to(tl.float8e4nv, bitcast=True).to(tl.float16)
+            operand = codes.to(tl.float8e4nv, bitcast=True).to(tl.float16)
         elif dtype == tl.float16 and CODE.name == "e5m2":
-            operand = (held.to(tl.uint16) << 8).to(tl.float16, bitcast=True)
+            operand = (codes.to(tl.uint16) << 8).to(tl.float16, bitcast=True)
         else:
-            operand = decode_fp8(held, CODE, HARDWARE).to(dtype)
+            operand = decode_fp8(codes, CODE, HARDWARE).to(dtype)
     elif dtype == tl.float32:
-        operand = widen(held, CODE, HARDWARE)
+        operand = widen(codes, CODE, HARDWARE)
     else:
-        operand = held.to(dtype)
+        operand = codes.to(dtype)
     return operand
 
 
 @triton.jit
+def load_block_ids(table_ptr, key, present, POOL: tl.constexpr, MASKED: tl.constexpr):
+    """The block ids of keys, as the table has them: negative where it was given a bad one; 0 for absent keys."""
+    if MASKED:
+        return tl.load(table_ptr + key // POOL.page_size, mask=present, other=0)
+    return tl.load(table_ptr + key // POOL.page_size)
+
+
+@triton.jit
 def load_rows(
-    pool_ptr, ids, key, dim, present, dims_present, strides,
-    PAGE: tl.constexpr, DIMS_PER_GROUP: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
-    MASKED: tl.constexpr, DIMS_MASKED: tl.constexpr, INTEGER: tl.constexpr,
+    pool_ptr, block_id, page_offset, present, strides, POOL: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
-    """Rows of one head of a pool, `[N, D]`; zeros where they are not present."""
-    stride_block, _, stride_slot, _, stride_dim_group, stride_dim = strides
-    slot = key % PAGE
-    if WIDE:
-        slot = slot.to(tl.int64)
+    """Rows of one head, `[N, COLUMNS]` with COLUMNS ≥ head_dim; 0 past head_dim and, if MASKED, for absent keys.
+
+    Args:
+        block_id, page_offset, present: `[N]`; ids are those of the pool's blocks.
+        strides: the pool's.
+    """
+    dim = tl.arange(0, COLUMNS)
+    in_head = dim < POOL.dim
+    if POOL.wide:
+        page_offset = page_offset.to(tl.int64)
         dim = dim.to(tl.int64)
-    # Strides come divided by ALIGN: their product is a multiple of it that Triton can see, and loads that widely.
-    if DIMS_PER_GROUP > 1:  # K of SHUFFLE
-        dim_offset = (dim // DIMS_PER_GROUP) * stride_dim_group * ALIGN + (dim % DIMS_PER_GROUP) * stride_dim
-    else:
-        dim_offset = dim * stride_dim_group
-    offset = (ids.to(tl.int64) * stride_block * ALIGN + slot * stride_slot * ALIGN)[:, None] + dim_offset[None, :]
-    if not (MASKED or DIMS_MASKED):
-        held = tl.load(pool_ptr + offset)
-    elif INTEGER:
-        held = tl.load(pool_ptr + offset, mask=present[:, None] & dims_present[None, :], other=0)
-    else:
-        held = tl.load(pool_ptr + offset, mask=present[:, None] & dims_present[None, :], other=0.0)
-    return held
+    columns = dim_offset(dim, strides, POOL)
+    rows = block_offset(block_id.to(tl.int64), strides, POOL) + slot_offset(page_offset, strides, POOL)
+    offset = rows[:, None] + columns[None, :]
+    if MASKED or COLUMNS > POOL.dim:
+        return tl.load(pool_ptr + offset, mask=present[:, None] & in_head[None, :], other=0)
+    return tl.load(pool_ptr + offset)
 
 
 @triton.jit
 def load_shuffled_rows(
-    pool_ptr, table_ptr, first_key, end, dim, present, dims_present, strides,
-    PAGE: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
-    MASKED: tl.constexpr, DIMS_MASKED: tl.constexpr, INTEGER: tl.constexpr,
+    pool_ptr, table_ptr, first_key, end, present, strides,
+    POOL: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Rows of one head of SHUFFLE's V, `[N, D]`; zeros where they are not present.
+    """`load_rows` for V in SHUFFLE, of N keys from `first_key` on; only those before `end` are read.
 
-    A group of slots, 16 bytes of one dim, is read whole: as `[D, groups, GROUP]`, so that lanes go from dim to dim.
+    A group of slots, 16 bytes of one dim, is read whole: as `[COLUMNS, groups, slots of a group]`, so that lanes go
+    from dim to dim. A transposition on chip makes rows of it.
     """
-    stride_block, _, stride_slot_group, stride_slot, stride_dim, _ = strides
+    GROUP: tl.constexpr = POOL.slots_per_group
     key = first_key + tl.arange(0, N // GROUP) * GROUP  # [groups]: the first of each
-    if MASKED:
-        ids = tl.load(table_ptr + key // PAGE, mask=key < end, other=0)
-    else:
-        ids = tl.load(table_ptr + key // PAGE)
-    group = key % PAGE // GROUP
-    if WIDE:
+    exists = key < end
+    block_id = load_block_ids(table_ptr, key, exists, POOL, MASKED)
+    group = key % POOL.page_size // GROUP
+    dim = tl.arange(0, COLUMNS)
+    in_head = dim < POOL.dim
+    if POOL.wide:
         group = group.to(tl.int64)
         dim = dim.to(tl.int64)
-    group_offset = tl.maximum(ids, 0).to(tl.int64) * stride_block * ALIGN + group * stride_slot_group * ALIGN
-    slot_offset = tl.arange(0, GROUP) * stride_slot
-    offset = (dim * stride_dim * ALIGN)[:, None, None] + group_offset[None, :, None] + slot_offset[None, None, :]
-    if not (MASKED or DIMS_MASKED):
-        held = tl.load(pool_ptr + offset)
-    elif INTEGER:
-        held = tl.load(pool_ptr + offset, mask=dims_present[:, None, None] & (key < end)[None, :, None], other=0)
+    group_offset = block_offset(tl.maximum(block_id, 0).to(tl.int64), strides, POOL)
+    group_offset += slot_group_offset(group, strides, POOL)
+    slot_offsets = tl.arange(0, GROUP) * strides[3]
+    offset = dim_offset(dim, strides, POOL)[:, None, None] + group_offset[None, :, None] + slot_offsets[None, None, :]
+    if MASKED or COLUMNS > POOL.dim:
+        codes = tl.load(pool_ptr + offset, mask=in_head[:, None, None] & exists[None, :, None], other=0)
     else:
-        held = tl.load(pool_ptr + offset, mask=dims_present[:, None, None] & (key < end)[None, :, None], other=0.0)
-    rows = tl.trans(tl.reshape(held, [dim.shape[0], N]))
+        codes = tl.load(pool_ptr + offset)
+    rows = tl.trans(tl.reshape(codes, [COLUMNS, N]))
     if MASKED:
         rows = tl.where(present[:, None], rows, tl.zeros_like(rows))
     return rows
 
 
 @triton.jit
-def load_key_scale(scale_ptr, ids, slot, present, strides, KIND: tl.constexpr, MASKED: tl.constexpr):
-    """The scale of each key of one head, `[N]`, of the kinds that differ from key to key."""
-    offset = ids.to(tl.int64) * strides[0]
-    if KIND == "per-token-head":
-        offset += slot.to(tl.int64) * strides[2]
+def load_head_scale(scale_ptr, head, strides, POOL: tl.constexpr):
+    """The scale of all keys of a head; 1 where there is none, or one for each key (`load_key_scale`)."""
+    if POOL.kind == "per-tensor":
+        return tl.load(scale_ptr)
+    elif POOL.kind == "per-head":
+        return tl.load(scale_ptr + scale_offset(0, head.to(tl.int64), 0, strides))
+    else:
+        return 1.0
+
+
+@triton.jit
+def load_key_scale(scale_ptr, block_id, page_offset, present, strides, POOL: tl.constexpr, MASKED: tl.constexpr):
+    """The scale of each key `[N]` of a head, of the kinds that differ from key to key; 1 for absent keys."""
+    if POOL.kind == "per-token-head":
+        offset = scale_offset(block_id.to(tl.int64), 0, page_offset.to(tl.int64), strides)
+    else:
+        offset = scale_offset(block_id.to(tl.int64), 0, 0, strides)
     if MASKED:
         return tl.load(scale_ptr + offset, mask=present, other=1.0)
     return tl.load(scale_ptr + offset)

@@ -155,11 +155,18 @@ def compile_one(job: Job) -> dict[str, Any]:
         "text": kernel.asm["ptx" if gpu.backend == "cuda" else "amdgcn"],
         "cubin": base64.b64encode(kernel.asm.get("cubin", b"")).decode(),
         "shared": kernel.metadata.shared,
-        "constants": {
-            name: value if isinstance(value, (int, str)) else getattr(value, "name", str(value))
-            for name, value in constants.items()
-        },
+        "constants": plain(constants),
     }
+
+
+def plain(constants: dict[str, Any]) -> dict[str, Any]:
+    """The kernel's constants for JSON: a form's attributes as "M", "K_COLUMNS", …, those of pools as "K_ALIGN", …"""
+    told = {name: value for name, value in constants.items() if isinstance(value, int)}
+    told["CODE"] = getattr(constants["CODE"], "name", "")
+    for name, prefix in (("K", "K_"), ("V", "V_"), ("LAYER", ""), ("TILE", "")):
+        for attribute, value in vars(constants[name]).items():
+            told[prefix + attribute.upper()] = value if isinstance(value, (int, str)) else str(value)
+    return told
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def found(answer: dict[str, Any], folder: Path) -> list[str]:
 def test_tensor_cores_read_where_the_ptx_says(compiled: dict[Job, dict[str, Any]], job: Job, tmp_path: Path) -> None:
     answer = compiled[job]
     assert "error" not in answer, answer["error"]
-    m, n, k_pad, v_pad = (answer["constants"][name] for name in ("M", "N", "K_PAD", "V_PAD"))
+    m, n, k_pad, v_pad = (answer["constants"][name] for name in ("M", "N", "K_COLUMNS", "V_COLUMNS"))
     assert (m, n, k_pad, v_pad) == JOBS[job]
     uppers = {one[2] for multiply in promised(answer["text"]) for one in multiply.descriptors if one}
     described = m >= 64 and job.dtype.itemsize < 4
@@ -71,7 +71,7 @@ def test_tensor_cores_read_where_the_ptx_says(compiled: dict[Job, dict[str, Any]
 def test_without_the_guard_it_reads_elsewhere(compiled: dict[Job, dict[str, Any]], tmp_path: Path) -> None:
     """What an H100 was seen to do: "Invalid __shared__ read", or wrong values."""
     answer = compiled[UNGUARDED]
-    assert (answer["constants"]["K_PAD"], answer["constants"]["V_PAD"]) == (64, 32)
+    assert (answer["constants"]["K_COLUMNS"], answer["constants"]["V_COLUMNS"]) == (64, 32)
     if version_of(tool("ptxas")) >= (12, 9):
         pytest.skip(f"ptxas {version_of(tool('ptxas'))} is right here; 12.8 is wrong")
     assert [line for line in found(answer, tmp_path) if "64x32x16 transposed: unknown" in line]

@@ -59,7 +59,7 @@ def test_the_kernel_is_told_so(which: str) -> None:
         offsets[None, :1], offsets, offsets, page_size=PAGE, num_blocks=BLOCKS, total_q=1, total_k=1
     )
     told = constants(cache, batch, torch.zeros(1, 2, DIM))
-    assert (told["K_WIDE"], told["V_WIDE"]) == WIDE[which]
+    assert (told["K"].wide, told["V"].wide) == WIDE[which]
 
 
 @pytest.mark.parametrize("where", [CPU, GPU])
@@ -74,7 +74,7 @@ def test_slots_that_are_far_apart(which: str, where: str) -> None:
     cache.write(*(torch.randn(53, 1, DIM, device=where) for _ in range(2)), every.slots)
     q = torch.randn(3, 2, DIM, dtype=torch.float32 if where == "cpu" else torch.bfloat16, device=where)
     told = constants(cache, batch, q)
-    assert (told["K_WIDE"], told["V_WIDE"]) == WIDE[which], "else the interpreter would read outside the pool"
+    assert (told["K"].wide, told["V"].wide) == WIDE[which], "else the interpreter would read outside the pool"
     got = direct_attention(q, cache, batch, softmax_scale=0.25)
     rows = cache.gather(every.plan, out_dtype=torch.float32)
     assert_close(got, reference_attention(q, *rows, *offsets, softmax_scale=0.25))
