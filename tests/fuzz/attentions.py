@@ -30,6 +30,8 @@ def prefix_attention(draw: Draw) -> Case:
     if direct:
         build.trace()
         build.warm = 0.5
+    else:
+        build.by_kernel(0.05)
     rows, q_heads = given.total_q, of.heads * draw.one(1, 1, 2, 3)
     q_dtype = draw.choice(FLOATS)
     _add_rows(build, "q", (rows, q_heads, of.k_dim), q_dtype)

@@ -24,6 +24,7 @@ def build_batch(draw: Draw) -> Case:
     of = sizes(draw)
     given = prefix(draw, of, most_new=6, most_cached=40)
     build = Builder(draw, "PrefixBatch.build", "kg.PrefixBatch.build", batch_lines(draw, given))
+    build.by_kernel()
     batch_args(build, given, of)
 
     def check(facts: Facts, made: Any) -> None:

@@ -150,6 +150,12 @@ class Builder:
             self.args[name] = code
         self.forms[name] = [form for group in forms for form in group]
 
+    def by_kernel(self, share: float = 0.12) -> None:
+        """Make the call at times as a GPU does, by kernels where a CPU takes plain torch."""
+        if self.draw.chance(share):
+            self.callee = f"functools.partial(by_kernel, {self.callee})"
+            self.function, self.warm = f"{self.function} (as on a GPU)", 0.6
+
     def trace(self, share: float = 0.3) -> None:
         """Make the call of a kernel inside `trace` at times, which finds accesses outside of tensors."""
         if self.draw.chance(share):

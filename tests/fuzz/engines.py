@@ -16,6 +16,7 @@ def engines_call(draw: Draw) -> Case:
     of = sizes(draw)
     flat = of.layout == "SHUFFLE" and draw.chance(0.4)
     build = Builder(draw, "cp_mha_gather_cache", "kg.cp_mha_gather_cache")
+    build.by_kernel()
     if flat:
         like = Sizes("NHD", of.blocks, of.page, of.heads, of.k_dim, of.v_dim, of.dtype)
         if of.v_dim % of.x and draw.chance(0.5):

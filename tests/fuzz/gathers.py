@@ -41,6 +41,7 @@ def build_plan(draw: Draw) -> Case:
     of = sizes(draw)
     given = batch(draw, of, most=40)
     build = Builder(draw, "GatherPlan.build", "kg.GatherPlan.build")
+    build.by_kernel()
     add_table(build, given, of)
 
     def check(facts: Facts, plan: Any) -> None:

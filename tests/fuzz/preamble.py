@@ -56,6 +56,18 @@ def by_default(dtype):
     finally:
         torch.set_default_dtype(before)
 
+def by_kernel(call, **named):
+    from unittest.mock import patch
+    from kvgather.plan_kernel import plan_records
+    from kvgather import plan
+    in_torch, triton = plan.records_by_torch, lambda *_: "triton"
+    with contextlib.ExitStack() as stack:
+        for name in ("gather.compat", "attention.batch_tensors", "attention.refused", "attention.states"):
+            stack.enter_context(patch(f"kvgather.{name}.choose_backend", triton))
+        by_launch = lambda *given: plan_records(*given) if given[-1] else in_torch(*given)
+        stack.enter_context(patch.object(plan, "records_by_torch", by_launch))
+        return call(**named)
+
 def traced(call, strict, **named):
     with trace(strict=strict) as found:
         result = call(**named)
