@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kvgather import PagedKVCache, PrefixBatch
-    from kvgather.attention.tiles import Tile
+    from kvgather.attention.direct import Tile
 
 TOLERANCE = 1e-2
 Inputs = tuple["Tensor", "PagedKVCache", "PrefixBatch"]
@@ -83,7 +83,7 @@ def tiles(shape: Shape, processors: int) -> list[Tile]:
     """The chosen tile first; then each candidate with its keys split for 1, 2, 4 or 8 programs a processor."""
     from triton import next_power_of_2
 
-    from kvgather.attention.tiles import Tile, choose_tile
+    from kvgather.attention.direct import Tile, choose_tile
 
     pad, keys = next_power_of_2(shape.dim), shape.cached + shape.new
     found = [choose_tile(shape.rows, keys, shape.sequences * shape.kv_heads, pad, pad, processors, layout=shape.layout)]

@@ -14,7 +14,7 @@ from kvgather.formats.layout import LAYOUTS, Geometry
 
 pytestmark = pytest.mark.triton
 if triton_available():
-    from kvgather.attention.tiles import Tile, alike_operands, choose_tile, padded_dims
+    from kvgather.attention.direct import Tile, alike_operands, choose_tile, padded_dims
 
 H100 = 132  # processors
 SHARED_BYTES = 227 * 1024  # of one of them
