@@ -6,14 +6,12 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
 import triton
 from torch import Tensor
 
-from ..formats.layout import PoolStrides, Which
 from .signatures import Pointers
 
 
@@ -68,33 +66,6 @@ def granule(strides: Iterable[int], itemsize: int) -> int:
     """
     common = math.gcd(16, *strides)
     return 1 if common == 16 else math.gcd(16 // itemsize, common)
-
-
-@dataclass(frozen=True)
-class LoadStrides:
-    """A pool's strides as kernel arguments: those of blocks, heads and groups are in units of `align` elements.
-
-    Attributes:
-        strides: block, head, slot group, slot, dim group, dim.
-        align: the factor by which the kernel multiplies them.
-        extent: the largest offset inside a block, in elements.
-        slots_per_group, dims_per_group: as in `PoolStrides`.
-    """
-
-    strides: tuple[int, ...]
-    align: int
-    extent: int
-    slots_per_group: int
-    dims_per_group: int
-
-    @classmethod
-    def of(cls, pool: Tensor, layout: str, which: Which) -> LoadStrides:
-        s = PoolStrides.of(pool, layout, which)
-        grouped = layout == "SHUFFLE"  # in other layouts a dim group is one element with stride 1
-        align = granule((s.block, s.head, s.slot_group, s.dim_group if grouped else 0), pool.element_size())
-        dim_group = s.dim_group // align if grouped else s.dim_group
-        strides = (s.block // align, s.head // align, s.slot_group // align, s.slot, dim_group, s.dim)
-        return cls(strides, align, inner_extent(pool), s.slots_per_group, s.dims_per_group)
 
 
 # A compiled kernel can be run without the lookup that `kernel[grid](…)` does at each launch; torch.compile launches

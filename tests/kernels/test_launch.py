@@ -11,9 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvgather.cases import POOL_STYLES, Case, build
 from kvgather.device import interpreting, triton_available
-from kvgather.formats.layout import LAYOUTS, element_offset
 from tests.where import interpreted, on_each_device
 
 pytestmark = pytest.mark.triton
@@ -22,7 +20,7 @@ if triton_available():
     import triton.language as tl
 
     from kvgather.kernels import launch
-    from kvgather.kernels.launch import LoadStrides, PreparedLaunch, granule, inner_extent, launching, prepared_once
+    from kvgather.kernels.launch import PreparedLaunch, granule, inner_extent, launching, prepared_once
 
     @triton.jit(do_not_specialize=["addend", "n"])
     def shift_kernel(in_ptr, by, out_ptr, addend, n, strides, FACTOR: tl.constexpr, BLOCK: tl.constexpr):
@@ -57,31 +55,6 @@ def test_the_inner_extent_is_the_farthest_offset_of_one_block(pool: Tensor) -> N
 def test_granules_by_hand(strides: tuple[int, ...], itemsize: int, align: int) -> None:
     assert granule(strides, itemsize) == align
     assert all(stride % align == 0 for stride in strides) and align * itemsize <= 16
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("style", POOL_STYLES)
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float32], ids=str)
-def test_load_strides_reach_every_element(dtype: torch.dtype, style: str, layout: str) -> None:
-    case = Case(
-        layout=layout, dtype=dtype, k_kind="none", v_kind="none", pool_style=style, num_blocks=2, num_heads=2, k_dim=16,
-        v_dim=32, page_size=16, lengths=(20,), starts=(),
-    )  # fmt: skip
-    cache = build(case).cache
-    for which, pool, dim_count in (("key", cache.key_cache, 16), ("value", cache.value_cache, 32)):
-        s = LoadStrides.of(pool, layout, which)
-        block_step, head_step, slot_group, slot_step, dim_group, dim_step = s.strides
-        dim_align = s.align if layout == "SHUFFLE" else 1
-        reached = 0
-        for block, head, slot, dim in itertools.product(range(2), range(2), range(16), range(0, dim_count, 3)):
-            inside = (
-                head * head_step * s.align + slot // s.slots_per_group * slot_group * s.align
-                + slot % s.slots_per_group * slot_step + dim // s.dims_per_group * dim_group * dim_align
-                + dim % s.dims_per_group * dim_step
-            )  # fmt: skip
-            assert block * block_step * s.align + inside == element_offset(pool, layout, which, block, head, slot, dim)
-            reached = max(reached, inside)
-        assert reached <= s.extent
 
 
 def test_a_launch_is_prepared_once_for_each_kind_and_key(monkeypatch: pytest.MonkeyPatch) -> None:
