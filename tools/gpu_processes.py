@@ -20,15 +20,16 @@ MARKS = re.compile(r"pytest\.mark\.gpu|from tests\.where import")
 """A file without a match has no GPU test; its imports may need packages that a GPU machine lacks."""
 
 SECONDS_A_TEST = {
+    "tests/attention/test_bad_blocks.py": 6.0,
     "tests/attention/test_dense_gpu.py": 0.6,
     "tests/attention/test_direct.py": 3.9,
     "tests/attention/test_direct_bounds.py": 2.6,
-    "tests/attention/test_direct_gpu.py": 17.7,
-    "tests/attention/test_direct_tiles_gpu.py": 11.5,
+    "tests/attention/test_direct_gpu.py": 26.0,
+    "tests/attention/test_direct_tiles_gpu.py": 16.6,
     "tests/attention/test_disagreeing.py": 2.9,
     "tests/attention/test_max_q.py": 2.3,
     "tests/attention/test_prefix.py": 4.7,
-    "tests/attention/test_prefix_gpu.py": 8.9,
+    "tests/attention/test_prefix_gpu.py": 14.0,
     "tests/bench/test_prefix.py": 3.0,
     "tests/gather/test_kernel.py": 0.7,
     "tests/gather/test_ops.py": 3.0,
