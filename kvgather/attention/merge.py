@@ -55,7 +55,7 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
             )
     lse_a, lse_b = _without_plus_infinity(out_a, lse_a), _without_plus_infinity(out_b, lse_b)
     no_a, no_b = lse_a == -math.inf, lse_b == -math.inf
-    # Divided by the sum of the weights: e to the merged log-sum-exp would multiply outputs by an error of |lse| · 2^-24.
+    # Divided by the sum of the weights: e to the merged log-sum-exp would add a relative error of |lse| · 2^-24.
     top = torch.maximum(lse_a, lse_b)
     weight_a, weight_b = torch.exp(lse_a - top), torch.exp(lse_b - top)  # one of them is 1
     total = weight_a + weight_b
