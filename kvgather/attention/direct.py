@@ -260,23 +260,34 @@ class DirectLaunch:
         k_columns, v_columns = k_pad, v_pad
         if qk is not tl.float32 and multiplies_from_shared_memory(call.q.device):
             tile, k_columns, v_columns = alike_operands(tile, k_pad, v_pad)
-        group = call.q.shape[1] // g.num_kv_heads
         self.kv_heads = g.num_kv_heads
         self.tile = tile
         fmt = FORMATS.get(g.dtype)
         k = PoolForm.of(cache.key_cache, g.layout, "key", cache.k_kind)
         v = PoolForm.of(cache.value_cache, g.layout, "value", cache.v_kind)
         layer = LayerForm(
-            group, call.window or 0, call.begin is not None, call.state is not None, call.sinks is not None, qk, pv,
+            group=call.q.shape[1] // g.num_kv_heads,
+            window=call.window or 0,
+            begins=call.begin is not None,
+            state=call.state is not None,
+            sinks=call.sinks is not None and tile.splits == 1,
+            qk=qk,
+            pv=pv,
             hardware=not interpreted and (fmt is None or fp8_support(call.q.device)[g.dtype] == "hardware"),
             interpreted=interpreted,
-        )  # fmt: skip
-        tile_form = TileForm(
-            tile.m, tile.n, k_columns, v_columns, math.gcd(g.page_size, tile.n), tile.splits > 1, tile.num_stages
+        )
+        cut = TileForm(
+            m=tile.m,
+            n=tile.n,
+            k_columns=k_columns,
+            v_columns=v_columns,
+            same_page=math.gcd(g.page_size, tile.n),
+            split=tile.splits > 1,
+            stages=tile.num_stages,
         )
         limit = {"maxnreg": tile.registers} if tile.registers and torch.version.cuda and not interpreted else {}
         self.constants: dict[str, Any] = {
-            "K": k, "V": v, "CODE": fmt, "LAYER": layer, "TILE": tile_form, "num_warps": tile.num_warps, **limit,
+            "K": k, "V": v, "CODE": fmt, "LAYER": layer, "TILE": cut, "num_warps": tile.num_warps, **limit,
         }  # fmt: skip
         scales = [(scale.stride_block, scale.stride_head, scale.stride_slot) for scale in cache.scales]
         codes = torch.uint8 if fmt else None
@@ -349,7 +360,7 @@ def _pointers(
     return (*read[:6], *state, *outs, *read[8:], scale_log2)
 
 
-def _operand_dtypes(q: torch.dtype, pool: torch.dtype, v_kind: str, interpreted: bool) -> tuple[object, object]:
+def _operand_dtypes(q: torch.dtype, pool: torch.dtype, v_kind: str, interpreted: bool) -> tuple[tl.dtype, tl.dtype]:
     """The dtypes in which Q·K and P·V are multiplied; sums are FP32.
 
     FP16 holds FP8 exactly, and an H100 makes it of FP8 in a third of BF16's instructions. P times a scale that differs

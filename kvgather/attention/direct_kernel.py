@@ -29,7 +29,7 @@ class LayerForm:
         window: keys that a query sees at most, itself included; 0 is all.
         begins: whether sequences begin at a position of their own.
         state: whether rows go on from a partial state.
-        sinks: whether a head has a sink.
+        sinks: whether a head has a sink that enters here; where keys are split it enters when parts are merged.
         qk, pv: the dtypes in which Q·K and P·V are multiplied.
         hardware: whether the GPU decodes the pools' FP8 format.
         interpreted: whether Triton's interpreter runs the kernel.
@@ -112,11 +112,10 @@ def direct_kernel(
     spare = sequence == num_sequences  # rows that belong to no sequence: 0
     end_q = tl.load(cu_q_ptr + sequence + 1, mask=sequence < num_sequences, other=0)
     if spare | (end_q - first_q > max_q):  # or more than its tiles have room for: NaN
+        end_q = tl.where(spare, total_q, end_q)
+        split_row = split * total_q.to(tl.int64)
         _fill_rows(
-            out_ptr, lse_ptr, sink_ptr,
-            first_q.to(tl.int64) * GROUP + tile * M, tl.where(spare, total_q, end_q).to(tl.int64) * GROUP, tiles * M,
-            split * total_q.to(tl.int64), kv_head,
-            tl.where(spare, 0.0, float("nan")), tl.where(spare, float("-inf"), float("nan")), V, LAYER, TILE,
+            out_ptr, lse_ptr, sink_ptr, spare, first_q, end_q, tile, tiles, split_row, kv_head, V, LAYER, TILE
         )  # fmt: skip
         return
     rows = (end_q - first_q) * GROUP
@@ -163,16 +162,7 @@ def direct_kernel(
     if past_table | (tl.min(worst, 0) < 0):  # a key in no block: whoever sees it is NaN
         bad = _sees_bad_block(keys, position, low, columns, K, LAYER, TILE)
         total = tl.where(bad > 0, float("nan"), total)
-    SINKS: tl.constexpr = LAYER.sinks and not TILE.split  # where keys are split, the sink enters as parts are merged
-    if SINKS:
-        sink = tl.load(sink_ptr + q_head, mask=in_use, other=float("-inf")).to(tl.float32)
-        blind = total == 0
-        top, total, acc = add_sink(sink, top, total, acc)
-    divisor = divisor_of(total)
-    out = acc / divisor[:, None]
-    lse = top * LN2 + tl.log(divisor)  # −inf, which is `top`, where no key was seen
-    if SINKS:
-        lse = tl.where(blind, sink, lse)  # the very number, as on the other paths
+    out, lse = _finish(sink_ptr, q_head, in_use, top, total, acc, LAYER)
     if TILE.split:
         out_row += split * total_q.to(tl.int64) * (K.num_heads * GROUP)
     _store_rows(out_ptr, lse_ptr, out, lse, out_row, in_use, v_in_head, V, LAYER, TILE)
@@ -374,6 +364,24 @@ def _sees_bad_block(
 
 
 @triton.jit
+def _finish(sink_ptr, q_head, in_use, top, total, acc, LAYER: tl.constexpr):
+    """Output `[M, V_DIM]` and natural log-sum-exp `[M]` of rows that saw all their keys: the sink enters, acc / total.
+
+    `kernels.merge.log_sum_exp` would choose −inf for rows that saw no key; here `top` is −inf already.
+    """
+    if LAYER.sinks:
+        sink = tl.load(sink_ptr + q_head, mask=in_use, other=float("-inf")).to(tl.float32)
+        unseen = total == 0
+        top, total, acc = add_sink(sink, top, total, acc)
+    divisor = divisor_of(total)
+    out = acc / divisor[:, None]
+    lse = top * LN2 + tl.log(divisor)
+    if LAYER.sinks:
+        lse = tl.where(unseen, sink, lse)  # the sink's own bits, as on the other paths
+    return out, lse
+
+
+@triton.jit
 def _store_rows(
     out_ptr, lse_ptr, out, lse, out_row, in_use, in_head, V: tl.constexpr, LAYER: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
@@ -387,19 +395,22 @@ def _store_rows(
 
 @triton.jit
 def _fill_rows(
-    out_ptr, lse_ptr, sink_ptr, first, end, step, split_row, kv_head, out_value, lse_value,
+    out_ptr, lse_ptr, sink_ptr, spare, first_q, end_q, tile, tiles, split_row, kv_head,
     V: tl.constexpr, LAYER: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Set rows that attend to nothing, of one KV head: first, …, first + M − 1, then those `step` on, as far as `end`.
+    """Set a KV head's rows of the tokens [first_q, end_q), every `tiles`-th tile of them from `tile` on.
 
-    A row is one (token, query head of the group); all are int64. `split_row` is the token at which the split's rows
-    begin. Where sinks are not added later, a log-sum-exp of −inf becomes the sink.
+    Spare rows, which belong to no sequence, become 0, and −inf or the sink; others, of a sequence that has more rows
+    than the batch has tiles for, become NaN. `split_row` is the token, int64, at which the rows of the split begin.
     """
     GROUP: tl.constexpr = LAYER.group
     M: tl.constexpr = TILE.m
     COLUMNS: tl.constexpr = TILE.v_columns
+    out_value = tl.where(spare, 0.0, float("nan"))
+    lse_value = tl.where(spare, float("-inf"), float("nan"))
     dim = tl.arange(0, COLUMNS)
-    row = first + tl.arange(0, M)
+    row = first_q.to(tl.int64) * GROUP + tile * M + tl.arange(0, M)
+    end = end_q.to(tl.int64) * GROUP
     while tl.min(row, 0) < end:
         in_use = row < end
         out_row = (split_row + row // GROUP) * (V.num_heads * GROUP) + kv_head * GROUP + row % GROUP
@@ -407,8 +418,8 @@ def _fill_rows(
         mask = in_use[:, None] & (dim < V.dim)[None, :]
         tl.store(out_ptr + out_row[:, None] * V.dim + dim[None, :], out, mask=mask)
         lse = tl.zeros([M], tl.float32) + lse_value
-        if LAYER.sinks and not TILE.split:
+        if LAYER.sinks:
             sink = tl.load(sink_ptr + kv_head * GROUP + row % GROUP, mask=in_use, other=float("-inf")).to(tl.float32)
             lse = tl.where(lse == float("-inf"), sink, lse)
         tl.store(lse_ptr + out_row, lse, mask=in_use)
-        row += step
+        row += tiles * M

@@ -1,7 +1,15 @@
-"""Partial attention states: what rows saw in one set of keys, and in another, makes what they saw in both.
+"""Partial attention states: the output and log-sum-exp of rows over one set of keys, and over another, merge into those
+over both.
 
-With l the log of a part's softmax denominator, both parts weigh e^l: out = (e^a·out_a + e^b·out_b) / (e^a + e^b). An
-attention sink is a part that has a denominator and no values.
+A part with log-sum-exp l, the log of its softmax denominator, weighs e^l:
+
+    out = (e^a · out_a + e^b · out_b) / (e^a + e^b)        lse = log(e^a + e^b)
+
+A sink is a part that has a denominator and no values: out_b = 0. The formula is evaluated in three ways, which round
+differently, each for a reason that the function gives; a part whose log-sum-exp is −inf has weight 0 in all.
+`kernels.merge` is the twin in Triton.
+
+Source: the online softmax of Milakov and Gimelshein (arXiv:1805.02867), as cascade inference merges it.
 """
 
 from __future__ import annotations
@@ -32,8 +40,6 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or device.
-
-    Source: the online softmax of Milakov and Gimelshein (arXiv:1805.02867), as cascade inference merges it.
     """
     out_a, lse_a, out_b, lse_b = (resolved(given) for given in (out_a, lse_a, out_b, lse_b))
     check_tensor(out_a, "out_a", ndim=3, dtypes=FLOATS)
@@ -49,6 +55,7 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
             )
     lse_a, lse_b = _without_plus_infinity(out_a, lse_a), _without_plus_infinity(out_b, lse_b)
     no_a, no_b = lse_a == -math.inf, lse_b == -math.inf
+    # Divided by the sum of the weights: e to the merged log-sum-exp would add a relative error of |lse| · 2^-24.
     top = torch.maximum(lse_a, lse_b)
     weight_a, weight_b = torch.exp(lse_a - top), torch.exp(lse_b - top)  # one of them is 1
     total = weight_a + weight_b
@@ -67,7 +74,7 @@ def _without_plus_infinity(out: Tensor, lse: Tensor) -> Tensor:
 
 @torch.no_grad()
 def apply_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-    """Let a sink into the denominator of finished rows; once, when everything is merged.
+    """Add a sink to the denominator of finished rows; once, when everything is merged.
 
     Args:
         out: `[n, heads, dim]`.
@@ -77,13 +84,14 @@ def apply_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor
     Returns:
         out in its dtype and the log-sum-exp with the sink. Rows that saw nothing are 0, and the sink.
     """
+    # e^lse / (e^lse + e^sink) is a sigmoid: one pass over [n, heads], and exact at both ends.
     logits = sinks.float()
     share = torch.where(lse == -math.inf, 0, torch.sigmoid(lse - logits))
     return (out * share[..., None]).to(out.dtype), torch.logaddexp(lse, logits.expand_as(lse))
 
 
 class RunningState:
-    """What rows of q have seen so far.
+    """The partial state of rows of q over the keys so far.
 
     Attributes:
         out: `[n, heads, dim]`; FP32 if states are to be merged.
@@ -105,18 +113,19 @@ class RunningState:
             out: `[rows, heads, dim]`, any float dtype, 0 where `lse` is −inf or +inf.
             lse: `[rows, heads]` FP32; a row with −inf or +inf weighs 0.
         """
-        held_out, held_lse = self.out[rows], self.lse[rows]
+        state_out, state_lse = self.out[rows], self.lse[rows]
         if choose_backend(self.backend, out.device) == "triton":
             from ..kernels.merge import add_state  # needs triton, which this module does not
 
-            add_state(held_out, held_lse, out, lse)
+            add_state(state_out, state_lse, out, lse)
             return
+        # Weights e^(l − merged) need no division of `out`, so the state is scaled and added to where it is.
         lse = lse.masked_fill(lse == torch.inf, -torch.inf)
-        merged = torch.logaddexp(held_lse, lse)
+        merged = torch.logaddexp(state_lse, lse)
         base = torch.where(merged == -torch.inf, 0, merged)  # −inf less −inf would be NaN
-        held_out *= torch.exp(held_lse - base)[..., None]
-        held_out.addcmul_(out, torch.exp(lse - base)[..., None])
-        held_lse.copy_(merged)
+        state_out *= torch.exp(state_lse - base)[..., None]
+        state_out.addcmul_(out, torch.exp(lse - base)[..., None])
+        state_lse.copy_(merged)
 
     def put(self, rows: slice, out: Tensor, lse: Tensor) -> None:
         """Set what `rows` saw, where that is all they see."""
