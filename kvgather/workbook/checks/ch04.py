@@ -61,9 +61,10 @@ def _check_rows(kernel: Any, dim: int, lanes: int) -> None:
         raise NotYet
     _no_violation(t, sizes)
     for access in pool_accesses:
-        if int(access.mask.sum()) > dim:
+        active = int(access.mask.sum())
+        if active > dim:
             raise Wrong(
-                f"{sizes}program {access.program[0]}: a {access.kind} of {access.argument} has {int(access.mask.sum())} "
+                f"{sizes}program {access.program[0]}: a {access.kind} of {access.argument} has {active} "
                 f"active lanes; a row has {dim} elements, and the others belong to the next row"
             )
     expect(pool[slots.long()], out, f"{sizes}rows")

@@ -40,7 +40,14 @@ def honest_flag(answer: Callable[..., Any]) -> None:
     expanded = one.expand(BLOCKS, HEADS, PAGE)
     # Element 0 is right for one expanded number, so False is as true as a refusal.
     _must_refuse(
-        answer, expanded, expanded, BLOCKS, HEADS, PAGE, name="K and V [6, 2, 16], one number, expanded", or_return=False
+        answer,
+        expanded,
+        expanded,
+        BLOCKS,
+        HEADS,
+        PAGE,
+        name="K and V [6, 2, 16], one number, expanded",
+        or_return=False,
     )
     for name, view in views.items():
         for k_scale, v_scale, who in ((view, view, "K and V"), (view, token, "K"), (token, view, "V")):

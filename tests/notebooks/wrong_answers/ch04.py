@@ -79,7 +79,8 @@ WRONG = {
         # the group of the page offset forgotten: right for pages of 16
         (
             BYTES.format(
-                bytes="[(block * num_heads + head) * page_size * head_dim + d * 16 + page_offset for d in range(head_dim)]"
+                bytes="[(block * num_heads + head) * page_size * head_dim + d * 16 + page_offset"
+                " for d in range(head_dim)]"
             ),
             "block 1, head 2, page_offset 30 of 3 heads, page 32, head_dim 16: answer[0]",
         ),

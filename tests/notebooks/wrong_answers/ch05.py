@@ -21,7 +21,10 @@ WRONG = {
         # the head forgotten
         (ELEMENT.format("block * num_heads * page_size + page_offset"), "2 heads, page 16: expected 147, got 131"),
         # the slot instead of the page offset
-        (ELEMENT.format("(block * num_heads + head) * page_size + block * page_size + page_offset"), "expected 147, got 211"),
+        (
+            ELEMENT.format("(block * num_heads + head) * page_size + block * page_size + page_offset"),
+            "expected 147, got 211",
+        ),
     ],
     "05.2": [
         # the end is guarded by the mask
