@@ -22,7 +22,11 @@ LOAD = 16  # bytes that a thread loads at once
 LARGEST_PAGE = 16_384  # bytes of a block in a picture
 # Bytes of the selected token, by head; without the color of the selected element. Seven heads and more repeat colors.
 STRONG = tuple(color for color in PALETTE if color != BAD)
-WEAK = tuple(to_hex([1 - 0.22 * (1 - part) for part in to_rgb(color)]) for color in STRONG)  # bytes of the other tokens
+# Bytes of the other tokens: the same colors, mixed with white.
+WEAK = tuple(
+    to_hex((1 - 0.22 * (1 - red), 1 - 0.22 * (1 - green), 1 - 0.22 * (1 - blue)))
+    for red, green, blue in map(to_rgb, STRONG)
+)
 
 
 @dataclass(frozen=True)
