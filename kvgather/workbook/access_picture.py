@@ -86,7 +86,7 @@ def byte_legend(drawing: Figure, loaded: str) -> None:
 def scale_picture(
     trace: Trace, argument: str, *, num_blocks: int, num_heads: int, page_size: int, title: str = ""
 ) -> Figure:
-    """The `[block, head, slot]` grid that a kernel assumes, the elements that exist, and those it reads.
+    """The `[block, head, page_offset]` grid that a kernel assumes, the elements that exist, and those it reads.
 
     Args:
         trace: trace of a launch that reads the scale.
@@ -107,7 +107,7 @@ def scale_picture(
             _mark(axes, column, block, element < size)
     for head in range(num_heads):
         at = head * page_size
-        axes.text(at + page_size / 2, num_blocks + 0.25, f"head {head}, slots 0 to {page_size - 1}",
+        axes.text(at + page_size / 2, num_blocks + 0.25, f"head {head}, page_offset 0 to {page_size - 1}",
                   ha="center", va="top", fontsize=9)  # fmt: skip
         if head:
             axes.plot([at, at], [0, num_blocks], color=INK, linewidth=1.0)

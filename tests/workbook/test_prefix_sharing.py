@@ -12,11 +12,11 @@ def test_story_shares_frees_and_evicts():
     assert [story.users(i) for i in range(5)] == [["A", "B"], ["A", "B"], ["A"], ["A"], ["B"]]
     assert story.words(0) == ["you", "are", "a", "helpful"]
     assert story.words(3) == ["table"]
-    assert story.free("A") == "free A: 1 unused block can still be found"
+    assert story.free("A") == "free A: 1 free block of the pool can still be found"
     assert story.free("A") == "A is not running"
     assert story.words(3) == []
     story.run("C", PROMPTS["C"])
-    story.free("B")
+    assert story.free("B") == "free B: 4 free blocks of the pool can still be found"
     assert story.run("A", PROMPTS["A"]) == "run A: 12 of its 13 tokens were in the cache, 1 cached block evicted"
 
 
@@ -46,5 +46,5 @@ def test_storyboard_has_a_frame_for_each_step():
     captions = [axes.texts[-1].get_text() for axes in drawing.axes]
     assert captions == [
         "run A: 0 of its 3 tokens were in the cache, 0 cached blocks evicted",
-        "free A: 1 unused block can still be found",
+        "free A: 1 free block of the pool can still be found",
     ]

@@ -4,7 +4,7 @@ A chapter's checks are in `chNN.py` next to this file, imported with the first c
 
     @exercise("03.1", correct="that is the byte the kernel loads first")
     def key_byte(answer):
-        expect(384, answer(1, 0, 0, 0), "the byte of block 1, head 0, slot 0, dim 0")
+        expect(384, answer(1, 0, 0, 0), "the byte of block 1, head 0, page_offset 0, dim 0")
 
 A check receives the reader's answers. A plain function is wrapped: an unchanged skeleton and an exception in the
 reader's code become verdicts, never a traceback.

@@ -11,10 +11,10 @@ from kvgather.blocks import BlockPool
 from kvgather.workbook.checks import exercise, expect
 
 
-@exercise("01.1", correct="the block table gives the block, and the remainder gives the offset")
+@exercise("01.1", correct="the block table gives the block, and the remainder gives the page offset")
 def slot_of(answer: Callable[[int, list[int], int], int]) -> None:
     for block_ids, page_size in (([5, 2, 7], 4), ([1, 0, 2], 3), ([3, 9, 4, 1], 16)):
-        slots = [block_id * page_size + offset for block_id in block_ids for offset in range(page_size)]
+        slots = [block_id * page_size + page_offset for block_id in block_ids for page_offset in range(page_size)]
         for position, slot in enumerate(slots):
             got = answer(position, list(block_ids), page_size)
             expect(slot, got, f"position {position} of block table {block_ids}, page {page_size}")
@@ -29,7 +29,7 @@ def chunk_slots(answer: Callable[[int, int, list[int], int], Tensor]) -> None:
         (3, 3, [5, 2, 7], 4),
         (2, 7, [1, 0, 2], 3),
     ):
-        slots = [block_id * page_size + offset for block_id in block_ids for offset in range(page_size)]
+        slots = [block_id * page_size + page_offset for block_id in block_ids for page_offset in range(page_size)]
         expected = torch.tensor(slots[start:end], dtype=torch.int64)
         name = f"positions {start} to {end - 1} of block table {block_ids}, page {page_size}"
         expect(expected, answer(start, end, list(block_ids), page_size), name)
@@ -48,6 +48,7 @@ def hit_blocks(answer: Callable[[list[int], dict[tuple[int, ...], int], int], li
         ([1, 2, 3, 4, 5, 6, 7, 8, 9], [3, 7], published, "one token is left after two blocks"),
         ([5, 6, 7, 8, 1], [], published, "known tokens after a different prefix"),
         (list(range(1, 14)), [3], orphaned, "the second block was evicted, the third was not"),
+        (list(range(1, 14)), [3, 7, 0], published, "three blocks are known, and the third is block 0"),
     ):
         expect(expected, answer(list(tokens), dict(known), 4), f"tokens {tokens} ({story})")
 

@@ -20,9 +20,9 @@ def hnd_byte(answer: Callable[..., int]) -> None:
         blocks, page, heads, dims = sizes
         pool = torch.empty(pool_shape("HND", "key", blocks, page, heads, dims, itemsize), dtype=DTYPES[itemsize])
         for place in ((0, 0, 0, 0), (0, 0, 0, 7), (0, 0, 5, 0), (0, 1, 0, 0), (1, 0, 0, 0), (2, 1, 5, 20)):
-            block, head, slot, dim = place
-            got = answer(block, head, slot, dim, heads, page, dims, itemsize)
-            element = f"block {block}, head {head}, slot {slot}, dim {dim}"
+            block, head, page_offset, dim = place
+            got = answer(block, head, page_offset, dim, heads, page, dims, itemsize)
+            element = f"block {block}, head {head}, page_offset {page_offset}, dim {dim}"
             pool_text = f"{heads} heads, page {page}, head_dim {dims}, itemsize {itemsize}"
             expect(byte_offset(pool, "HND", "key", *place), got, f"{element} ({pool_text})")
 
@@ -31,7 +31,7 @@ def hnd_byte(answer: Callable[..., int]) -> None:
 def elements_of_load(answer: Callable[..., list[tuple[int, int]]]) -> None:
     page, dims = 32, 64
     index = torch.cartesian_prod(torch.arange(page), torch.arange(dims))
-    for which, slot, dim, itemsize in (
+    for which, page_offset, dim, itemsize in (
         ("key", 5, 20, 1),
         ("value", 5, 20, 1),
         ("key", 21, 41, 1),
@@ -46,10 +46,10 @@ def elements_of_load(answer: Callable[..., list[tuple[int, int]]]) -> None:
         split = numbers.unflatten(3, (-1, x)) if side == "key" else numbers.unflatten(1, (-1, x))
         order = (0, 2, 3, 1, 4) if side == "key" else (0, 3, 1, 4, 2)
         memory = split.permute(order).flatten().long()
-        start = int((memory == slot * dims + dim).nonzero()) // x * x
-        expected = [(int(s), int(d)) for s, d in index[memory[start : start + x]].tolist()]
-        got = answer(which, slot, dim, itemsize)
-        expect(expected, got, f"{which}, slot {slot}, dim {dim}, itemsize {itemsize}")
+        start = int((memory == page_offset * dims + dim).nonzero()) // x * x
+        expected = [(int(o), int(d)) for o, d in index[memory[start : start + x]].tolist()]
+        got = answer(which, page_offset, dim, itemsize)
+        expect(expected, got, f"{which}, page_offset {page_offset}, dim {dim}, itemsize {itemsize}")
 
 
 @exercise("03.3", correct="one view, one permute, and no value changed")
@@ -72,7 +72,7 @@ def unpack(answer: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
     got = answer(packed)
     for index, name in enumerate(("key_cache", "value_cache")):
         pool = got[index]
-        expected = torch.stack([packed[:, :, index, slot] for slot in range(page)], dim=1)
+        expected = torch.stack([packed[:, :, index, page_offset] for page_offset in range(page)], dim=1)
         expect(expected, pool, name)
         if pool.untyped_storage().data_ptr() != packed.untyped_storage().data_ptr():
             raise Wrong(f"{name} has the right values, but is a copy: a write does not reach the engine's tensor")

@@ -41,11 +41,16 @@ def slots_kernel(kernel: Any) -> None:
 
 @exercise(
     "04.2",
-    correct="24 lanes are active, 8 are masked off, and no row overwrites the next",
+    correct="as many lanes are active as a row has elements, and no row overwrites the next",
     not_yet="no lane is active; which lanes have an element of the row?",
 )
 def rows_kernel(kernel: Any) -> None:
-    dim, lanes = 24, 32
+    for dim, lanes in ((24, 32), (20, 32), (32, 32), (33, 64)):
+        _check_rows(kernel, dim, lanes)
+
+
+def _check_rows(kernel: Any, dim: int, lanes: int) -> None:
+    sizes = f"DIM {dim}, LANES {lanes}: "
     pool = torch.arange(6 * dim, dtype=torch.float32).reshape(6, dim)
     slots = torch.tensor([5, 0, 3], dtype=torch.int32)
     out = torch.full((3, dim), -1.0)
@@ -54,33 +59,33 @@ def rows_kernel(kernel: Any) -> None:
     pool_accesses = [a for a in t.accesses if a.argument in ("out_ptr", "pool_ptr")]
     if not any(a.mask.any() for a in pool_accesses):
         raise NotYet
-    _no_violation(t)
+    _no_violation(t, sizes)
     for access in pool_accesses:
-        if int(access.mask.sum()) > dim:
+        active = int(access.mask.sum())
+        if active > dim:
             raise Wrong(
-                f"program {access.program[0]}: a {access.kind} of {access.argument} has {int(access.mask.sum())} "
+                f"{sizes}program {access.program[0]}: a {access.kind} of {access.argument} has {active} "
                 f"active lanes; a row has {dim} elements, and the others belong to the next row"
             )
-    expect(pool[slots.long()], out, "rows")
+    expect(pool[slots.long()], out, f"{sizes}rows")
 
 
 @exercise("04.3", correct="these are the bytes in the trace")
 def value_bytes(answer: Callable[..., Any]) -> None:
     for blocks, heads, page, dim in ((3, 2, 16, 32), (2, 3, 32, 16)):
         pool = torch.empty(value_shape("SHUFFLE", blocks, page, heads, dim, 1), dtype=torch.uint8)
-        for block, head, slot in ((0, 0, 0), (1, 1, 3), (blocks - 1, heads - 1, page - 2)):
-            expected = [byte_offset(pool, "SHUFFLE", "value", block, head, slot, d) for d in range(dim)]
-            got = answer(block, head, slot, heads, page, dim)
-            expect(
-                expected, got, f"block {block}, head {head}, slot {slot} of {heads} heads, page {page}, head_dim {dim}"
-            )
+        for block, head, page_offset in ((0, 0, 0), (1, 1, 3), (blocks - 1, heads - 1, page - 2)):
+            expected = [byte_offset(pool, "SHUFFLE", "value", block, head, page_offset, d) for d in range(dim)]
+            got = answer(block, head, page_offset, heads, page, dim)
+            element = f"block {block}, head {head}, page_offset {page_offset}"
+            expect(expected, got, f"{element} of {heads} heads, page {page}, head_dim {dim}")
 
 
-def _no_violation(t: Any) -> None:
+def _no_violation(t: Any, prefix: str = "") -> None:
     if t.violations:
         v = t.violations[0]
         program = ", ".join(map(str, v.program))
         raise Wrong(
-            f"program {program}: a {v.kind} of {v.argument} at element {v.element}; it has {v.size} "
+            f"{prefix}program {program}: a {v.kind} of {v.argument} at element {v.element}; it has {v.size} "
             f"({len(t.violations)} such accesses)"
         )

@@ -16,10 +16,10 @@ from kvgather.workbook.checks import NotYet, Wrong, exercise, expect
 @exercise("05.1", correct="the kernel reads this element, whatever the scale's shape")
 def element_read(answer: Callable[..., Any]) -> None:
     for heads, page in ((2, 16), (5, 8)):
-        for block, head, slot in ((0, 0, 0), (4, 1, 3), (3, 0, 2), (6, 1, 7)):
-            expected = (block * heads + head) * page + slot
-            expect(expected, answer(block, head, slot, heads, page), f"block {block}, head {head}, slot {slot}, "
-                   f"{heads} heads, page {page}")  # fmt: skip
+        for block, head, page_offset in ((0, 0, 0), (4, 1, 3), (3, 0, 2), (6, 1, 7)):
+            expected = (block * heads + head) * page + page_offset
+            element = f"block {block}, head {head}, page_offset {page_offset}, {heads} heads, page {page}"
+            expect(expected, answer(block, head, page_offset, heads, page), element)
 
 
 @exercise(

@@ -1,4 +1,4 @@
-"""Checks of chapter 06: a guard for the old kernel, the strides of a scale, and a shape that escapes a rule."""
+"""Checks of chapter 06: a guard for the old kernel, the strides of a scale, and a scale that escapes a rule."""
 
 from __future__ import annotations
 
@@ -19,17 +19,39 @@ BLOCKS, HEADS, PAGE, DIM = 6, 2, 16, 16
 BAD_SHAPES = ((7,), (HEADS, BLOCKS), (PAGE, HEADS, BLOCKS), (BLOCKS * HEADS * PAGE,), (1, HEADS, 1))
 
 
-@exercise("06.1", correct="the flag agrees with the shape, or the kernel is not called")
+@exercise("06.1", correct="the flag agrees with shape and strides, or the kernel is not called")
 def honest_flag(answer: Callable[..., Any]) -> None:
     one, token = torch.ones(1), torch.ones(BLOCKS, HEADS, PAGE)
     expect(False, answer(one, one.view(1, 1, 1), BLOCKS, HEADS, PAGE), "one element each")
     expect(True, answer(token, token, BLOCKS, HEADS, PAGE), "[6, 2, 16] each")
+    part = torch.ones(2 * BLOCKS, HEADS, PAGE)[BLOCKS:]
+    expect(True, answer(part, part, BLOCKS, HEADS, PAGE), "[6, 2, 16] each, a contiguous part of a longer tensor")
     refused: list[tuple[Tensor, Tensor]] = [(one, token), (token, one)]
     refused += [(bad, bad) for bad in map(torch.ones, ((HEADS,), (BLOCKS, HEADS), *BAD_SHAPES))]
     refused += [(token, torch.ones(HEADS)), (torch.ones(HEADS), token)]
     for k_scale, v_scale in refused:
         name = f"K {list(k_scale.shape)} and V {list(v_scale.shape)}"
         _must_refuse(answer, k_scale, v_scale, BLOCKS, HEADS, PAGE, name=name)
+    views = {
+        "one number for each block and head, expanded": torch.ones(BLOCKS, HEADS, 1).expand(BLOCKS, HEADS, PAGE),
+        "a transposed view": torch.ones(BLOCKS, PAGE, HEADS).transpose(1, 2),
+        "every second block of a longer tensor": torch.ones(2 * BLOCKS, HEADS, PAGE)[::2],
+    }
+    expanded = one.expand(BLOCKS, HEADS, PAGE)
+    # Element 0 is right for one expanded number, so False is as true as a refusal.
+    _must_refuse(
+        answer,
+        expanded,
+        expanded,
+        BLOCKS,
+        HEADS,
+        PAGE,
+        name="K and V [6, 2, 16], one number, expanded",
+        or_return=False,
+    )
+    for name, view in views.items():
+        for k_scale, v_scale, who in ((view, view, "K and V"), (view, token, "K"), (token, view, "V")):
+            _must_refuse(answer, k_scale, v_scale, BLOCKS, HEADS, PAGE, name=f"{who} [6, 2, 16], {name}")
 
 
 @exercise("06.2", correct="one formula, with stride 0 along every missing axis")
@@ -56,36 +78,54 @@ def strides_of(answer: Callable[..., Any]) -> None:
 
 @exercise(
     "06.3",
-    correct="the shape passes the rule, and the kernel reads outside the tensor: a rank is not a shape",
-    not_yet="give a tuple of ints, such as (6, 2, 16)",
+    correct="the scale passes the rule, and the kernel reads outside the tensor",
+    not_yet="give a tensor, or a tuple of ints such as (6, 2, 16)",
 )
-def escaping_shape(shape: Any) -> None:
-    if not isinstance(shape, list | tuple) or not all(type(n) is int and n > 0 for n in shape):
-        raise Wrong(f"expected a tuple of positive ints, got {shape!r:.60}")
-    if math.prod(shape) > 2**20:
-        raise Wrong(f"{tuple(shape)} has {math.prod(shape)} elements; use fewer, not more")
-    if math.prod(shape) == 1:
-        raise Wrong(f"{tuple(shape)} has one element: the rule returns False, and element 0 exists")
-    if len(shape) != 3:
-        raise Wrong(f"{tuple(shape)} has {len(shape)} axes: the rule refuses it")
-    if not _run_old_kernel(torch.ones(tuple(shape))).violations:
-        raise Wrong(
-            f"{tuple(shape)} passes the rule, but the kernel read nothing outside its {math.prod(shape)} elements"
-        )
+def escaping_scale(answer: Any) -> None:
+    if isinstance(answer, Tensor):
+        scale, name = answer, f"{tuple(answer.shape)} with strides {answer.stride()}"
+        if scale.dtype != torch.float32:
+            raise Wrong(f"the scale has dtype {scale.dtype}; use torch.float32")
+    elif isinstance(answer, list | tuple) and all(type(n) is int and n > 0 for n in answer):
+        if math.prod(answer) > 2**20:
+            raise Wrong(f"{tuple(answer)} has {math.prod(answer)} elements; use fewer, not more")
+        scale, name = torch.ones(tuple(answer)), str(tuple(answer))
+    else:
+        raise Wrong(f"expected a tensor or a tuple of positive ints, got {answer!r:.60}")
+    if scale.numel() == 1:
+        raise Wrong(f"{name} has one element: the rule returns False, and element 0 exists")
+    if scale.ndim != 3:
+        raise Wrong(f"{name} has {scale.ndim} axes: the rule refuses it")
+    if not scale.numel():
+        raise Wrong(f"{name} has no element; give a scale that a layer could have")
+    if not _run_old_kernel(scale).violations:
+        raise Wrong(f"{name} passes the rule, but the kernel read nothing outside its {scale.numel()} elements")
 
 
-def _must_refuse(answer: Callable[..., Any], *arguments: Any, name: str) -> None:
+_RAISE = object()
+
+
+def _must_refuse(answer: Callable[..., Any], *arguments: Any, name: str, or_return: Any = _RAISE) -> None:
+    """Raise `Wrong` unless the answer raises a ValueError, or returns `or_return` if that is given."""
     try:
         got = answer(*arguments)
     except ValueError:
         return
-    raise Wrong(f"{name}: expected a ValueError, got {got!r}")
+    if or_return is _RAISE:
+        raise Wrong(f"{name}: expected a ValueError, got {got!r}")
+    if got is not or_return:
+        raise Wrong(f"{name}: expected {or_return!r} or a ValueError, got {got!r}")
 
 
 def _run_old_kernel(scale: Tensor) -> Trace:
-    """A trace of the old kernel on the last slot of every block, with the flag of a scale per token."""
+    """A trace of the old kernel on the last token of every block, with the flag of a scale per token."""
     device = "cuda" if has_gpu() else "cpu"  # the launcher refuses CPU tensors where kernels are compiled
-    scale, pool = scale.to(device), torch.zeros(BLOCKS, PAGE, HEADS, DIM, device=device)
+    if scale.device.type != device:
+        # `to` would copy a view into contiguous memory.
+        sizes, strides = scale.shape, scale.stride()
+        span = 1 + sum((n - 1) * stride for n, stride in zip(sizes, strides, strict=True))
+        scale = torch.ones(span, device=device).as_strided(sizes, strides)
+    pool = torch.zeros(BLOCKS, PAGE, HEADS, DIM, device=device)
     key, value = torch.zeros(2, BLOCKS, HEADS, DIM, device=device)
     cu_seqlens = torch.arange(BLOCKS + 1, dtype=torch.int32, device=device)
     table = torch.arange(BLOCKS, dtype=torch.int32, device=device)[:, None]

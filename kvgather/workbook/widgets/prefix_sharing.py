@@ -51,8 +51,8 @@ class Story:
         if seq is None:
             return f"{name} is not running"
         self.pool.free(seq)
-        cached = sum(self.pool.block(block_id).state == "cached" for block_id in seq.block_ids)
-        return f"free {name}: {cached} unused block{'s' if cached != 1 else ''} can still be found"
+        cached = sum(self.pool.block(block_id).state == "cached" for block_id in range(self.pool.num_blocks))
+        return f"free {name}: {cached} free block{'s' if cached != 1 else ''} of the pool can still be found"
 
     def words(self, block_id: int) -> list[str]:
         """The words of a block; an empty list for a blank block."""

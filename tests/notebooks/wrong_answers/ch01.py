@@ -29,9 +29,9 @@ WRONG: dict[str, list[tuple[str, str]]] = {
             SLOT.format("position // page_size * page_size + position % page_size"),
             "position 0 of block table [5, 2, 7]",
         ),
-        # the offset forgotten
+        # the page offset forgotten
         (SLOT.format("block_ids[position // page_size] * page_size"), "position 1 of block table [5, 2, 7], page 4"),
-        # the position instead of the offset
+        # the position instead of the page offset
         (SLOT.format("block_ids[position // page_size] * page_size + position"), "expected 8, got 12"),
         # the page size of the example
         (SLOT.format("block_ids[position // 4] * 4 + position % 4"), "block table [1, 0, 2], page 3"),
@@ -42,7 +42,7 @@ WRONG: dict[str, list[tuple[str, str]]] = {
             CHUNK.format(positions="torch.arange(end - start)", result=SLOTS),
             "positions 4 to 7 of block table [5, 2, 7]",
         ),
-        # the position instead of the offset
+        # the position instead of the page offset
         (
             CHUNK.format(positions="torch.arange(start, end)", result=SLOTS.replace(" % page_size", "")),
             "answer[4]: expected 8, got 12",
@@ -63,6 +63,17 @@ WRONG: dict[str, list[tuple[str, str]]] = {
         (
             HITS.format(stop="len(tokens)", prefix="prefix = tuple(tokens[end - page_size : end])", miss="break"),
             "the next token differs): expected 2 values, got 1",
+        ),
+        # block id 0 taken for a miss
+        (
+            """def hit_blocks(tokens, published, page_size):
+    hits, end = [], page_size
+    while end < len(tokens) and (block_id := published.get(tuple(tokens[:end]))):
+        hits.append(block_id)
+        end += page_size
+    return hits
+""",
+            "the third is block 0): expected 3 values, got 2",
         ),
         # a list is no key
         (HITS.format(stop="len(tokens)", prefix="prefix = tokens[:end]", miss="break"), "unhashable type: 'list'"),

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-HND = """def hnd_byte(block, head, slot, dim, num_heads, page_size, head_dim, itemsize):
+HND = """def hnd_byte(block, head, page_offset, dim, num_heads, page_size, head_dim, itemsize):
     return {}
 """
-LOAD = """def elements_of_load(which, slot, dim, itemsize):
+LOAD = """def elements_of_load(which, page_offset, dim, itemsize):
     x = {x}
     if which == "key":
         return {key}
     return {value}
 """
-KEY, VALUE = "[(slot, dim // x * x + i) for i in range(x)]", "[(slot // x * x + i, dim) for i in range(x)]"
+KEY, VALUE = (
+    "[(page_offset, dim // x * x + i) for i in range(x)]",
+    "[(page_offset // x * x + i, dim) for i in range(x)]",
+)
 SHUFFLE = """def shuffle_key(nhd):
     blocks, page, heads, dim = nhd.shape
     x = {x}
@@ -24,34 +27,43 @@ UNPACK = """def unpack(packed):
 WRONG: dict[str, list[tuple[str, str]]] = {
     "03.1": [
         # the formula of NHD
-        (HND.format("(((block * page_size + slot) * num_heads + head) * head_dim + dim) * itemsize"), "slot 5, dim 0"),
+        (
+            HND.format("(((block * page_size + page_offset) * num_heads + head) * head_dim + dim) * itemsize"),
+            "page_offset 5, dim 0",
+        ),
         # elements instead of bytes
         (
-            HND.format("((block * num_heads + head) * page_size + slot) * head_dim + dim"),
+            HND.format("((block * num_heads + head) * page_size + page_offset) * head_dim + dim"),
             "expected 14, got 7",
         ),
         # the sizes of two axes exchanged
-        (HND.format("(((block * page_size + head) * num_heads + slot) * head_dim + dim) * itemsize"), "head 1, slot 0"),
+        (
+            HND.format("(((block * page_size + head) * num_heads + page_offset) * head_dim + dim) * itemsize"),
+            "head 1, page_offset 0",
+        ),
         # the strides of the example, whatever the sizes
-        (HND.format("(block * 1024 + slot * 32 + head * 512 + dim) * itemsize"), "3 heads, page 10, head_dim 24"),
+        (
+            HND.format("(block * 1024 + page_offset * 32 + head * 512 + dim) * itemsize"),
+            "3 heads, page 10, head_dim 24",
+        ),
         (HND.format("block / 0"), "ZeroDivisionError: division by zero, on line 2 of your cell"),
     ],
     "03.2": [
         # V as if it were K
         (
             LOAD.format(x="16 // itemsize", key=KEY, value=KEY),
-            "value, slot 5, dim 20, itemsize 1: answer[0][0]:",
+            "value, page_offset 5, dim 20, itemsize 1: answer[0][0]:",
         ),
         # always 16 elements
         (LOAD.format(x="16", key=KEY, value=VALUE), "itemsize 2"),
         # begins at the element instead of at a multiple of 16 bytes
         (
-            LOAD.format(x="16 // itemsize", key="[(slot, dim + i) for i in range(x)]", value=VALUE),
-            "key, slot 5, dim 20, itemsize 1: answer[0][1]: expected 16, got 20",
+            LOAD.format(x="16 // itemsize", key="[(page_offset, dim + i) for i in range(x)]", value=VALUE),
+            "key, page_offset 5, dim 20, itemsize 1: answer[0][1]: expected 16, got 20",
         ),
-        # (dim, slot)
+        # (dim, page_offset)
         (
-            LOAD.format(x="16 // itemsize", key="[(dim // x * x + i, slot) for i in range(x)]", value=VALUE),
+            LOAD.format(x="16 // itemsize", key="[(dim // x * x + i, page_offset) for i in range(x)]", value=VALUE),
             "expected 5, got 16",
         ),
     ],
@@ -61,7 +73,7 @@ WRONG: dict[str, list[tuple[str, str]]] = {
             SHUFFLE.format(x="16 // nhd.element_size()", result="nhd.view(blocks, heads, dim // x, page, x)"),
             "answer[",
         ),
-        # no transpose of pieces and slots
+        # no transpose of pieces and page offsets
         (
             SHUFFLE.format(
                 x="16 // nhd.element_size()",

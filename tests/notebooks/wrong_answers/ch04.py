@@ -25,7 +25,7 @@ def rows_kernel(out_ptr, pool_ptr, slots_ptr, DIM: tl.constexpr, LANES: tl.const
     tl.store(out_ptr + token * DIM + dim, row, mask=inside)
 """
 
-BYTES = """def value_bytes(block, head, slot, num_heads, page_size, head_dim):
+BYTES = """def value_bytes(block, head, page_offset, num_heads, page_size, head_dim):
     return {bytes}
 """
 
@@ -64,25 +64,29 @@ WRONG = {
         (ROWS.format(inside="dim < LANES"), "a load of pool_ptr at element 144; it has 144"),
         (ROWS.format(inside="dim <= DIM"), "a load of pool_ptr at element 144; it has 144"),
         (ROWS.format(inside="dim < DIM - 1"), "rows: answer[0, 23]"),
+        # the first size only
+        (ROWS.format(inside="dim < 24"), "DIM 20, LANES 32: program 0: a load of pool_ptr at element 120; it has 120"),
+        (ROWS.format(inside="dim < LANES - 8"), "DIM 20, LANES 32: program 0: a load of pool_ptr at element 120"),
     ],
     "04.3": [
         # the formula of NHD
         (
             BYTES.format(
-                bytes="[((block * page_size + slot) * num_heads + head) * head_dim + d for d in range(head_dim)]"
+                bytes="[((block * page_size + page_offset) * num_heads + head) * head_dim + d for d in range(head_dim)]"
             ),
-            "block 0, head 0, slot 0 of 2 heads, page 16, head_dim 32: answer[1]: expected 16, got 1",
+            "block 0, head 0, page_offset 0 of 2 heads, page 16, head_dim 32: answer[1]: expected 16, got 1",
         ),
-        # the group of the slot forgotten: right for pages of 16
+        # the group of the page offset forgotten: right for pages of 16
         (
             BYTES.format(
-                bytes="[(block * num_heads + head) * page_size * head_dim + d * 16 + slot for d in range(head_dim)]"
+                bytes="[(block * num_heads + head) * page_size * head_dim + d * 16 + page_offset"
+                " for d in range(head_dim)]"
             ),
-            "block 1, head 2, slot 30 of 3 heads, page 32, head_dim 16: answer[0]",
+            "block 1, head 2, page_offset 30 of 3 heads, page 32, head_dim 16: answer[0]",
         ),
         # only the first byte
         (
-            BYTES.format(bytes="[(block * num_heads + head) * page_size * head_dim + slot]"),
+            BYTES.format(bytes="[(block * num_heads + head) * page_size * head_dim + page_offset]"),
             "expected 32 values, got 1",
         ),
     ],

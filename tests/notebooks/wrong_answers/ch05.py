@@ -1,6 +1,6 @@
 """Plausible wrong answers of chapter 05, and what the check must say to each."""
 
-ELEMENT = "def element_read(block, head, slot, num_heads, page_size):\n    return {}\n"
+ELEMENT = "def element_read(block, head, page_offset, num_heads, page_size):\n    return {}\n"
 FENCE = "argument = {!r}\nside = {!r}\n"
 KERNEL = """@triton.jit
 def lengths_kernel(lengths_ptr, cu_seqlens_ptr, batch, LANES: tl.constexpr):
@@ -15,13 +15,16 @@ WRONG = {
     "05.1": [
         # the order of an NHD pool, not of the scale
         (
-            ELEMENT.format("(block * page_size + slot) * num_heads + head"),
-            "block 4, head 1, slot 3, 2 heads, page 16: expected 147, got 135",
+            ELEMENT.format("(block * page_size + page_offset) * num_heads + head"),
+            "block 4, head 1, page_offset 3, 2 heads, page 16: expected 147, got 135",
         ),
         # the head forgotten
-        (ELEMENT.format("block * num_heads * page_size + slot"), "2 heads, page 16: expected 147, got 131"),
-        # the slot of the pool instead of the page's
-        (ELEMENT.format("(block * num_heads + head) * page_size + block * page_size + slot"), "expected 147, got 211"),
+        (ELEMENT.format("block * num_heads * page_size + page_offset"), "2 heads, page 16: expected 147, got 131"),
+        # the slot instead of the page offset
+        (
+            ELEMENT.format("(block * num_heads + head) * page_size + block * page_size + page_offset"),
+            "expected 147, got 211",
+        ),
     ],
     "05.2": [
         # the end is guarded by the mask
@@ -38,7 +41,7 @@ WRONG = {
             KERNEL.format(mask="inside & (i > 1)", store="inside & (i > 1)"),
             "lengths of the sequences that begin at [0, 3, 3, 7, 8]: answer[0]: expected 3, got -1",
         ),
-        # the load is mended and the store is not
+        # the load is fixed and the store is not
         (KERNEL.format(mask="inside & (i > 0)", store="inside"), "a store of lengths_ptr at element -1; it has 5"),
     ],
 }

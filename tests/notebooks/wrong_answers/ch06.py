@@ -1,6 +1,21 @@
 """Plausible wrong answers of chapter 06, and what the check must say to each."""
 
 FLAG = "def honest_flag(k_scale, v_scale, num_blocks, num_heads, page_size):\n"
+SHAPES = (
+    FLAG
+    + """    flags = []
+    for scale in (k_scale, v_scale):
+        if scale.numel() == 1:
+            flags.append(False)
+        elif scale.shape == (num_blocks, num_heads, page_size) and ({per_token}):
+            flags.append(True)
+        else:
+            raise ValueError("neither")
+    if flags[0] != flags[1]:
+        raise ValueError("mixed")
+    return flags[0]
+"""
+)
 STRIDES = "def strides_of(scale, num_blocks, num_heads, page_size):\n"
 
 WRONG = {
@@ -38,6 +53,18 @@ WRONG = {
             + "        return True\n"
             + "    raise ValueError('neither')\n",
             "K [1] and V [6, 2, 16]: expected a ValueError, got False",
+        ),
+        # shapes only: one expanded number is read as 192
+        (SHAPES.format(per_token="True"), "one number, expanded: expected False or a ValueError, got True"),
+        # a storage that is large enough, whatever the strides
+        (
+            SHAPES.format(per_token="scale.untyped_storage().nbytes() >= 4 * scale.numel()"),
+            "K and V [6, 2, 16], a transposed view: expected a ValueError, got True",
+        ),
+        # the strides of K are checked, those of V are not
+        (
+            SHAPES.format(per_token="scale is v_scale or scale.is_contiguous()"),
+            "K and V [6, 2, 16], one number, expanded: expected False or a ValueError, got True",
         ),
     ],
     "06.2": [
@@ -82,9 +109,14 @@ WRONG = {
         ),
     ],
     "06.3": [
-        ("escaping_shape = (2,)\n", "(2,) has 1 axes: the rule refuses it"),
-        ("escaping_shape = (6, 2, 16)\n", "(6, 2, 16) passes the rule, but the kernel read nothing outside"),
-        ("escaping_shape = (1, 1, 1)\n", "(1, 1, 1) has one element: the rule returns False"),
-        ("escaping_shape = (16, 2, 6)\n", "(16, 2, 6) passes the rule, but the kernel read nothing outside"),
+        ("escaping_scale = (2,)\n", "(2,) has 1 axes: the rule refuses it"),
+        ("escaping_scale = (6, 2, 16)\n", "(6, 2, 16) passes the rule, but the kernel read nothing outside"),
+        ("escaping_scale = (1, 1, 1)\n", "(1, 1, 1) has one element: the rule returns False"),
+        ("escaping_scale = (16, 2, 6)\n", "(16, 2, 6) passes the rule, but the kernel read nothing outside"),
+        # wrong numbers, but inside
+        ("escaping_scale = torch.ones(6, 16, 2).transpose(1, 2)\n", "with strides (32, 1, 2) passes the rule, but"),
+        ("escaping_scale = torch.tensor([0.5]).expand(6, 2)\n", "(6, 2) with strides (0, 0) has 2 axes"),
+        ("escaping_scale = torch.ones(1, 2, 1).double()\n", "dtype torch.float64; use torch.float32"),
+        ("escaping_scale = 192\n", "expected a tensor or a tuple of positive ints, got 192"),
     ],
 }
