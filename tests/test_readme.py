@@ -46,12 +46,14 @@ def test_the_figures_are_the_measured_ones() -> None:
 def test_the_prefix_paths_figures_are_the_measured_ones() -> None:
     rows = report.read(ROOT / "benchmarks" / "results" / "prefix_h100.csv")
     times = {(row.case, row.implementation): row.p50_us for row in rows}
-    told = re.findall(r"\| (\d+) \| ([\d,]+) µs \| ([\d,]+) µs \| (\w+) \| ([\d,]+) µs \|", README)
+    paths = ("direct", "gather", "hybrid")
+    columns = r"([\d,]+) µs \| " * len(paths)
+    told = re.findall(rf"\| (\d+) \| {columns}(\w+) \| ([\d,]+) µs \|", README)
     assert len(told) == 4
-    for new, direct, gather, path, token in told:
+    for new, *figures, path, token in told:
         case = f"reach-64q8x64-NHD-per-tensor-16seqs-8192+{new}"
-        by_path = {name: times[case, name] for name in ("direct", "gather")}
-        assert direct == f"{by_path['direct']:,.0f}" and gather == f"{by_path['gather']:,.0f}"
+        by_path = {name: times[case, name] for name in paths}
+        assert figures == [f"{time:,.0f}" for time in by_path.values()]
         assert token == f"{times[case, 'token per program, dense']:,.0f}"
         assert path == min(by_path, key=lambda name: by_path[name])
         assert abs(times[case, "auto"] / by_path[path] - 1) < 0.02
