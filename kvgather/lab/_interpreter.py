@@ -118,20 +118,29 @@ def _import_interpreter() -> tuple[Any, Any]:
     return triton, interpreter
 
 
+Replacement = tuple[Any, str, Any]
+"""An object, the name of an attribute, and the value that it has while a trace runs."""
+
+
 @contextmanager
 def hooked(recorder: Recorder) -> Iterator[None]:
     """Context manager that wraps the interpreter: every kernel launched in its body reports to `recorder`."""
     triton, interpreter = _import_interpreter()
     package = os.path.dirname(os.path.abspath(triton.__file__)) + os.sep
-    executor, builder, handle = (
-        interpreter.GridExecutor,
-        interpreter.InterpreterBuilder,
-        interpreter.TensorHandle,
-    )
-    original = {
-        name: getattr(builder, name)
-        for name in ("create_masked_load", "create_masked_store", "create_atomic_rmw", "create_atomic_cas")
-    }
+    replacements = [
+        *_launch_hooks(recorder, interpreter),
+        *_access_hooks(recorder, interpreter, package),
+        *_interpret_compiled(triton, interpreter),
+    ]
+    with ExitStack() as stack:
+        for owner, name, new in replacements:
+            stack.enter_context(patch.object(owner, name, new))
+        yield
+
+
+def _launch_hooks(recorder: Recorder, interpreter: Any) -> list[Replacement]:
+    """Replacements that record each launch with its tensors, and tag the addresses that it passes to the kernel."""
+    executor = interpreter.GridExecutor
     call, init_args, convert = executor.__call__, executor._init_args_hst, interpreter._implicit_cvt
 
     def new_call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -166,6 +175,19 @@ def hooked(recorder: Recorder) -> Iterator[None]:
                 result.handle.data = result.handle.data + np.uint64((tag << TAG_SHIFT) + BIAS)
         return result
 
+    return [
+        (executor, "__call__", new_call),
+        (executor, "_init_args_hst", new_init_args),
+        (interpreter, "_implicit_cvt", new_convert),
+    ]
+
+
+def _access_hooks(recorder: Recorder, interpreter: Any, package: str) -> list[Replacement]:
+    """Replacements that record each load, store and atomic; `package` is Triton's folder."""
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    load, store = builder.create_masked_load, builder.create_masked_store
+    rmw, cas = builder.create_atomic_rmw, builder.create_atomic_cas
+
     def check(self: Any, kind: str, pointer: Any, mask: Any) -> tuple[Any, NDArray[np.bool_]]:
         """The pointer without its tag, and the lanes to execute."""
         tagged = np.asarray(pointer.data, dtype=np.uint64)
@@ -181,7 +203,7 @@ def hooked(recorder: Recorder) -> Iterator[None]:
 
     def masked_load(self: Any, ptrs: Any, mask: Any, other: Any, *rest: Any, **named: Any) -> Any:
         bare, lanes = check(self, "load", ptrs, mask)
-        result = original["create_masked_load"](self, bare, _mask(handle, interpreter, lanes), other, *rest, **named)
+        result = load(self, bare, _mask(handle, interpreter, lanes), other, *rest, **named)
         skipped = np.asarray(_data(mask, handle), dtype=bool) & ~lanes
         if skipped.any():  # `other` applies to lanes that the kernel's own mask disables; a skipped lane gives 0
             result.data = np.where(skipped, np.zeros_like(result.data), result.data)
@@ -189,35 +211,27 @@ def hooked(recorder: Recorder) -> Iterator[None]:
 
     def masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any, **named: Any) -> Any:
         bare, lanes = check(self, "store", ptrs, mask)
-        return original["create_masked_store"](self, bare, value, _mask(handle, interpreter, lanes), *rest, **named)
+        return store(self, bare, value, _mask(handle, interpreter, lanes), *rest, **named)
 
     def atomic_rmw(self: Any, op: Any, ptr: Any, val: Any, mask: Any, *rest: Any, **named: Any) -> Any:
         bare, lanes = check(self, "atomic", ptr, mask)
-        return original["create_atomic_rmw"](self, op, bare, val, _mask(handle, interpreter, lanes), *rest, **named)
+        return rmw(self, op, bare, val, _mask(handle, interpreter, lanes), *rest, **named)
 
     def atomic_cas(self: Any, ptr: Any, cmp: Any, val: Any, *rest: Any, **named: Any) -> Any:
         bare, lanes = check(self, "atomic", ptr, np.ones(ptr.data.shape, bool))
         if lanes.all():
-            return original["create_atomic_cas"](self, bare, cmp, val, *rest, **named)
+            return cas(self, bare, cmp, val, *rest, **named)
         return handle(np.zeros_like(cmp.data), cmp.dtype.scalar)  # a CAS has no mask: one skipped lane skips all
 
-    replacements = [
-        (executor, "__call__", new_call),
-        (executor, "_init_args_hst", new_init_args),
-        (interpreter, "_implicit_cvt", new_convert),
+    return [
         (builder, "create_masked_load", masked_load),
         (builder, "create_masked_store", masked_store),
         (builder, "create_atomic_rmw", atomic_rmw),
         (builder, "create_atomic_cas", atomic_cas),
-        *_interpret_compiled(triton, interpreter),
     ]
-    with ExitStack() as stack:
-        for owner, name, new in replacements:
-            stack.enter_context(patch.object(owner, name, new))
-        yield
 
 
-def _interpret_compiled(triton: Any, interpreter: Any) -> list[tuple[Any, str, Any]]:
+def _interpret_compiled(triton: Any, interpreter: Any) -> list[Replacement]:
     """Replacements that run kernels decorated for compilation in the interpreter."""
 
     def interpreted(self: Any) -> Any:
