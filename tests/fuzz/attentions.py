@@ -143,12 +143,13 @@ def rows_of_attention(
                 head = h // (q_heads // of.heads)
                 if checked.refused[b] or any(keys[j] is None for j in seen):
                     row = Row([math.nan] * of.v_dim, math.nan)
+                    row.unsettled = position < 0 and gathers and attend.NAN_MAY_SPREAD_ON_THE_GATHER_PATH
                 else:
                     row = softmax_row(
                         q[checked.used_q[b] + i][h], [keys[j][head] for j in seen], [values[j][head] for j in seen],
                         scale, None if sinks is None else sinks[h], of.v_dim,
                     )  # fmt: skip
-                    row.may_be_nan = sick and gathers and attend.KEYS_BEFORE_A_BAD_BLOCK_MAY_BE_NAN
+                    row.may_be_nan = sick and gathers and attend.NAN_MAY_SPREAD_ON_THE_GATHER_PATH
                 want[checked.used_q[b] + i][h] = row
     return want
 
