@@ -41,10 +41,10 @@ def test_lengths_on_the_device(known: bool) -> None:
 )
 def test_the_host_and_the_device_say_the_same_of_a_window(window: int | None, seen: list[int]) -> None:
     made = batch()
-    assert made.known(window) == tuple(seen)
-    assert made.seen(window).tolist() == seen and made.seen(window).dtype == torch.int32
+    assert made.visible_lens_on_host(window) == tuple(seen)
+    assert made.visible_lens(window).tolist() == seen and made.visible_lens(window).dtype == torch.int32
     unknown = batch(known=False)
-    assert unknown.known(window) is None and unknown.seen(window).tolist() == seen
+    assert unknown.visible_lens_on_host(window) is None and unknown.visible_lens(window).tolist() == seen
 
 
 def test_what_all_have_cached_is_a_multiple_of_the_step() -> None:

@@ -34,4 +34,4 @@ def test_the_workspace_holds_the_largest_piece() -> None:
     ],
 )
 def test_one_attention_does_all_there_is(pieces: tuple[Piece, ...], merged: bool, at_once: bool) -> None:
-    assert Pieces.of(pieces, merged).all_at_once(5) is at_once
+    assert Pieces.of(pieces, merged).is_single_call(5) is at_once

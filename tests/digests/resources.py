@@ -30,12 +30,11 @@ _AMD = {
 
 def jobs() -> dict[str, Callable[[], Any]]:
     """What to compile, by name: gathers, direct attention and the kernels of a batch; 60 kernels, a minute's work."""
-    from tests.attention._batch_assembly_child import compile_all
-
     from kvgather.lab._assembly_child import compile_one as gather
     from tests.attention._direct_assembly_child import Job
     from tests.attention._direct_assembly_child import compile_one as direct
     from tests.attention.test_direct_aot import JOBS
+    from tests.batch._assembly_child import compile_all
     from tests.gather.variants import VARIANTS
 
     # On AMD every fifth: all layouts, both head dims and both kinds of the engines are among them.

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tests.fuzz import attend, forms
+from tests.fuzz import forms
 from tests.fuzz.attend import Row, check_all, check_row, softmax_row
 from tests.fuzz.caches import cache_lines, check_write
 from tests.fuzz.case import BAD, EITHER, GOOD, Builder, Case, Draw, Facts, Wrong, bad, good
@@ -92,8 +92,7 @@ def prefix_attention(draw: Draw) -> Case:
             raise Wrong(f"out is {out.dtype} of shape {list(out.shape)}")
         if lse is not None and (tuple(lse.shape) != (rows, q_heads) or lse.dtype != torch.float32):
             raise Wrong(f"lse is {lse.dtype} of shape {list(lse.shape)}")
-        gathers = args.get("path", "auto") != "direct"
-        want = rows_of_attention(args, cache, checked, of, rows, q_heads, gathers)
+        want = rows_of_attention(args, cache, checked, of, rows, q_heads)
         check_all(out, lse, want)
 
     written_too = tuple(f"cache.{name}" for name in ("key_cache", "value_cache", "k_scale", "v_scale"))
@@ -115,7 +114,7 @@ def _add_rows(build: Builder, name: str, shape: tuple[int, int, int], dtype: str
 
 
 def rows_of_attention(
-    args: dict[str, Any], cache: Any, checked: Checked, of: Sizes, rows: int, q_heads: int, gathers: bool
+    args: dict[str, Any], cache: Any, checked: Checked, of: Sizes, rows: int, q_heads: int
 ) -> list[list[Row]]:
     """What each row of each head has to be, of the cache as it is after the write."""
     given = args.get("softmax_scale")
@@ -134,7 +133,6 @@ def rows_of_attention(
         if not new:
             continue
         keys, values = ([_token(*pool, ids, j, of.page) for j in range(tokens)] for pool in pools)
-        sick = any(key is None for key in keys)
         for i in range(new):
             position = tokens - new + i
             first = 0 if window is None else max(0, position - window + 1)
@@ -143,13 +141,11 @@ def rows_of_attention(
                 head = h // (q_heads // of.heads)
                 if checked.refused[b] or any(keys[j] is None for j in seen):
                     row = Row([math.nan] * of.v_dim, math.nan)
-                    row.unsettled = position < 0 and gathers and attend.NAN_MAY_SPREAD_ON_THE_GATHER_PATH
                 else:
                     row = softmax_row(
                         q[checked.used_q[b] + i][h], [keys[j][head] for j in seen], [values[j][head] for j in seen],
                         scale, None if sinks is None else sinks[h], of.v_dim,
                     )  # fmt: skip
-                    row.may_be_nan = sick and gathers and attend.NAN_MAY_SPREAD_ON_THE_GATHER_PATH
                 want[checked.used_q[b] + i][h] = row
     return want
 

@@ -62,7 +62,7 @@ def by_kernel(call, **named):
     from kvgather import plan
     in_torch, triton = plan.records_by_torch, lambda *_: "triton"
     with contextlib.ExitStack() as stack:
-        for name in ("gather.compat", "attention.batch_tensors", "attention.refused", "attention.states"):
+        for name in ("gather.compat", "batch.reference", "batch.refused", "attention.merge"):
             stack.enter_context(patch(f"kvgather.{name}.choose_backend", triton))
         by_launch = lambda *given: plan_records(*given) if given[-1] else in_torch(*given)
         stack.enter_context(patch.object(plan, "records_by_torch", by_launch))

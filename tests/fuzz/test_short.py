@@ -15,6 +15,7 @@ CALLS = 500
 EXCEPTIONS = {name for name in kg.__all__ if name.endswith("Error")}
 CLASSES = ("BlockPool", "GatherPlan", "PagedKVCache", "PrefixBatch")
 INSIDE = {
+    "PagedKVCache.gather_for_attention", "PrefixBatch.visible_lens", "PrefixBatch.visible_lens_on_host",
     "BlockPool.eviction_order",  # no arguments; every history compares it
     "GatherPlan.of_checked", "PagedKVCache.write_again",  # of arguments that were checked
     *(f"PrefixBatch.{name}" for name in ("decided", "for_window", "known", "once", "plan_of", "recall", "seen")),

@@ -18,8 +18,8 @@ def test_a_child_imports_the_same_triton_from_any_folder(tmp_path: Path) -> None
     assert device.triton_available()
     import triton
 
-    code = "import kvgather, triton; print(triton.__version__, triton.__file__)"
+    code = "import kvgather, triton; print(triton.__version__); print(triton.__file__)"
     child = subprocess.run(
         [sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment()
     )
-    assert child.stdout.split() == [triton.__version__, triton.__file__], child.stderr
+    assert child.stdout.splitlines() == [triton.__version__, triton.__file__], child.stderr
