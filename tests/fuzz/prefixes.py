@@ -46,6 +46,8 @@ class Checked:
         bound_k = max(bound_k if known_k is None else max(known_k, default=0), min(total_k, 1))
         bound_q = most_new if max_q is None else min(max_q, most_new)
         bound_q = bound_q if known_q is None else max(known_q, default=0)
+        if total_k > min(room, bound_k):  # a sequence may be too long; its new tokens are among the tokens it may have
+            bound_q = min(bound_q, room, bound_k)
         lens_k, refused, blocks = [], [], []
         for b, row in enumerate(table):
             tokens, new = used_k[b + 1] - used_k[b], used_q[b + 1] - used_q[b]
