@@ -48,7 +48,7 @@ def choose_tile(
     rows: int, keys: int, programs: int, k_pad: int, v_pad: int, processors: int, operand_bytes: int = 2,
     layout: str = "NHD",
 ) -> Tile:  # fmt: skip
-    """The tile for a batch, by its bounds alone: the fastest of those in `benchmarks/results/tiles_h100.csv`.
+    """The tile for a batch, by its bounds alone: within 5 % of the fastest in `benchmarks/results/tiles_h100.csv`.
 
     Args:
         rows: the most rows of a sequence, new tokens × query heads of a group.
@@ -289,7 +289,7 @@ class DirectLaunch:
         self.constants: dict[str, Any] = {
             "K": k, "V": v, "CODE": fmt, "LAYER": layer, "TILE": cut, "num_warps": tile.num_warps, **limit,
         }  # fmt: skip
-        scales = [(scale.stride_block, scale.stride_head, scale.stride_slot) for scale in cache.scales]
+        scales = [scale.strides for scale in cache.scales]
         codes = torch.uint8 if fmt else None
         self._attend = PreparedLaunch(
             direct_kernel, (*(None,) * 10, codes, None, codes, None, None),

@@ -50,6 +50,11 @@ class Scale:
         strides = dict(zip(axes, tensor.stride(), strict=True)) if tensor is not None and axes else {}
         return cls(kind, tensor, strides.get("b", 0), strides.get("h", 0), strides.get("s", 0))
 
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        """Strides of blocks, heads and slots, as kernels take them."""
+        return self.stride_block, self.stride_head, self.stride_slot
+
     def in_memory(self, device: torch.device) -> Scale:
         """Return the same scale with a number stored in a one-element tensor."""
         if self.number is None:

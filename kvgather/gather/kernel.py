@@ -295,7 +295,7 @@ def _strides_of(
     align = forms[0].out_align
     cu_strides = tuple(0 if tensor is None else tensor.stride(0) for tensor in offsets)
     pools = [pool_strides(side.pool, layout, side.which, form) for side, form in zip(sides, forms, strict=True)]
-    scales = [(side.scale.stride_block, side.scale.stride_head, side.scale.stride_slot) for side in sides]
+    scales = [side.scale.strides for side in sides]
     outs = [(row // align, head // align, dim) for row, head, dim in (side.out.stride() for side in sides)]
     return (cu_strides, *pools, *scales, *outs)
 

@@ -123,7 +123,7 @@ class ScatterLaunch:
             (slots.stride(0),),
             pool_strides(key_cache, g.layout, "key", forms[0]),
             pool_strides(value_cache, g.layout, "value", forms[1]),
-            *((scale.stride_block, scale.stride_head, scale.stride_slot) for scale in scales),
+            *(scale.strides for scale in scales),
             k.stride(),
             v.stride(),
         )

@@ -185,3 +185,21 @@ def hybrid(made: Setup, batch: kg.PrefixBatch, softmax_scale: float, sinks: Tens
     return kg.prefix_attention(
         made.q, None, None, made.cache, batch, softmax_scale, sinks, path="hybrid", return_lse=True
     )
+
+
+def ways_with(workspace_tokens: int) -> dict[str, tuple[bool, dict[str, Any]]]:
+    """Every way through a batch by name: whether the host knows the lengths, and the arguments of `prefix_attention`.
+
+    Args:
+        workspace_tokens: of the gather path in pieces, where the lengths are known.
+    """
+    return {
+        "gather": (True, {"path": "gather"}),
+        "gather, bounds": (False, {"path": "gather"}),
+        "gather, workspace": (True, {"path": "gather", "workspace_tokens": workspace_tokens}),
+        "gather, workspace, bounds": (False, {"path": "gather", "workspace_tokens": 1999}),
+        "hybrid": (True, {"path": "hybrid"}),
+        "direct": (True, {"path": "direct"}),
+        "direct, bounds": (False, {"path": "direct"}),
+        "auto": (True, {}),
+    }

@@ -16,7 +16,7 @@ import kvgather as kg
 from kvgather.attention.batch import PrefixBatch
 from kvgather.attention.reference import reference_attention
 from kvgather.cases.attention import sinks_of
-from tests.attention.batches import Setup, error, gather_first, hybrid, setup
+from tests.attention.batches import Setup, error, gather_first, hybrid, setup, ways_with
 from tests.attention.direct_cases import filled
 from tests.attention.rows import cudnn, short_flash, stand_in
 from tests.attention.test_direct import attend
@@ -292,15 +292,7 @@ def test_rows_that_see_nothing_are_the_same_to_the_bit(with_sinks: bool, where: 
         assert torch.equal(lse[:2], seen.expand(2, 40))
 
 
-WAYS: dict[str, tuple[bool, dict[str, Any]]] = {  # whether the host knows the lengths, and the call
-    "gather": (True, {"path": "gather"}),
-    "gather, bounds": (False, {"path": "gather"}),
-    "gather, workspace": (True, {"path": "gather", "workspace_tokens": 2100}),
-    "gather, workspace, bounds": (False, {"path": "gather", "workspace_tokens": 1999}),
-    "hybrid": (True, {"path": "hybrid"}),
-    "direct": (True, {"path": "direct"}),
-    "direct, bounds": (False, {"path": "direct"}),
-}
+WAYS = ways_with(workspace_tokens=2100)
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import kvgather as kg
 from kvgather.cases import HEADS, MODELS, PAGES, SINKS, WINDOWS, Heads, sinks_of
-from tests.attention.batches import Setup, assert_close, error, setup
+from tests.attention.batches import Setup, assert_close, error, setup, ways_with
 from tests.where import nothing_waits
 
 pytestmark = [pytest.mark.gpu, pytest.mark.triton]
@@ -18,15 +18,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.triton]
 NEW, CACHED = [1, 16, 512, 100, 0, 128], [8192, 4099, 0, 1500, 33, 1]
 SHAPES = HEADS | {"8/2x64": Heads(8, 2, 64, 64)}
 COMMON = ([16, 1, 200], [3000, 2048, 1025])  # at least 1,024 cached in each
-WAYS: dict[str, tuple[bool, dict[str, Any]]] = {  # whether the host knows the lengths, and the call
-    "gather": (True, {"path": "gather"}),
-    "gather, bounds": (False, {"path": "gather"}),
-    "gather, workspace": (True, {"path": "gather", "workspace_tokens": 1000}),
-    "gather, workspace, bounds": (False, {"path": "gather", "workspace_tokens": 1999}),
-    "direct": (True, {"path": "direct"}),
-    "direct, bounds": (False, {"path": "direct"}),
-    "auto": (True, {}),
-}
+WAYS = ways_with(workspace_tokens=1000)
 
 
 def layout_for(page_size: int, dim: int, dtype: torch.dtype, turn: int) -> str:
@@ -58,7 +50,7 @@ def test_every_shape_on_every_path(heads: str, page_size: int) -> None:
                 sinks = sinks_of(which, HEADS[heads].q_heads, "cuda")
                 wanted = made.wanted(window=window, sinks=sinks)
                 for way, (lengths, call) in WAYS.items():
-                    if "direct" in way and (window == 1 or sinks is None):
+                    if way in ("hybrid", "direct", "direct, bounds") and (window == 1 or sinks is None):
                         continue  # each would compile a kernel more; tests/attention/test_direct.py has them
                     out, lse = made.attend(batches[lengths], window=window, sinks=sinks, **call)
                     try:

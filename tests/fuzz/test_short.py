@@ -15,10 +15,10 @@ CALLS = 500
 EXCEPTIONS = {name for name in kg.__all__ if name.endswith("Error")}
 CLASSES = ("BlockPool", "GatherPlan", "PagedKVCache", "PrefixBatch")
 INSIDE = {
-    "PagedKVCache.gather_for_attention", "PrefixBatch.visible_lens", "PrefixBatch.visible_lens_on_host",
     "BlockPool.eviction_order",  # no arguments; every history compares it
-    "GatherPlan.of_checked", "PagedKVCache.write_again",  # of arguments that were checked
-    *(f"PrefixBatch.{name}" for name in ("decided", "for_window", "known", "once", "plan_of", "recall", "seen")),
+    "GatherPlan.of_checked", "PagedKVCache.gather_for_attention", "PagedKVCache.write_again",  # of checked arguments
+    *(f"PrefixBatch.{name}" for name in ("decided", "for_window", "once", "plan_of", "recall")),
+    *(f"PrefixBatch.{name}" for name in ("visible_lens", "visible_lens_on_host")),
 }  # fmt: skip
 """Methods that other parts of the package call."""
 DEVICE = {f"device.{name}" for name in ("doctor", "fp8_in_hardware", "fp8_support", "parse_device", "resolve_device")}
