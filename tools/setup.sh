@@ -18,7 +18,7 @@ torch=${TORCH:-$(stored 1)}
 torch=${torch:-pinned}
 case $torch in pinned|own) ;; *) fail "TORCH=$torch is neither 'pinned' nor 'own'" ;; esac
 
-extras=notebooks,test
+extras=book,notebooks,serving,test
 ! command -v nvidia-smi >/dev/null 2>&1 || extras=$extras,nvidia
 
 # The key contains the folder because a moved clone must be installed again.
