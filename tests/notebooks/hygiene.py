@@ -13,7 +13,8 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "notebooks"
-CHAPTERS = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
+PATTERN = "[0-9][0-9]*_*.ipynb"  # 08_prefix_path.ipynb, and 08b_… for the second half of a chapter
+CHAPTERS = sorted(FOLDER.glob(PATTERN))
 
 LINES = 30  # a cell is shorter than this
 SPEAKING = {"print", "show", "display", "check"}
@@ -34,7 +35,7 @@ class Notebook:
 
     @property
     def number(self) -> str:
-        return self.path.name[:2]
+        return self.path.name.partition("_")[0]
 
     @property
     def cells(self) -> list[Any]:
@@ -233,7 +234,7 @@ def opens_with_the_banner(notebook: Notebook) -> list[str]:
 
 def _neighbours(notebook: Notebook) -> str:
     """The links to the previous and the next chapter of the same folder."""
-    chapters = sorted(notebook.path.parent.glob("[0-9][0-9]_*.ipynb"))
+    chapters = sorted(notebook.path.parent.glob(PATTERN))
     place = chapters.index(notebook.path)
     parts = []
     if place > 0:
