@@ -159,4 +159,5 @@ def read_map(path: Path) -> list[Point]:
         columns = [field.name for field in fields(Point)]
         if reader.fieldnames != columns:
             raise ValueError(f"{path} has columns {reader.fieldnames}; accepted: {columns}")
-        return [Point(**{k: int(v) if k in numbers else v for k, v in line.items()}) for line in reader]
+        lines: list[dict[str, Any]] = [{k: int(v) if k in numbers else v for k, v in line.items()} for line in reader]
+    return [Point(**line) for line in lines]
