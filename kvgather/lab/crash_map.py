@@ -55,12 +55,12 @@ class Point:
     place: str
     message: str
     num_blocks: int
-    device: str
-    driver: str
-    torch: str
-    triton: str
-    commit: str
-    date: str
+    device: str = ""
+    driver: str = ""
+    torch: str = ""
+    triton: str = ""
+    commit: str = ""
+    date: str = ""
 
     def __str__(self) -> str:
         blocking = ", CUDA_LAUNCH_BLOCKING=1" if self.launch_blocking else ""
@@ -68,7 +68,11 @@ class Point:
         text = f"block {self.block_id:>9,}{blocking}: {self.bytes_behind:,} bytes behind{where}: {self.outcome}"
         if self.scales_used:
             text += f", scales {self.scales_used}"
-        return text + (f", raised by {self.raised_by}" if self.raised_by else "") + f" {self.message}".rstrip()
+        return (
+            text
+            + (f", raised by {self.raised_by}" if self.raised_by else "")
+            + (f": {self.message}" if self.message else "")
+        )
 
 
 def bytes_behind(block_id: int, heads: int = HEADS, page_size: int = PAGE_SIZE) -> int:
@@ -77,13 +81,17 @@ def bytes_behind(block_id: int, heads: int = HEADS, page_size: int = PAGE_SIZE) 
 
 
 def run_map(
-    device: str, machine: Mapping[str, Any], block_ids: Sequence[int] = BLOCK_IDS, *, timeout: float = 120.0
+    device: str,
+    machine: Mapping[str, Any] | None = None,
+    block_ids: Sequence[int] = BLOCK_IDS,
+    *,
+    timeout: float = 120.0,
 ) -> Iterator[Point]:
     """Run each block id in a child process, and yield the points in order.
 
     Args:
         device: "cpu" (Triton's interpreter) or "cuda".
-        machine: the values of the attributes `device` to `date` of a point.
+        machine: the values of the attributes `device` to `date` of a point; empty by default.
         block_ids: the block ids; the pools have a block for the largest.
         timeout: seconds after which a child is killed.
 
@@ -94,7 +102,7 @@ def run_map(
     jobs = [(block_id, blocking) for blocking in ((0, 1) if device == "cuda" else (0,)) for block_id in block_ids]
     num_blocks = max(block_ids) + 1
     with ThreadPoolExecutor(min(PARALLEL[device], os.cpu_count() or 1)) as pool:
-        yield from pool.map(lambda job: _run_one(job[0], job[1], num_blocks, device, machine, timeout), jobs)
+        yield from pool.map(lambda job: _run_one(job[0], job[1], num_blocks, device, machine or {}, timeout), jobs)
 
 
 def _run_one(

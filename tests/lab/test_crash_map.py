@@ -125,7 +125,7 @@ def test_the_command_writes_what_read_map_reads(monkeypatch, machine, tmp_path, 
 def test_the_command_reports_children_that_failed(monkeypatch, machine, capsys):
     plant(monkeypatch, 1, stderr="no module")
     assert cli.main(["crash", "--map"]) == cli.FAILED
-    assert capsys.readouterr().out.splitlines()[0].endswith("failed no module")
+    assert capsys.readouterr().out.splitlines()[0].endswith("failed: no module")
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_a_point_in_words():
     )
     assert str(point) == (
         "block     4,096, CUDA_LAUNCH_BLOCKING=1: 2,097,152 bytes behind (no segment of torch): illegal access, "
-        "raised by the next call CUDA error: x"
+        "raised by the next call: CUDA error: x"
     )
 
 
