@@ -15,8 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from tabulate import tabulate
 from tqdm.auto import tqdm
+
+from kvgather.workbook.tables import table_text
 
 __all__ = [
     "BAD",
@@ -110,16 +111,8 @@ def show(drawing: Figure, alt: str) -> None:
 
 
 def table(rows: Iterable[Sequence[Any]], headers: Sequence[str]) -> str:
-    """A plain-text table: columns of numbers are aligned to the right, all others to the left.
-
-    Args:
-        rows: rows of cells; floats are printed with four significant digits, None as a dash.
-        headers: one for each column.
-    """
-    cells = [[_cell(value) for value in row] for row in rows]
-    columns = zip(*cells, strict=True)
-    aligned = ["right" if all(map(_is_number, column)) else "left" for column in columns]
-    return tabulate(cells, headers, tablefmt="simple", disable_numparse=True, colalign=aligned or None)
+    """The plain text of a table, for chapters that print it; new cells call `kvgather.workbook.tables.table`."""
+    return table_text(rows, headers)
 
 
 def boxes(
@@ -271,20 +264,6 @@ def text_color(background: str) -> str:
     """The text color with the better contrast on a background such as "#0072B2": dark or white."""
     red, green, blue = (int(background[i : i + 2], 16) / 255 for i in (1, 3, 5))
     return INK if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text.replace(",", "").replace("–", "0"))
-    except ValueError:
-        return False
-    return True
 
 
 def _close(drawing: Figure) -> None:
