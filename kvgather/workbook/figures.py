@@ -25,6 +25,7 @@ __all__ = [
     "GOOD",
     "INK",
     "PALETTE",
+    "PAPER",
     "block_table_figure",
     "boxes",
     "figure",
@@ -39,7 +40,9 @@ __all__ = [
 
 # Okabe and Ito's palette without its black: distinct for color-blind readers and in gray print.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
-GOOD, BAD, EMPTY, INK, LINE = PALETTE[2], PALETTE[5], "#F1F1EE", "#222222", "#8A8A85"
+GOOD, BAD, EMPTY, INK, LINE = PALETTE[2], PALETTE[5], "#E2E1DA", "#222222", "#8A8A85"
+# An opaque card: it does not dazzle on a dark page, stands out on a white one, and its text keeps the same contrast.
+PAPER = "#F4F3EE"
 
 STYLE: Any = {
     "font.family": "DejaVu Sans",
@@ -53,15 +56,18 @@ STYLE: Any = {
     "axes.spines.right": False,
     "axes.prop_cycle": cycler(color=PALETTE),
     "axes.grid": False,
-    "grid.color": "#DDDDD8",
+    "grid.color": "#D6D5CD",
     "text.color": INK,
     "axes.labelcolor": INK,
     "xtick.color": INK,
     "ytick.color": INK,
     "legend.frameon": False,
     "legend.fontsize": 9.0,
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
+    "axes.facecolor": PAPER,
+    "figure.facecolor": PAPER,
+    "figure.constrained_layout.h_pad": 0.08,
+    "figure.constrained_layout.w_pad": 0.1,
+    "savefig.facecolor": PAPER,
 }
 matplotlib.rcParams.update(STYLE)
 
@@ -148,7 +154,7 @@ def boxes(
             continue
         row, column = divmod(index, columns)
         color = EMPTY if owner is None else chosen[owner]
-        axes.add_patch(Rectangle((column, row), 1, 1, facecolor=color, edgecolor="white", linewidth=1.0))
+        axes.add_patch(Rectangle((column, row), 1, 1, facecolor=color, edgecolor=PAPER, linewidth=1.0))
         if index in outlined:
             inner = Rectangle(
                 (column + 0.06, row + 0.06), 0.88, 0.88, fill=False, edgecolor=INK, linewidth=2.0, zorder=3
