@@ -15,7 +15,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from ..lab.crash_map import SCALE_BYTES, Point, bytes_behind
-from .figures import BAD, EMPTY, GOOD, INK, LINE, PALETTE, figure, text_color
+from .figures import BAD, EMPTY, GOOD, INK, LINE, PALETTE, PAPER, figure, text_color
 
 __all__ = ["FAR", "Neighbours", "in_bytes", "map_picture", "neighbour_picture", "neighbours_of"]
 
@@ -154,7 +154,7 @@ def map_picture(points: Sequence[Point]) -> Figure:
         x, y = ids.index(point.block_id), rows.index(point.launch_blocking)
         color = OUTCOMES[point.outcome][1]
         hatch = "//" if point.raised_by else None
-        axes.add_patch(Rectangle((x, y), 1, 1, facecolor=color, edgecolor="white", linewidth=1.5, hatch=hatch))
+        axes.add_patch(Rectangle((x, y), 1, 1, facecolor=color, edgecolor=PAPER, linewidth=1.5, hatch=hatch))
         text = REPORTED.get(point.raised_by, {"ok": "right", "silent corruption": "wrong"}.get(point.outcome, "abort"))
         style: Any = {"ha": "center", "va": "center", "fontsize": 8, "color": text_color(color), "linespacing": 1.0}
         axes.text(x + 0.5, y + 0.5, text, bbox={"facecolor": color, "edgecolor": "none", "pad": 1.0}, **style)
