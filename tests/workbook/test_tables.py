@@ -75,3 +75,13 @@ def test_a_row_of_another_length_is_refused():
 def test_other_html_is_no_house_table(text):
     assert is_house_table(table_html(ROWS, HEADERS))
     assert not is_house_table(text)
+
+
+def test_a_column_of_sentences_may_wrap():
+    rows, headers = [("a", "word " * 30)], ["name", "story"]
+    text = table_html(rows, headers, wrapped=["story"])
+    assert text.count("white-space:normal") == 2 and text.count("white-space:nowrap") == 2
+    assert is_house_table(text)
+    assert max(map(len, table_text(rows, headers, wrapped=["story"]).split("\n"))) <= 70
+    with pytest.raises(ValueError, match="wrapped has 'tale'; accepted: 'name', 'story'"):
+        table_html(rows, headers, wrapped=["tale"])
