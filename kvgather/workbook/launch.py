@@ -187,7 +187,7 @@ def say_seconds(step: str, start: float) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the doctor's report, copy the notebooks, and run JupyterLab until it is stopped; each step with its seconds.
+    """Print the doctor's report, copy the notebooks, and run JupyterLab until it is stopped; print the seconds of each.
 
     Args:
         argv: the command line without the program's name; None takes it from `sys.argv`. `--no-browser` only prints
