@@ -61,7 +61,9 @@ class Bend:
         return picture, f"{wrong} of {self.tokens} tokens are wrong{end}"
 
     def draw(self, axes: Axes, picture: torch.Tensor, title: str) -> None:
-        axes.imshow(picture, cmap="cividis", vmin=0, vmax=self.brightest, aspect="auto", interpolation="nearest")
+        axes.imshow(
+            picture.numpy(), cmap="cividis", vmin=0, vmax=self.brightest, aspect="auto", interpolation="nearest"
+        )
         axes.set_title(title, fontsize=10)
         axes.set(xlabel="dim", ylabel="token", yticks=range(0, self.tokens + 1, self.cache.geometry.page_size))
 
