@@ -118,7 +118,7 @@ def _text(value: Any) -> str:
 
 def _is_number(text: str) -> bool:
     try:
-        float(text.replace(",", "").replace("–", "0"))
+        float(text.removesuffix("%").replace(",", "").replace("–", "0"))
     except ValueError:
         return False
     return True

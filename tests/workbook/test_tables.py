@@ -28,6 +28,7 @@ def test_text_aligns_numbers_to_the_right():
     assert table_text(ROWS, HEADERS) == (
         "name       n    error\n------  ----  -------\na          1   0.1235\nlong    1000        –"
     )
+    assert table_text([("5.0 %",), ("12.5 %",)], ["share"]).endswith("\n  5.0 %\n 12.5 %")
     assert table_text([], ["a", "bc"]) == "a    bc\n---  ----"
 
 
