@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from kvgather.lab.trace import Access, Trace
-from kvgather.workbook.figures import BAD, EMPTY, GOOD, INK, LINE, figure, legend, show
+from kvgather.workbook.figures import BAD, EMPTY, GOOD, INK, LINE, PAPER, figure, legend, show
 
 __all__ = ["COLUMNS", "StripRow", "describe", "function_source", "in_words", "show_steps", "step_picture", "strip"]
 
@@ -148,7 +148,7 @@ def _draw_strip(axes: Axes, lines: Sequence[StripRow], more: int) -> None:
         for column, state in enumerate(line.states):
             if state == BEYOND:
                 continue
-            box = Rectangle((column, row), 1, 1, facecolor=FACE[state], edgecolor=LINE if state == OFF else "white")
+            box = Rectangle((column, row), 1, 1, facecolor=FACE[state], edgecolor=LINE if state == OFF else PAPER)
             axes.add_patch(box)
             mark = {OUTSIDE: "×", OFF: "–"}.get(state, "")
             color = INK if state == OFF else "white"
@@ -205,7 +205,8 @@ def _elements(elements: np.ndarray) -> str:
     if len(steps) == 1:
         (step,) = steps
         return f"{elements.size} times element {elements[0]}" if step == 0 else f"{ends} in steps of {step}"
-    return f"{elements.size} elements in {1 + int((np.diff(elements) != 1).sum())} pieces, {elements.min()} to {elements.max()}"
+    pieces = 1 + int((np.diff(elements) != 1).sum())
+    return f"{elements.size} elements in {pieces} pieces, {elements.min()} to {elements.max()}"
 
 
 def _index(program: tuple[int, ...]) -> str:
