@@ -148,7 +148,8 @@ def _draw_strip(axes: Axes, lines: Sequence[StripRow], more: int) -> None:
         for column, state in enumerate(line.states):
             if state == BEYOND:
                 continue
-            box = Rectangle((column, row), 1, 1, facecolor=FACE[state], edgecolor=LINE if state == OFF else PAPER)
+            outline, style = (LINE, "--") if state == OFF else (PAPER, "-")
+            box = Rectangle((column, row), 1, 1, facecolor=FACE[state], edgecolor=outline, linestyle=style)
             axes.add_patch(box)
             mark = {OUTSIDE: "×", OFF: "–"}.get(state, "")
             color = INK if state == OFF else "white"

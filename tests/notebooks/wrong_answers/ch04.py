@@ -76,7 +76,7 @@ WRONG = {
         # the index without a load: an address in place of a number
         (
             ROWS.format(slot="slots_ptr + row", inside="dim < DIM"),
-            "on line 7 of your cell: numbers = tl.load(pool_ptr + slot * DIM + dim, mask=inside, other=0.0) → a pointer",
+            "your cell: numbers = tl.load(pool_ptr + slot * DIM + dim, mask=inside, other=0.0) → a pointer takes",
         ),
     ],
     "04.2": [
@@ -123,7 +123,7 @@ WRONG = {
         (gather("dim < DIM", "dim < LANES"), f"{SECOND}program 18, 2: a store of out_ptr at element 684"),
         # right for the first size only
         (gather("dim < DIM", "dim < 32"), f"{SECOND}program 18, 2: a store of out_ptr at element 684"),
-        (gather("batch * stride_table", "batch * 3"), f"{SECOND}token 7, head 0 has numbers of a slot that no sequence"),
+        (gather("batch * stride_table", "batch * 3"), f"{SECOND}token 7, head 0 has numbers of a slot that no"),
         # the token in place of its position
         (gather(" - tl.load(cu_seqlens_ptr + batch)", ""), f"{FIRST}token 19, head 0 has "),
         # the head forgotten in the pool, and in the output
@@ -131,13 +131,16 @@ WRONG = {
         (gather("(token * num_heads + head)", "token"), f"{FIRST}token 0, head 0 has the numbers of block "),
         # HND in place of NHD
         (
-            gather("(block * PAGE + page_offset) * num_heads + head", "(block * num_heads + head) * PAGE + page_offset"),
+            gather(
+                "(block * PAGE + page_offset) * num_heads + head",
+                "block * num_heads * PAGE + head * PAGE + page_offset",
+            ),
             f"{FIRST}token 0, head 1 has the numbers of block ",
         ),
         # errors of Triton: the line and the cause
         (
             gather("position // PAGE)", "position / PAGE)"),
-            "on line 9 of your cell: block = tl.load(block_table_ptr + batch * stride_table + position / PAGE) → an offset",
+            "on line 9 of your cell: block = tl.load(block_table_ptr + batch * stride_table + position / PAGE) → an",
         ),
         (
             gather("tl.float32", "torch.float32"),
