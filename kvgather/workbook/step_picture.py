@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from kvgather.lab.access import BETWEEN
 from kvgather.lab.trace import Access, Trace
 from kvgather.workbook.figures import BAD, EMPTY, GOOD, INK, LINE, PAPER, figure, legend, show
 
@@ -82,9 +83,12 @@ def in_words(access: Access) -> str:
         text += f" ({_bytes(np.ravel(access.bytes)[enabled], access.width)})"
     if count < enabled.size:
         text += f"; the mask disables {enabled.size - count} of {enabled.size} lanes"
-    outside = int(access.outside.sum())
+    between = 0 if access.between is None else int(access.between.sum())
+    outside = int(access.outside.sum()) - between
     if outside:
         text += f"; {outside} outside: {access.argument} has {_plural(access.size, 'element')}"
+    if between:
+        text += f"; {between} outside: {BETWEEN}"
     return text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import re
 import time
@@ -183,6 +184,13 @@ def test_the_bar_is_to_scale():
     before = step_html([access([-1], 3)], 0)
     assert 'class="exists" style="left:25.00%;width:75.00%"' in before
     assert 'class="outside" style="left:0.00%' in before
+
+
+def test_an_element_between_those_of_a_view_is_outside():
+    gap = dataclasses.replace(access([2, 3], 8), outside=np.array([True, False]), between=np.array([True, False]))
+    assert in_words(gap).endswith("; 1 outside: between the view's elements")
+    (row,), _ = strip(gap)
+    assert row.states[2:4] == ("outside", "inside")
 
 
 @pytest.mark.triton

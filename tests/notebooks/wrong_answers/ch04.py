@@ -45,6 +45,7 @@ def my_gather_kernel(
 """
 FIRST = "page 16, heads 2, dim 32, lengths [19, 5]: "
 SECOND = "page 5, heads 3, dim 12, lengths [7, 0, 11, 1]: "
+PAST_THE_END = "cell:16 in my_gather_kernel(): store out_ptr, elements 684–687 of 684, first program (18, 2)"
 
 BYTES = """def value_bytes(block, head, page_offset, num_heads, page_size, head_dim):
     return {bytes}
@@ -59,17 +60,20 @@ def gather(old: str, new: str) -> str:
 
 WRONG = {
     "04.1": [
-        (ROWS.format(slot=ROW_SLOT, inside="dim < LANES"), "a load of pool_ptr at element 144; it has 144"),
-        (ROWS.format(slot=ROW_SLOT, inside="dim <= DIM"), "a load of pool_ptr at element 144; it has 144"),
+        (
+            ROWS.format(slot=ROW_SLOT, inside="dim < LANES"),
+            "load pool_ptr, elements 144–151 of 144, first program",
+        ),
+        (ROWS.format(slot=ROW_SLOT, inside="dim <= DIM"), "cell:7 in rows_kernel(): load pool_ptr, element 144 of 144"),
         (ROWS.format(slot=ROW_SLOT, inside="dim < DIM - 1"), "rows: answer[0, 23]"),
         # the first size only
         (
             ROWS.format(slot=ROW_SLOT, inside="dim < 24"),
-            "DIM 20, LANES 32: program 0: a load of pool_ptr at element 120; it has 120",
+            "DIM 20, LANES 32: cell:7 in rows_kernel(): load pool_ptr, elements 120–123 of 120, first program (0,)",
         ),
         (
             ROWS.format(slot=ROW_SLOT, inside="dim < LANES - 8"),
-            "DIM 20, LANES 32: program 0: a load of pool_ptr at element 120",
+            "DIM 20, LANES 32: cell:7 in rows_kernel(): load pool_ptr, elements 120–123 of 120",
         ),
         # no index
         (ROWS.format(slot="row", inside="dim < DIM"), "row 0 has the numbers of slot 0; expected those of slot 5"),
@@ -106,7 +110,7 @@ WRONG = {
                 block="block = tl.load(block_tables_ptr + batch * stride_table + position)",
                 slot=SLOT,
             ),
-            "a load of block_tables_ptr at element",
+            "cell:8 in slots_kernel(): load block_tables_ptr, elements 12–17 of 9, first program (5,)",
         ),
     ],
     "04.3": [
@@ -115,14 +119,14 @@ WRONG = {
         # page_offset and block swapped
         (
             gather("(block * PAGE + page_offset)", "(page_offset * PAGE + block)"),
-            f"{FIRST}program 5, 0: a load of pool_ptr at element 5184; it has 5120",
+            f"{FIRST}cell:14 in my_gather_kernel(): load pool_ptr, elements 5184–5247",
         ),
         # no mask at the store, none at the load, none at all
-        (gather("values, mask=inside", "values"), f"{SECOND}program 18, 2: a store of out_ptr at element 684"),
+        (gather("values, mask=inside", "values"), f"{SECOND}{PAST_THE_END}"),
         (gather("dim, mask=inside, other=0.0", "dim"), f"{SECOND}program 0, 0: a load of pool_ptr has 16 active lanes"),
-        (gather("dim < DIM", "dim < LANES"), f"{SECOND}program 18, 2: a store of out_ptr at element 684"),
+        (gather("dim < DIM", "dim < LANES"), f"{SECOND}{PAST_THE_END}"),
         # right for the first size only
-        (gather("dim < DIM", "dim < 32"), f"{SECOND}program 18, 2: a store of out_ptr at element 684"),
+        (gather("dim < DIM", "dim < 32"), f"{SECOND}{PAST_THE_END}"),
         (gather("batch * stride_table", "batch * 3"), f"{SECOND}token 7, head 0 has numbers of a slot that no"),
         # the token in place of its position
         (gather(" - tl.load(cu_seqlens_ptr + batch)", ""), f"{FIRST}token 19, head 0 has "),
