@@ -1,8 +1,8 @@
 """Runs chapters with other values of their constants, and with other seeds: `make poke`.
 
-`tests/notebooks/pokes/chNN.py` names the constants of a chapter that a reader may change, with two other values each. For
-each value, and for each seed, all code cells of the chapter run in a process of its own. A run is bad if a cell raises,
-prints to stderr (as warnings do), or asserts what is not so; if a skeleton's check does not say "not yet", or a
+`tests/notebooks/pokes/chNN.py` names the constants of a chapter that a reader may change, with two other values each.
+For each value, and for each seed, all code cells of the chapter run in a process of its own. A run is bad if a cell
+raises, prints to stderr (as warnings do), or asserts what is not so; if a skeleton's check does not say "not yet", or a
 solution's check does not say "correct". A value in `Refused` must raise one of our errors that says what is accepted.
 
 A cell runs in IPython, as in a notebook, without a kernel: a kernel takes longer to start than most chapters to run.
@@ -35,7 +35,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from tests.notebooks.exercise_cells import exercises_of  # noqa: E402
-from tests.notebooks.hygiene import CHAPTERS, Notebook, tags  # noqa: E402
+from tests.notebooks.hygiene import CHAPTERS, Notebook  # noqa: E402
 from tests.notebooks.pokes import Refused, Source  # noqa: E402
 
 TABLES = ROOT / "tests" / "notebooks" / "pokes"
@@ -177,13 +177,18 @@ def assignments(source: str) -> Iterator[tuple[str, ast.expr]]:
 
 
 def constants(sources: Iterable[str]) -> list[str]:
-    """The names in capitals whose value is written down in a cell: numbers, texts, and tuples, lists and dicts of them."""
+    """The names in capitals whose value a cell spells out: numbers, texts, and tuples, lists and dicts of them."""
     found = []
     for source in sources:
         for name, value in assignments(source):
             if name.isupper() and _is_literal(value) and name not in found:
                 found.append(name)
     return found
+
+
+def is_seed(name: str) -> bool:
+    """Whether a constant is a seed, which has runs of its own."""
+    return name == "SEED" or name.endswith("_SEED")
 
 
 def _is_literal(value: ast.expr) -> bool:
@@ -202,9 +207,7 @@ def with_seed(sources: Sequence[str], seed: int) -> tuple[str, ...]:
     """
     changed = []
     for source in sources:
-        edits: list[tuple[ast.expr, str]] = [
-            (value, str(seed)) for name, value in assignments(source) if name == "SEED" or name.endswith("_SEED")
-        ]
+        edits = [(value, str(seed)) for name, value in assignments(source) if is_seed(name)]
         for node in ast.walk(ast.parse(_plain(source))):
             if isinstance(node, ast.Call) and node.args:
                 name, first = getattr(node.func, "attr", getattr(node.func, "id", "")), node.args[0]
@@ -224,9 +227,7 @@ def _replaced(source: str, edits: Iterable[tuple[ast.expr, str]]) -> str:
     for node, text in sorted(edits, key=lambda edit: (edit[0].lineno, edit[0].col_offset), reverse=True):
         assert node.end_lineno is not None and node.end_col_offset is not None
         first, last = node.lineno - 1, node.end_lineno - 1
-        lines[first : last + 1] = [
-            lines[first][: node.col_offset] + text.encode() + lines[last][node.end_col_offset :]
-        ]
+        lines[first : last + 1] = [lines[first][: node.col_offset] + text.encode() + lines[last][node.end_col_offset :]]
     return b"\n".join(lines).decode()
 
 
@@ -326,6 +327,7 @@ def perform(run: Run, notebook: Notebook) -> str:
 def _child(run: Run, notebook: Notebook, pipe: Connection) -> None:
     """Perform a run with the output of its own child processes, and of C code, in a file."""
     warnings.resetwarnings()
+    warnings.showwarning = _show_warning
     for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
         warnings.simplefilter("ignore", category)  # as a kernel shows warnings
     warnings.filterwarnings("default", category=DeprecationWarning, module="__main__")
@@ -344,6 +346,13 @@ def _child(run: Run, notebook: Notebook, pipe: Connection) -> None:
     os._exit(0)  # threads of a chapter's widgets or child processes do not delay the next run
 
 
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    """Print a warning as Python does; a test that started this process may have replaced what does."""
+    sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
+
+
 def _warnings(text: str) -> str:
     lines = [line for line in text.splitlines() if "Warning" in line]
     return f"printed past Python: {lines[0]}" if lines else ""
@@ -352,7 +361,8 @@ def _warnings(text: str) -> str:
 def perform_all(runs: Sequence[tuple[Run, Notebook]], jobs: int) -> Iterator[Result]:
     """Perform runs in processes of their own, `jobs` at a time; results come in the order in which runs end."""
     context: Any = multiprocessing.get_context(_start_method())
-    waiting, active = list(runs), {}
+    waiting = list(runs)
+    active: dict[Connection, tuple[Run, Any, float]] = {}
     while waiting or active:
         while waiting and len(active) < jobs:
             run, notebook = waiting.pop(0)
@@ -364,19 +374,23 @@ def perform_all(runs: Sequence[tuple[Run, Notebook]], jobs: int) -> Iterator[Res
                 process.start()
             theirs.close()
             active[ours] = run, process, time.monotonic()
-        soonest = min(start for _, _, start in active.values()) + LIMIT
-        ended = wait(list(active), timeout=max(0.0, soonest - time.monotonic()))
-        late = [pipe for pipe, (_, _, start) in active.items() if time.monotonic() - start > LIMIT]
-        for pipe in [*ended, *(pipe for pipe in late if pipe not in ended)]:
-            run, process, start = active.pop(pipe)  # type: ignore[index]
-            try:
-                complaint = str(pipe.recv()) if pipe in ended else f"ran longer than {LIMIT} s"  # type: ignore[union-attr]
-            except EOFError:
+        first = min(start for _, _, start in active.values())
+        ready = wait(list(active), timeout=max(0.0, first + LIMIT - time.monotonic()))
+        for pipe, (run, process, start) in list(active.items()):
+            if pipe in ready or time.monotonic() - start > LIMIT:
+                del active[pipe]
+                complaint = _received(pipe, process) if pipe in ready else f"ran longer than {LIMIT} s"
+                process.kill()
                 process.join()
-                complaint = f"the process ended with exit status {process.exitcode}"
-            process.kill()
-            process.join()
-            yield Result(run, time.monotonic() - start, complaint)
+                yield Result(run, time.monotonic() - start, complaint)
+
+
+def _received(pipe: Connection, process: Any) -> str:
+    try:
+        return str(pipe.recv())
+    except EOFError:
+        process.join()
+        return f"the process ended with exit status {process.exitcode}"
 
 
 def _start_method() -> str:
