@@ -24,6 +24,7 @@ from ._checked import TraceError, import_interpreter
 from ._launch import Launch, Recorder, by_tag, source, tagged, tensors, untagged, unwrap
 from ._unlike_gpu import InterpreterWarning, Replacement, autotune_hooks, dot_hooks, warn_of_arguments
 
+
 @dataclass
 class _Hooks:
     """The hooks of this process: who receives accesses, and how to remove the hooks.
@@ -71,6 +72,11 @@ def hooked(recorder: Recorder) -> Iterator[None]:
         _hooks.recorders.remove(recorder)
         if not _hooks.recorders:
             _hooks.undo.close()
+
+
+def launching() -> bool:
+    """Whether a traced launch is running."""
+    return bool(_hooks.running)
 
 
 def _install() -> None:

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from ..device import interpreted_meanwhile
 from ._checked import TraceError
-from ._interpreter import hooked
+from ._interpreter import hooked, launching
 from ._launch import Launch, Recorder
 from ._recorder import AccessRecorder
 from ._unlike_gpu import InterpreterWarning
@@ -181,7 +181,7 @@ def trace(*, strict: bool | None = None, skip_outside: bool = True, unwritten: b
         InterpreterWarning: Triton's interpreter computes what a kernel asks for differently from a GPU.
     """
     result = Trace()
-    memory = Unwritten() if unwritten else None
+    memory = Unwritten(launching) if unwritten else None
     recorder = AccessRecorder(result.accesses, strict is not False, skip_outside, memory)
     with ExitStack() as stack:
         stack.enter_context(interpreted_meanwhile())

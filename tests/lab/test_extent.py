@@ -30,7 +30,12 @@ def test_membership_is_that_of_the_listed_elements(axes: list[tuple[int, int]]) 
 
 
 def test_interleaved_axes_have_a_table_and_others_none() -> None:
-    for shape, strides, nested in (((4, 3), (6, 2), True), ((2, 2), (4, 6), False), ((3, 4), (2, 1), True)):
+    for shape, strides, nested in (
+        ((4, 3), (6, 2), True),
+        ((3, 2), (4, 6), False),
+        ((2, 2), (4, 6), True),
+        ((3, 4), (2, 1), True),
+    ):
         members = Members(shape, strides)
         members.contains(np.arange(members.span))
         assert ("_table" not in members.__dict__) is nested, (shape, strides)

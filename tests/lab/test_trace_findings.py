@@ -288,7 +288,10 @@ def test_a_dot_of_bfloat16_warns() -> None:
         dot_kernel[(1,)](eye.half(), eye.half(), torch.zeros(16, 16), N=16)
     assert t.notes == []
     out = torch.zeros(16, 16)
-    with pytest.warns(InterpreterWarning, match=r"^tl\.dot of bfloat16 is wrong in Triton's interpreter") as warned, trace() as t:
+    with (
+        pytest.warns(InterpreterWarning, match=r"^tl\.dot of bfloat16 is wrong in Triton's interpreter") as warned,
+        trace() as t,
+    ):
         dot_kernel[(1,)](eye.bfloat16(), eye.bfloat16(), out, N=16)
     assert not torch.equal(out, eye), "this version multiplies BF16 right, and the hook should have seen that"
     assert (warned[0].filename, warned[0].lineno) == (str(HERE), line_of("tl.dot(tl.load(a + i)"))
@@ -298,7 +301,12 @@ def test_a_dot_of_bfloat16_warns() -> None:
 @pytest.mark.parametrize("name", ["float8_e4m3fnuz", "float8_e5m2fnuz"])
 def test_a_fnuz_argument_warns(name: str) -> None:
     codes = torch.zeros(4, dtype=torch.uint8).view(getattr(torch, name))
-    with pytest.warns(InterpreterWarning, match=rf"^codes of bytes_kernel\(\) has dtype {name}, .* pass codes.view") as warned, trace():
+    with (
+        pytest.warns(
+            InterpreterWarning, match=rf"^codes of bytes_kernel\(\) has dtype {name}, .* pass codes.view"
+        ) as warned,
+        trace(),
+    ):
         bytes_kernel[(1,)](codes, torch.zeros(4), BLOCK=4)
     assert (warned[0].filename, warned[0].lineno) == (str(HERE), line_of("bytes_kernel[(1,)](codes,"))
 
