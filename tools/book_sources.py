@@ -1,0 +1,209 @@
+"""The book's sources: the repository's chapters, documents and results as pages that Sphinx reads.
+
+A page keeps the path that its file has in the repository, so that links between chapters stay as they are. A link to any
+other file, a source file for instance, becomes a link to a page that shows the file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import book_pages
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = "benchmarks/results"
+PAGES = {
+    "README.md": "index.md",
+    "ARCHITECTURE.md": "architecture.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "kvgather/lab": "api/lab.md",
+}
+"""Files and folders whose page has another name."""
+PLACEHOLDER = "[an interactive widget"
+WIDGET = '<p class="widget-note">An interactive widget: <code>make lab</code> opens the chapter with it.</p>'
+_LINK = re.compile(r"(\]\()([^)\s]+)(\))")
+_CODE = re.compile(r"(```.*?```|`[^`\n]*`)", re.DOTALL)
+
+
+class BookError(ValueError):
+    """A page cannot be made; the message names the file and the cause."""
+
+
+class Sources:
+    """The folder that Sphinx reads.
+
+    Attributes:
+        root, out: the repository, and the folder.
+        shown: files of the repository that get a page because something links to them.
+    """
+
+    def __init__(self, out: Path, root: Path = ROOT) -> None:
+        self.root, self.out = root, out
+        self.shown: set[str] = set()
+        self._written: set[Path] = set()
+
+    def read(self, name: str) -> str:
+        """The text of a file of the repository."""
+        return (self.root / name).read_text(encoding="utf-8")
+
+    def write(self, page: str, text: str) -> None:
+        """Write a page. An unchanged page keeps its time, so that Sphinx does not read it again."""
+        path = self._path(page)
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
+
+    def copy(self, name: str) -> None:
+        """Copy a file of the repository, a picture for instance."""
+        path = self._path(name)
+        if not path.exists() or path.read_bytes() != (self.root / name).read_bytes():
+            shutil.copyfile(self.root / name, path)
+
+    def _path(self, name: str) -> Path:
+        path = self.out / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._written.add(path)
+        return path
+
+    def page_of(self, name: str) -> str:
+        """The page of a file of the repository; both paths are relative to their roots."""
+        if name in PAGES:
+            return PAGES[name]
+        if name.startswith(f"{RESULTS}/"):
+            return f"benchmarks/{PurePosixPath(name).name}.md"
+        if name.startswith("notebooks/") and name.endswith((".ipynb", ".md")):
+            return name
+        if name.startswith("docs/"):
+            self.copy(name)
+            return name
+        self.shown.add(name)
+        return f"source/{name}.md"
+
+    def relinked(self, markdown: str, source: str, page: str) -> str:
+        """Markdown whose relative links lead to pages of the book.
+
+        Args:
+            markdown: the text of a file, or of one cell.
+            source: the file's path in the repository.
+            page: the path of the page that gets the text.
+
+        Raises:
+            BookError: a link leads to a file that does not exist.
+        """
+
+        def target(match: re.Match[str]) -> str:
+            link, _, fragment = match[2].partition("#")
+            if not link or re.match(r"[a-z]+:", link):
+                return match[0]
+            name = _joined(PurePosixPath(source).parent, link)
+            if not (self.root / name).exists():
+                raise BookError(f"{source} links to {link}, which does not exist")
+            new = os.path.relpath(self.page_of(name), os.path.dirname(page) or ".").replace(os.sep, "/")
+            # Pages of source files have anchors of their own.
+            kept = f"#{fragment}" if fragment and name.endswith((".md", ".ipynb")) else ""
+            return f"{match[1]}{new}{kept}{match[3]}"
+
+        parts = _CODE.split(markdown)  # every second part is code
+        return "".join(part if i % 2 else _LINK.sub(target, part) for i, part in enumerate(parts))
+
+    def drop_others(self) -> None:
+        """Delete pages of an earlier build that this one did not write."""
+        for path in sorted(self.out.rglob("*"), reverse=True):
+            if path.is_file() and path not in self._written:
+                path.unlink()
+            elif path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+
+
+def _joined(folder: PurePosixPath, link: str) -> str:
+    return os.path.normpath(folder / link).replace(os.sep, "/")
+
+
+def assemble(out: Path, root: Path = ROOT) -> None:
+    """Write every page of the book.
+
+    Args:
+        out: a folder; files in it that do not belong to the book are deleted.
+        root: the repository.
+
+    Raises:
+        BookError: a link leads nowhere, or the README has no measurements.
+    """
+    sources = Sources(out, root)
+    sources.write("index.md", sources.relinked(sources.read("book/index.md"), "book/index.md", "index.md"))
+    for path in sorted((root / "notebooks").glob("[0-9]*.ipynb")):
+        name = f"notebooks/{path.name}"
+
+        def relinked(text: str, name: str = name) -> str:
+            return sources.relinked(text, name, name)
+
+        sources.write(name, chapter(json.loads(sources.read(name)), relinked))
+    for name in ("notebooks/glossary.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+        page = sources.page_of(name)
+        sources.write(page, sources.relinked(sources.read(name), name, page))
+    write_benchmarks(sources)
+    sources.write("api/index.md", book_pages.public_page())
+    for page, text in book_pages.lab_pages(root).items():
+        sources.write(page, text)
+    # The reference links to every module that defines a documented name.
+    sources.shown |= {path.relative_to(root).as_posix() for path in (root / "kvgather").rglob("*.py")}
+    for name in sorted(sources.shown):
+        sources.write(f"source/{name}.md", book_pages.source_page(name, sources.read(name)))
+    sources.drop_others()
+
+
+def write_benchmarks(sources: Sources) -> None:
+    """The page of measurements, which is the README's section, and a page for each file of results."""
+    measured = re.search(r"^## Measured\n(.*?)(?=^## )", sources.read("README.md"), re.MULTILINE | re.DOTALL)
+    if measured is None:
+        raise BookError("README.md has no section 'Measured'")
+    without_comments = re.sub(r"<!--.*?-->", "", measured[1], flags=re.DOTALL)
+    lines = ["# Benchmarks", "", sources.relinked(without_comments, "README.md", "benchmarks/index.md")]
+    lines += ["## All rows", "", "```{toctree}", ":maxdepth: 1", ""]
+    for path in sorted((sources.root / RESULTS).iterdir()):
+        if path.suffix in (".csv", ".json"):
+            name = f"{RESULTS}/{path.name}"
+            sources.copy(name)
+            sources.write(sources.page_of(name), book_pages.results_page(name, sources.read(name)))
+            lines.append(path.name)
+    sources.write("benchmarks/index.md", "\n".join([*lines, "```", ""]))
+
+
+def chapter(notebook: dict[str, Any], relinked: Callable[[str], str]) -> str:
+    """A notebook as the book shows it: links lead to pages, folded cells are folded, a widget is a note.
+
+    Args:
+        notebook: the parsed notebook, which is changed.
+        relinked: rewrites the links of a Markdown cell.
+
+    Returns:
+        The notebook's JSON.
+    """
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            cell["source"] = relinked(source)
+        elif cell["cell_type"] == "code":
+            if cell["metadata"].get("jupyter", {}).get("source_hidden"):
+                cell["metadata"].setdefault("tags", []).append("hide-input")
+            outputs = (without_view(output, progress="progress(" in source) for output in cell["outputs"])
+            cell["outputs"] = [output for output in outputs if output is not None]
+    return json.dumps(notebook, ensure_ascii=False, indent=1) + "\n"
+
+
+def without_view(output: dict[str, Any], *, progress: bool) -> dict[str, Any] | None:
+    """An output without a live view: a widget's placeholder becomes a note, a progress bar's is dropped.
+
+    Args:
+        output: an output of a cell.
+        progress: whether the cell shows a progress bar, whose placeholder is the same as a widget's.
+    """
+    if not "".join(output.get("data", {}).get("text/plain", "")).startswith(PLACEHOLDER):
+        return output
+    return None if progress else {"output_type": "display_data", "metadata": {}, "data": {"text/html": WIDGET}}
