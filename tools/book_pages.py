@@ -1,4 +1,4 @@
-"""Pages of the book that are generated: source files, tables of results, and the reference, whose text is in docstrings."""
+"""Generated pages of the book: source files, tables of results, and the reference, whose text is in docstrings."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The book's sources: the repository's chapters, documents and results as pages that Sphinx reads.
 
-A page keeps the path that its file has in the repository, so that links between chapters stay as they are. A link to any
-other file, a source file for instance, becomes a link to a page that shows the file.
+A page keeps its file's path in the repository, so that links between chapters stay as they are. A link to any other file, a
+source file for instance, becomes a link to a page that shows the file.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import book_pages
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = "benchmarks/results"
+MARK = ".book"
 PAGES = {
     "README.md": "index.md",
     "ARCHITECTURE.md": "architecture.md",
@@ -112,6 +113,16 @@ class Sources:
         parts = _CODE.split(markdown)  # every second part is code
         return "".join(part if i % 2 else _LINK.sub(target, part) for i, part in enumerate(parts))
 
+    def begin(self) -> None:
+        """Create the folder.
+
+        Raises:
+            BookError: the folder exists and is not the book's; `drop_others` would delete its files.
+        """
+        if self.out.exists() and any(self.out.iterdir()) and not (self.out / MARK).exists():
+            raise BookError(f"{self.out} has files that do not belong to the book; accepted: another folder")
+        self.write(MARK, "Written by tools/book.py, which deletes other files in this folder.\n")
+
     def drop_others(self) -> None:
         """Delete pages of an earlier build that this one did not write."""
         for path in sorted(self.out.rglob("*"), reverse=True):
@@ -133,9 +144,10 @@ def assemble(out: Path, root: Path = ROOT) -> None:
         root: the repository.
 
     Raises:
-        BookError: a link leads nowhere, or the README has no measurements.
+        BookError: a link leads nowhere, the README has no measurements, or the folder has other files.
     """
     sources = Sources(out, root)
+    sources.begin()
     sources.write("index.md", sources.relinked(sources.read("book/index.md"), "book/index.md", "index.md"))
     for path in sorted((root / "notebooks").glob("[0-9]*.ipynb")):
         name = f"notebooks/{path.name}"
