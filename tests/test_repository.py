@@ -47,9 +47,9 @@ def tracked_files() -> list[Path]:
 
 
 PLACES = (
-    "kvgather/__init__.py", "kvgather/py.typed", "notebooks", "tests", "pyproject.toml", "constraints.txt", "book/conf.py",
+    "kvgather/__init__.py", "kvgather/py.typed", "notebooks", "tests", "pyproject.toml", "constraints.txt",
     "environment.yml", "Makefile", ".ci/run", ".devcontainer/devcontainer.json", ".github/PULL_REQUEST_TEMPLATE.md",
-    "README.md", "ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE",
+    "book/conf.py", "README.md", "ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE",
 )  # fmt: skip
 
 

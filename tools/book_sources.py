@@ -1,7 +1,7 @@
 """The book's sources: the repository's chapters, documents and results as pages that Sphinx reads.
 
-A page keeps its file's path in the repository, so that links between chapters stay as they are. A link to any other file, a
-source file for instance, becomes a link to a page that shows the file.
+A page keeps its file's path in the repository, so that links between chapters stay as they are. A link to any other
+file, a source file for instance, becomes a link to a page that shows the file.
 """
 
 from __future__ import annotations

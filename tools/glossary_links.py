@@ -3,9 +3,9 @@
     python tools/glossary_links.py            prints the first uses that are no links, one a line
     python tools/glossary_links.py --write    makes them links, in the notebooks
 
-A link looks like `[block table](glossary.md#block_table)`; its target is a heading of `notebooks/glossary.md`. A Markdown
-cell uses a word in a sentence or a table. Titles, the banner, links to other places, folded text, longer pieces of code
-and blocks of code do not count.
+A link looks like `[block table](glossary.md#block_table)`; the target is a heading of notebooks/glossary.md. Sentences
+and tables of Markdown cells count. Titles, the banner, links to other places, folded text, longer pieces of code and
+blocks of code do not.
 """
 
 from __future__ import annotations
