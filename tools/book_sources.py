@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -30,6 +29,7 @@ PAGES = {
 PLACEHOLDER = "[an interactive widget"
 WIDGET = '<p class="widget-note">An interactive widget: <code>make lab</code> opens the chapter with it.</p>'
 _LINK = re.compile(r"(\]\()([^)\s]+)(\))")
+_HREF = re.compile(r"""(<a\s[^>]*?href=["'])([^"']+)(["'])""")
 _CODE = re.compile(r"(```.*?```|`[^`\n]*`)", re.DOTALL)
 
 
@@ -99,19 +99,34 @@ class Sources:
         """
 
         def target(match: re.Match[str]) -> str:
-            link, _, fragment = match[2].partition("#")
-            if not link or re.match(r"[a-z]+:", link):
-                return match[0]
-            name = _joined(PurePosixPath(source).parent, link)
-            if not (self.root / name).exists():
-                raise BookError(f"{source} links to {link}, which does not exist")
-            new = os.path.relpath(self.page_of(name), os.path.dirname(page) or ".").replace(os.sep, "/")
-            # Pages of source files have anchors of their own.
-            kept = f"#{fragment}" if fragment and name.endswith((".md", ".ipynb")) else ""
-            return f"{match[1]}{new}{kept}{match[3]}"
+            return match[1] + self._target(match[2], source, page) + match[3]
 
-        parts = _CODE.split(markdown)  # every second part is code
-        return "".join(part if i % 2 else _LINK.sub(target, part) for i, part in enumerate(parts))
+        # Every second part is code.
+        parts = [part if i % 2 else _LINK.sub(target, part) for i, part in enumerate(_CODE.split(markdown))]
+        return "".join(part if i % 2 else self.relinked_html(part, source, page) for i, part in enumerate(parts))
+
+    def relinked_html(self, text: str, source: str, page: str) -> str:
+        """HTML whose relative links lead to pages of the book; the arguments and errors are those of `relinked`."""
+
+        def target(match: re.Match[str]) -> str:
+            path, mark, fragment = self._target(match[2], source, page).partition("#")
+            # Sphinx does not read HTML: the link has the name of the built page.
+            built = path if ":" in path else re.sub(r"\.(md|ipynb)$", ".html", path)
+            return f"{match[1]}{built}{mark}{fragment}{match[3]}"
+
+        return _HREF.sub(target, text)
+
+    def _target(self, link: str, source: str, page: str) -> str:
+        """The link to the page of what a link leads to; links to other sites and inside a page stay as they are."""
+        path, _, fragment = link.partition("#")
+        if not path or re.match(r"[a-z]+:", path):
+            return link
+        name = _joined(PurePosixPath(source).parent, path)
+        if not (self.root / name).exists():
+            raise BookError(f"{source} links to {path}, which does not exist")
+        new = os.path.relpath(self.page_of(name), os.path.dirname(page) or ".").replace(os.sep, "/")
+        # Pages of source files have anchors of their own.
+        return f"{new}#{fragment}" if fragment and name.endswith((".md", ".ipynb")) else new
 
     def begin(self) -> None:
         """Create the folder.
@@ -151,11 +166,7 @@ def assemble(out: Path, root: Path = ROOT) -> None:
     sources.write("index.md", sources.relinked(sources.read("book/index.md"), "book/index.md", "index.md"))
     for path in sorted((root / "notebooks").glob("[0-9]*.ipynb")):
         name = f"notebooks/{path.name}"
-
-        def relinked(text: str, name: str = name) -> str:
-            return sources.relinked(text, name, name)
-
-        sources.write(name, chapter(json.loads(sources.read(name)), relinked))
+        sources.write(name, chapter(sources, name))
     for name in ("notebooks/glossary.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md"):
         page = sources.page_of(name)
         sources.write(page, sources.relinked(sources.read(name), name, page))
@@ -187,25 +198,29 @@ def write_benchmarks(sources: Sources) -> None:
     sources.write("benchmarks/index.md", "\n".join([*lines, "```", ""]))
 
 
-def chapter(notebook: dict[str, Any], relinked: Callable[[str], str]) -> str:
-    """A notebook as the book shows it: links lead to pages, folded cells are folded, a widget is a note.
+def chapter(sources: Sources, name: str) -> str:
+    """The JSON of a notebook as the book shows it: links lead to pages, folded cells are folded, a widget is a note.
 
     Args:
-        notebook: the parsed notebook, which is changed.
-        relinked: rewrites the links of a Markdown cell.
+        sources: of the book.
+        name: the notebook's path in the repository.
 
-    Returns:
-        The notebook's JSON.
+    Raises:
+        BookError: a link leads nowhere.
     """
+    notebook = json.loads(sources.read(name))
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            cell["source"] = relinked(source)
+            cell["source"] = sources.relinked(source, name, name)
         elif cell["cell_type"] == "code":
             if cell["metadata"].get("jupyter", {}).get("source_hidden"):
                 cell["metadata"].setdefault("tags", []).append("hide-input")
             outputs = (without_view(output, progress="progress(" in source) for output in cell["outputs"])
             cell["outputs"] = [output for output in outputs if output is not None]
+            for data in (output.get("data", {}) for output in cell["outputs"]):
+                if "text/html" in data:
+                    data["text/html"] = sources.relinked_html("".join(data["text/html"]), name, name)
     return json.dumps(notebook, ensure_ascii=False, indent=1) + "\n"
 
 

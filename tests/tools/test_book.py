@@ -63,20 +63,29 @@ def test_old_pages_go_and_unchanged_pages_keep_their_time(tmp_path: Path) -> Non
     assert (tmp_path / "kept.md").stat().st_mtime_ns == before
 
 
-def test_folded_cells_and_widgets_of_a_chapter() -> None:
+def test_folded_cells_widgets_and_links_of_a_chapter(tmp_path: Path) -> None:
     view = {"output_type": "display_data", "metadata": {}, "data": {"text/plain": ["[an interactive widget: run"]}}
     printed = {"output_type": "stream", "name": "stdout", "text": ["1\n"]}
+    link = '<td><a href="01_b.ipynb#x">'
+    table = {"output_type": "display_data", "metadata": {}, "data": {"text/html": [link, '<a href="https://a.org">']}}
     cells = [
         {"cell_type": "code", "metadata": {"jupyter": {"source_hidden": True}}, "source": "f()", "outputs": [view]},
         {"cell_type": "code", "metadata": {"tags": ["a"]}, "source": "progress(x)", "outputs": [view, printed]},
-        {"cell_type": "markdown", "metadata": {}, "source": ["# a\n", "b"]},
+        {"cell_type": "code", "metadata": {}, "source": "table()", "outputs": [table]},
+        {"cell_type": "markdown", "metadata": {}, "source": ["[b](01_b.ipynb)\n", link]},
     ]
-    shown = json.loads(book_sources.chapter({"cells": cells}, str.upper))["cells"]
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks/00_a.ipynb").write_text(json.dumps({"cells": cells}))
+    (tmp_path / "notebooks/01_b.ipynb").touch()
+    sources = Sources(tmp_path / "out", tmp_path)
+    shown = json.loads(book_sources.chapter(sources, "notebooks/00_a.ipynb"))["cells"]
     assert shown[0]["metadata"]["tags"] == ["hide-input"]
     assert "make lab" in shown[0]["outputs"][0]["data"]["text/html"]
     assert shown[1]["metadata"]["tags"] == ["a"]
     assert shown[1]["outputs"] == [printed]
-    assert shown[2]["source"] == "# A\nB"
+    built = '<td><a href="01_b.html#x">'
+    assert shown[2]["outputs"][0]["data"]["text/html"] == built + '<a href="https://a.org">'
+    assert shown[3]["source"] == "[b](01_b.ipynb)\n" + built
 
 
 def test_table_tells_constant_columns_once() -> None:
