@@ -68,7 +68,8 @@ def roofline_picture(panels: Mapping[str, Sequence[Row]], *, spread: bool = Fals
         _roof(axes, rows)
         for name, (mark, color) in MARKS.items():
             chosen = [row for row in rows if row.implementation == name]
-            if points := [(row.bytes, row.gb_per_s) for row in chosen]:
+            rates = [row.bytes / row.p50_us / 1e3 if spread else row.gb_per_s for row in chosen]  # rounded in a row
+            if points := list(zip([row.bytes for row in chosen], rates, strict=True)):
                 axes.plot(*zip(*points, strict=True), mark, color=color, markersize=5, alpha=0.8, label=name)
             if spread:
                 for row in chosen:
