@@ -1,4 +1,4 @@
-"""The command line: `kvgather doctor`, `kvgather crash`, `kvgather bench`; also as `python -m kvgather`.
+"""The command line: `kvgather doctor | crash | bench | progress`; also as `python -m kvgather`.
 
 Exit status of every command: 0 the results are as expected, 1 they are not, 2 wrong usage or a request that this
 machine cannot run, 3 the command failed, 130 interrupted.
@@ -139,6 +139,32 @@ def _default_csv(benchmark: str, device_type: str) -> Path:
     return RESULTS / f"{benchmark}_{device}.csv"
 
 
+def progress(arguments: argparse.Namespace) -> int:
+    """Print how many exercises of each chapter are solved in the reader's copy of the notebooks."""
+    from .files import check_replaceable, replace_text
+    from .workbook import launch
+    from .workbook import progress as record
+
+    root = launch.find_root()
+    if arguments.json not in (None, STDOUT):
+        check_replaceable(Path(arguments.json))
+    folder = root / launch.COPIES
+    try:
+        rows = record.overview(root, record.solved(folder))
+    except record.ProgressError as error:
+        print(f"kvgather: {error}", file=sys.stderr)
+        return FAILED
+    if arguments.json == STDOUT:
+        print(record.as_json(rows), end="")
+        return OK
+    if arguments.json is not None:
+        replace_text(Path(arguments.json), record.as_json(rows))
+    print(record.report(rows))
+    if not folder.is_dir():
+        print(f"There is no {launch.COPIES} folder yet: `make lab` makes it and opens the first chapter.")
+    return OK
+
+
 def _add_doctor(commands: Commands) -> None:
     parser = commands.add_parser("doctor", help="print what this machine can run")
     parser.set_defaults(run=doctor)
@@ -169,6 +195,19 @@ def _add_crash(commands: Commands) -> None:
     )  # fmt: skip
     parser.add_argument("--commit", metavar="TEXT", help="with --map: commit to record, as in bench")
     parser.set_defaults(run=crash)
+
+
+def _add_progress(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "progress",
+        help="print which exercises of the workbook you have solved",
+        description="A check that says `correct` in my-notebooks, the copy of the chapters that `make lab` opens, "
+        "marks its exercise as solved.",
+        epilog="exit status: 0 also if nothing is solved yet; 2 wrong usage, or no clone with the chapters; 3 the "
+        "record is damaged or cannot be read",
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write the counts to FILE; - is the standard output alone")
+    parser.set_defaults(run=progress)
 
 
 def _add_bench(commands: Commands) -> None:
@@ -223,7 +262,7 @@ def _version() -> str:
         return "unknown"
 
 
-COMMANDS: tuple[Callable[[Commands], None], ...] = (_add_doctor, _add_crash, _add_bench)
+COMMANDS: tuple[Callable[[Commands], None], ...] = (_add_doctor, _add_crash, _add_bench, _add_progress)
 
 
 class _Parser(argparse.ArgumentParser):
