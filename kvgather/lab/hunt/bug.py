@@ -61,6 +61,8 @@ class Bug:
         launcher, kernels: the names of the launcher, and of the kernels that it launches, in the module.
         passes: geometries in which the result is right.
         shows: the geometry that shows the bug; the three questions are about it.
+        also: other geometries that show it, for the script.
+        unpoisoned: `shows` with ordinary numbers where no token owns a slot; None where `shows` has no such slots.
         hidden: geometries of the check, beside `shows`.
         tight: whether the script puts every tensor at the end of its memory, as an allocator may.
         uncopied: inputs of the size of a pool, which a launcher must not copy.
@@ -96,6 +98,8 @@ class Bug:
     fix: str
     wrong_fixes: tuple[str, ...]
     lesson: str
+    also: tuple[Geometry, ...] = ()
+    unpoisoned: Geometry | None = None
     near: Mapping[Any, str] = field(default_factory=dict)
     tight: bool = False
     uncopied: tuple[str, ...] = ()

@@ -69,7 +69,8 @@ def exercises(chapter: str) -> list[str]:
     except ModuleNotFoundError as error:
         if error.name != module:
             raise
-    return sorted(name for name in _REGISTRY if name.startswith(f"{chapter}."))
+    found = (name for name in _REGISTRY if name.startswith(f"{chapter}."))
+    return sorted(found, key=lambda name: int(name.partition(".")[2]))
 
 
 def check(name: str, *answers: Any) -> None:

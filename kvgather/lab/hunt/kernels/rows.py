@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import sys
 from typing import Any
 
 import torch
@@ -11,12 +13,17 @@ import triton.language as tl
 from torch import Tensor
 
 
+BEFORE = 2**31
+
+
 class NoRoom(ValueError):
     """This machine refuses the addresses of a large pool; the message says how many bytes."""
 
 
 @triton.jit
-def rows_kernel(out_ptr, pool_ptr, table_ptr, n, stride_block, PAGE: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
+def rows_kernel(
+    out_ptr, pool_ptr, table_ptr, n, stride_block, PAGE: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr
+):
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     dim, inside = tl.arange(0, DIM), token < n
     block = tl.load(table_ptr + token // PAGE, mask=inside, other=0)
@@ -58,12 +65,16 @@ def inputs(table: list[int], blocks: int, stride: int = 2**20) -> dict[str, Any]
 
 
 def _lazy_bytes(nbytes: int) -> Tensor:
-    """Zeros that take memory only where they are touched, a page at a time."""
+    """Zeros that take memory only where they are touched, with 2 GiB before them that fault."""
     flags = getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_ANONYMOUS", 0) | getattr(mmap, "MAP_NORESERVE", 0)
     try:
-        pages = mmap.mmap(-1, nbytes, **({"flags": flags} if flags else {}))
+        pages = mmap.mmap(-1, BEFORE + nbytes, **({"flags": flags} if flags else {}))
     except (OSError, OverflowError, ValueError) as error:
-        raise NoRoom(f"this machine maps no {nbytes:,} bytes of addresses ({error}), which this bug needs") from error
+        raise NoRoom(f"this machine maps no {BEFORE + nbytes:,} bytes of addresses, which this bug needs: {error}") from error
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         pages.madvise(mmap.MADV_NOHUGEPAGE)  # a huge page for each touched byte would fill the whole range
-    return torch.frombuffer(pages, dtype=torch.uint8)
+    if sys.platform != "win32":
+        # On a GPU there is nothing before a pool. Here another mapping could be there, and the outcome would vary.
+        start = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+        ctypes.CDLL(None).mprotect(ctypes.c_void_p(start), ctypes.c_size_t(BEFORE), 0)
+    return torch.frombuffer(pages, dtype=torch.uint8, offset=BEFORE)

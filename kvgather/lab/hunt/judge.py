@@ -1,0 +1,128 @@
+"""Whether a fixed kernel is right: its result, its addresses, its writers, and what it leaves alone.
+
+A fix is right if, in geometries that its author has not seen, the oracle agrees over whole pools, the strict report is
+empty, and no element has two writers. Each of the three alone lets a wrong fix of some bug pass. Kernels run under a
+trace that skips accesses outside their tensor, so that a wrong fix damages nothing.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..trace import Trace, trace
+from .bug import Bug, geometry_label
+from .deadline import OutOfTime, deadline
+from .differences import Contents, difference
+
+__all__ = ["SECONDS", "about_addresses", "complaint", "first_writers", "traced"]
+
+SECONDS = 20.0
+"""The time limit of one launch; right ones take under 0.5 s."""
+
+
+def complaint(bug: Bug, geometry: Mapping[str, Any], *functions: Any, seconds: float = SECONDS) -> str | None:
+    """What is wrong with kernels, or a launcher, in one geometry of a bug; None if nothing is.
+
+    Args:
+        bug, geometry: the bug, and arguments of its `inputs`.
+        functions: as in `Bug.run`.
+        seconds: the time limit.
+
+    Raises:
+        Exception: what the kernel or the launcher raised.
+        NoRoom: this machine refuses the inputs' memory.
+    """
+    inputs = bug.inputs(geometry)
+    expected = bug.expected(inputs)
+    before = Contents(inputs)
+    try:
+        t = traced(lambda: bug.run(inputs, *functions), seconds)
+    except OutOfTime:
+        return f"{geometry_label(geometry)}: no result after {seconds:g} s; does a loop never end?"
+    found = about_addresses(t) or _about_results(bug, inputs, expected, before) or _about_the_rest(bug, inputs, t)
+    return f"{geometry_label(geometry)}: {found}" if found else None
+
+
+def traced(run: Callable[[], Any], seconds: float = SECONDS) -> Trace:
+    """Run a function under a strict trace, with NaN in all memory that it allocates, and within a time limit.
+
+    Raises:
+        OutOfTime: the time is over.
+        Exception: what the function raised; of an exception in a kernel, the cause that the interpreter wrapped.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # NumPy warns of an overflow in a wrong kernel, which the report names better
+        try:
+            with deadline(seconds), _poisoned_allocations(), trace(strict=True) as t:
+                run()
+        except Exception as error:
+            if type(error).__name__ == "InterpreterError" and error.__cause__ is not None:
+                raise error.__cause__ from None
+            raise
+    return t
+
+
+def first_writers(t: Trace) -> str | None:
+    """The first element that two programs of a launch store to, in words, or None."""
+    written: dict[tuple[int, str, int], tuple[int, ...]] = {}
+    for access in t.accesses:
+        if access.kind != "store":
+            continue
+        for element in access.elements[access.mask & ~access.outside].ravel().tolist():
+            first = written.setdefault((access.launch, access.argument, element), access.program)
+            if first != access.program:
+                return f"programs {first} and {access.program} both store to {access.argument}, element {element}"
+    return None
+
+
+def about_addresses(t: Trace) -> str | None:
+    """The first access outside its tensor in words, or that nothing was launched; None if all are inside."""
+    if not t.launches:
+        return "no kernel was launched"
+    if t.violations:
+        first, count = t.violations[0], len(t.violations)
+        where = "between the view's elements" if 0 <= first.element < first.size else "outside"
+        return f"a {first.kind} {where}: {first} ({count} such element{'s' if count > 1 else ''})"
+    return None
+
+
+def _about_results(bug: Bug, inputs: Mapping[str, Any], expected: Mapping[str, Tensor], before: Contents) -> str | None:
+    for name, tensor in expected.items():
+        found = difference(tensor, inputs[name], name, bug.tolerance)
+        if found:
+            return found
+    changed = [name for name in before.changed() if name not in expected]
+    return f"{changed[0]} has changed, which is an input" if changed else None
+
+
+def _about_the_rest(bug: Bug, inputs: Mapping[str, Any], t: Trace) -> str | None:
+    writers = first_writers(t)
+    if writers:
+        return writers
+    passed = {
+        argument.untyped_storage().data_ptr() for launch in t.launches for argument in launch.arguments.values()
+    }
+    for name in bug.uncopied:
+        if inputs[name].untyped_storage().data_ptr() not in passed:
+            return f"the result is right, but the kernel got a copy of {name}; a pool has gigabytes, at each call"
+    return None
+
+
+@contextmanager
+def _poisoned_allocations() -> Iterator[None]:
+    """Context manager in which `torch.empty` and its relatives are filled with NaN, or the largest integer."""
+    mode = torch.get_deterministic_debug_mode()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
