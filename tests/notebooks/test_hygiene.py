@@ -38,9 +38,14 @@ ENDING = """## What you know now
 **Sources:** [torch](https://docs.pytorch.org)"""
 
 
+COMING = {"09", "10"}
+"""Chapters that may be missing."""
+
+
 def test_chapters_are_numbered_without_a_gap() -> None:
-    assert [path.name[:2] for path in CHAPTERS] == [f"{i:02}" for i in range(len(CHAPTERS))]
-    assert len(CHAPTERS) >= 7
+    numbers = [path.name[:2] for path in CHAPTERS]
+    assert len(numbers) == len(set(numbers))
+    assert set(numbers) | COMING == {f"{i:02}" for i in range(12)}
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -155,6 +160,8 @@ BROKEN: list[tuple[str, str, Callable[[Any], None]]] = [
     ("pictures_have_alt_texts", "cell 1", lambda nb: nb.cells[1].outputs[0].metadata.clear()),
     ("pictures_have_alt_texts", "cell 3 has an image", set_source(TASK, "![](../picture.png)")),
     ("cells_are_short", "cell 2 has 30 lines", set_source(TIMED, "\n" * 29)),
+    ("cells_are_short", "cell 5 has 30 lines", replace(HINT, "a = 1", "a = 1" + "\n" * 29)),
+    ("cells_are_short", "cell 5 has 30 lines", replace(HINT, "look", "look" + "\n" * 29)),
     ("links_resolve", "07_gone.ipynb", set_source(TASK, "see [this](07_gone.ipynb)")),
     ("links_resolve", "../kvgather/gone.py", replace(-1, "cache.py", "gone.py")),
     ("few_outputs_are_ignored", "2 of 6", set_tags(PICTURE, "nbval-ignore-output")),

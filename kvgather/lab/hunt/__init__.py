@@ -20,7 +20,6 @@ from .bug import TOOLS, Bug, Thread, geometry_label
 __all__ = ["BUGS", "TOOLS", "Bug", "Thread", "geometry_label"]
 
 BUGS: dict[str, Bug] = {
-    module.BUG.name: module.BUG
-    for module in (slots, pages, chunk, window, merge, decode, rows, scales, codes, write)
+    module.BUG.name: module.BUG for module in (slots, pages, chunk, window, merge, decode, rows, scales, codes, write)
 }
 """By name, from easy to hard."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import FunctionType, ModuleType
 from typing import Any
@@ -14,10 +14,10 @@ __all__ = ["TOOLS", "Bug", "Thread", "geometry_label"]
 TOOLS = {
     "oracle": "the result under a trace, compared with plain torch",
     "poison": "the same with NaN in all slots that no token owns",
-    "report": "a trace's report: accesses beyond the first or the last element",
-    "strict": "the strict report: also accesses between a view's elements",
-    "writers": "elements that two programs store to",
-    "fence": "all tensors before memory that faults",
+    "report": "a trace's report without the gaps of views (strict=False): accesses before a tensor or behind it",
+    "strict": "a trace's report: also accesses between the elements of a view",
+    "writers": "a trace's report: elements that two programs store",
+    "fence": "a run without a trace, with memory that faults behind every tensor",
 }
 """What a reader can ask, in the order of the chapter's last table."""
 

@@ -25,7 +25,9 @@ def difference(expected: Tensor, got: Tensor, name: str, tolerance: float = 0.0)
     if got.shape != expected.shape:
         return f"{name}: expected shape {list(expected.shape)}, got {list(got.shape)}"
     left, right = expected.double(), got.double()
-    same = (left == right) | (left.isnan() & right.isnan()) | ((left - right).abs() <= tolerance * left.abs().clamp(min=1))
+    same = (
+        (left == right) | (left.isnan() & right.isnan()) | ((left - right).abs() <= tolerance * left.abs().clamp(min=1))
+    )
     if bool(same.all()):
         return None
     index = [int(i) for i in (~same).nonzero()[0]]

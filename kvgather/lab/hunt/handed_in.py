@@ -60,7 +60,8 @@ def _code(function: Any, names: dict[str, str] | None = None) -> str:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     except (OSError, SyntaxError):
         return repr(function)
-    assert isinstance(tree, ast.FunctionDef)
+    if not isinstance(tree, ast.FunctionDef):  # a lambda
+        return repr(function)
     body = tree.body[1:] if ast.get_docstring(tree) is not None else tree.body
     for node in (node for statement in body for node in ast.walk(statement)):
         if isinstance(node, ast.Name) and names:

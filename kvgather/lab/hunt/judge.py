@@ -20,7 +20,7 @@ from .bug import Bug, geometry_label
 from .deadline import OutOfTime, deadline
 from .differences import Contents, difference
 
-__all__ = ["SECONDS", "about_addresses", "complaint", "first_writers", "traced"]
+__all__ = ["SECONDS", "about_addresses", "about_writers", "complaint", "traced"]
 
 SECONDS = 20.0
 """The time limit of one launch; right ones take under 0.5 s."""
@@ -45,6 +45,8 @@ def complaint(bug: Bug, geometry: Mapping[str, Any], *functions: Any, seconds: f
         t = traced(lambda: bug.run(inputs, *functions), seconds)
     except OutOfTime:
         return f"{geometry_label(geometry)}: no result after {seconds:g} s; does a loop never end?"
+    if not t.launches and geometry == bug.shows:  # elsewhere there may be nothing to do
+        return f"{geometry_label(geometry)}: no kernel was launched"
     found = about_addresses(t) or _about_results(bug, inputs, expected, before) or _about_the_rest(bug, inputs, t)
     return f"{geometry_label(geometry)}: {found}" if found else None
 
@@ -68,28 +70,14 @@ def traced(run: Callable[[], Any], seconds: float = SECONDS) -> Trace:
     return t
 
 
-def first_writers(t: Trace) -> str | None:
-    """The first element that two programs of a launch store to, in words, or None."""
-    written: dict[tuple[int, str, int], tuple[int, ...]] = {}
-    for access in t.accesses:
-        if access.kind != "store":
-            continue
-        for element in access.elements[access.mask & ~access.outside].ravel().tolist():
-            first = written.setdefault((access.launch, access.argument, element), access.program)
-            if first != access.program:
-                return f"programs {first} and {access.program} both store to {access.argument}, element {element}"
-    return None
-
-
 def about_addresses(t: Trace) -> str | None:
-    """The first access outside its tensor in words, or that nothing was launched; None if all are inside."""
-    if not t.launches:
-        return "no kernel was launched"
-    if t.violations:
-        first, count = t.violations[0], len(t.violations)
-        where = "between the view's elements" if 0 <= first.element < first.size else "outside"
-        return f"a {first.kind} {where}: {first} ({count} such element{'s' if count > 1 else ''})"
-    return None
+    """The first line of a trace's report that speaks of an access outside its tensor; None if all are inside."""
+    return str(t.groups[0]) if t.groups else None
+
+
+def about_writers(t: Trace) -> str | None:
+    """The first line of a trace's report that speaks of an element stored by two programs; None if there is none."""
+    return str(t.races[0]) if t.races else None
 
 
 def _about_results(bug: Bug, inputs: Mapping[str, Any], expected: Mapping[str, Tensor], before: Contents) -> str | None:
@@ -102,13 +90,11 @@ def _about_results(bug: Bug, inputs: Mapping[str, Any], expected: Mapping[str, T
 
 
 def _about_the_rest(bug: Bug, inputs: Mapping[str, Any], t: Trace) -> str | None:
-    writers = first_writers(t)
+    writers = about_writers(t)
     if writers:
         return writers
-    passed = {
-        argument.untyped_storage().data_ptr() for launch in t.launches for argument in launch.arguments.values()
-    }
-    for name in bug.uncopied:
+    passed = {argument.untyped_storage().data_ptr() for launch in t.launches for argument in launch.arguments.values()}
+    for name in bug.uncopied if t.launches else ():
         if inputs[name].untyped_storage().data_ptr() not in passed:
             return f"the result is right, but the kernel got a copy of {name}; a pool has gigabytes, at each call"
     return None
@@ -117,12 +103,12 @@ def _about_the_rest(bug: Bug, inputs: Mapping[str, Any], t: Trace) -> str | None
 @contextmanager
 def _poisoned_allocations() -> Iterator[None]:
     """Context manager in which `torch.empty` and its relatives are filled with NaN, or the largest integer."""
-    mode = torch.get_deterministic_debug_mode()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic
+    mode, fill = torch.get_deterministic_debug_mode(), settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    settings.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.set_deterministic_debug_mode(mode)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        settings.fill_uninitialized_memory = fill

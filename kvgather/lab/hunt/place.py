@@ -18,14 +18,14 @@ def place_complaint(bug: Bug, argument: Any, line: Any, program: Any) -> str | N
         bug: the bug; the questions are about its geometry `shows`.
         argument: the name of a kernel's argument: the one that is read or written wrongly.
         line: a part of a line's text that no other line has, or its number in the kernel's file.
-        program: the first program that reads or writes something wrong, a tuple of ints, or an int for a grid of one axis.
+        program: the first program that reads or writes something wrong, a tuple of ints; an int will do for one axis.
     """
     return _about_argument(bug, argument) or _about_line(bug, line) or _about_program(bug, program)
 
 
 def lines_of(bug: Bug) -> dict[int, str]:
     """The lines of the bug's kernels, by their number in the module's file."""
-    found = {}
+    found: dict[int, str] = {}
     for kernel in bug.functions:
         source, first = inspect.getsourcelines(kernel.fn)
         found |= {first + i: text.rstrip() for i, text in enumerate(source) if text.strip()}

@@ -8,7 +8,7 @@ from typing import Any
 from ..trace import Trace, trace
 from .bug import TOOLS, Bug
 from .differences import difference
-from .judge import first_writers
+from .judge import about_addresses, about_writers
 from .kernels.rows import NoRoom
 from .script import Outcome, fence_outcomes
 
@@ -37,8 +37,8 @@ def ask(bug: Bug, fence: Outcome) -> dict[str, str]:
     said = (
         plain,
         poisoned,
-        *(str(t.violations[0]) if t.violations else "" for t in reports),
-        first_writers(reports[1]) or "",
+        *(about_addresses(t) or "" for t in reports),
+        about_writers(reports[1]) or "",
         fence.message if fence.kind == "died" else "",
     )
     return dict(zip(TOOLS, said, strict=True))

@@ -22,7 +22,7 @@ from typing import Any
 
 from kvgather.workbook.checks.compare import first_difference
 
-__all__ = ["NotYet", "Wrong", "check", "exercise", "exercises", "expect", "first_difference"]
+__all__ = ["Correct", "NotYet", "Wrong", "check", "exercise", "exercises", "expect", "first_difference"]
 
 
 class NotYet(Exception):
@@ -31,6 +31,10 @@ class NotYet(Exception):
 
 class Wrong(Exception):
     """The reader's answer is wrong; the message names the difference."""
+
+
+class Correct(Exception):
+    """The reader's answer is right, and the message says more than the exercise's own."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,8 @@ def _verdict(entry: _Exercise, answers: tuple[Any, ...]) -> str:
         return f"not yet: {str(verdict) or entry.not_yet}"
     except Wrong as verdict:
         return f"wrong: {verdict}"
+    except Correct as verdict:
+        return f"correct: {verdict}"
     except Exception as error:
         return f"wrong: {_one_line(error)}"
     return f"correct: {entry.correct}" if complaint is None else f"wrong: {complaint}"

@@ -46,20 +46,22 @@ def loaded(path: Path, cell: str) -> ModuleType:
 
 
 def cases(table: dict[str, dict[str, Any]]) -> list[Any]:
-    return [pytest.param(name, value, id=f"{name}: {how}") for name, ways in table.items() for how, value in ways.items()]
+    return [
+        pytest.param(name, value, id=f"{name}: {how}") for name, ways in table.items() for how, value in ways.items()
+    ]
 
 
 @pytest.mark.parametrize(("name", "change"), cases(fixes.RIGHT))
 def test_a_right_fix_is_accepted(verdict: Callable[[str, str], str], name: str, change: Any) -> None:
     bug = hunt.BUGS[name]
-    said = verdict(name, fixes.changed(fixes.answered(bug), change))
+    said = verdict(name, fixes.answered(bug, change))
     assert said == f"correct: {bug.family}; {bug.lesson}"
 
 
 @pytest.mark.parametrize(("name", "wrong"), cases(fixes.WRONG))
 def test_a_wrong_fix_is_caught(verdict: Callable[[str, str], str], name: str, wrong: Any) -> None:
     change, part = wrong
-    said = verdict(name, fixes.changed(fixes.answered(hunt.BUGS[name]), change))
+    said = verdict(name, fixes.answered(hunt.BUGS[name], change))
     assert said.startswith("wrong: ") and part in said
 
 

@@ -38,16 +38,16 @@ BUG = Bug(
         "table_ptr": "the block ids are read right; what is made of them?",
     },
     hints=(
-        "The result is wrong, and a plain trace is silent. What does `strict` say? And is its first program the first "
-        "with a wrong row?",
+        "What does a trace say, and is its first program the first with a wrong row? Compare with the oracle, page by "
+        "page.",
         "Print `k.stride()` for both pools of the script. Which of these numbers does the launcher pass?",
         "The kernel takes the next block to be `PAGE * stride_k_slot` further. In an interleaved pool V lies between: "
         "the launcher has to pass `k.stride(0)`.",
     ),
     found_by=("oracle", "poison", "strict"),
-    why="Every address lies between the first and the last element of K, so the report is silent. Strict sees the odd "
-    "blocks, which land in V; even blocks land in K of block b / 2. A fence copies K to contiguous memory, where the "
-    "kernel is right.",
+    why="Every address lies between the first and the last element of K, so that only a strict report sees it: odd "
+    "blocks land in V. Even blocks land in K of block b / 2, where no report helps. A fence copies K to contiguous "
+    "memory, where the kernel is right.",
     fix="pass `k.stride(0)` and use it",
     wrong_fixes=(
         "a factor of 2 in the kernel: a contiguous K is read outside, and three planes are wrong in silence",

@@ -8,8 +8,8 @@ from ..kernels import rows
 BUG = Bug(
     name="rows",
     title="The first hundred requests are perfect",
-    report="A larger GPU, the same model: the first hundred requests are perfect, then an illegal address, reported by a "
-    "later kernel. On a still larger pool there is no error, only wrong text.",
+    report="A larger GPU, the same model: the first hundred requests are perfect, then an illegal address, reported by "
+    "a later kernel. On a still larger pool there is no error, only wrong text.",
     difficulty=3,
     family="a product in int32",
     threads=(
@@ -45,8 +45,8 @@ BUG = Bug(
         "The product passes 2³¹ and wraps in int32. The block id has to be int64 *before* it is multiplied.",
     ),
     found_by=("oracle", "poison", "report", "strict"),
-    why="The wrapped offset is negative, so that a trace sees it; with block 4099 it is positive again, inside the pool, "
-    "and only the oracle knows. A fence copies the blocks next to each other, where no product is large.",
+    why="The wrapped offset is negative, so that a trace sees it; with block 4099 it is positive again, inside the "
+    "pool, and only the oracle knows. A fence copies the blocks next to each other, where no product is large.",
     fix="the block id to int64 before the product",
     wrong_fixes=("cast the product, or the token: it has wrapped already",),
     lesson="read a huge negative element as 2³² too little; widen before a product, not after it",

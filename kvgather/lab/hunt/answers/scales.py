@@ -38,7 +38,7 @@ BUG = Bug(
     },
     hints=(
         "A permutation stays inside, so reports are empty. Compare the elements that one program reads with those that "
-        "belong to it: `t.select(\"scale_ptr\", program=(0, 0))`.",
+        'belong to it: `t.select("scale_ptr", program=(0, 0))`.',
         "Which elements of `scale` [block, head, page_offset] belong to block 4, head 0? Which are read?",
         "`row` is the row of the codes, [block, page_offset, head]. The scale needs "
         "`(block * HEADS + head) * PAGE + page_offset`.",

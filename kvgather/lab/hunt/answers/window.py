@@ -40,7 +40,7 @@ BUG = Bug(
     hints=(
         "All addresses are good, so no report will help. Choose K and V so that the result says which rows were read: "
         "`inputs(lengths, marked=True)` does.",
-        "Count the rows of K that program (0,) touches: `t.bytes_touched(\"k_ptr\", (0,))`, at lengths 7, 8 and 12.",
+        'Count the rows of K that program (0,) touches: `t.bytes_touched("k_ptr", (0,))`, at lengths 7, 8 and 12.',
         "`window_left` counts the keys *before* the query's own key. The last key is `length - 1`, so the first is "
         "`length - 1 - left`; short requests still begin at 0.",
     ),

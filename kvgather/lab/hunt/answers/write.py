@@ -8,8 +8,8 @@ from ..kernels import write
 BUG = Bug(
     name="write",
     title="The owner of the last slot",
-    report="Under full load one request in some thousands is corrupt from its first new token. It owns the last slot of "
-    "the pool every time. With captured graphs off it never happens.",
+    report="Under full load one request in some thousands is corrupt from its first new token. It owns the last slot "
+    "of the pool every time. With captured graphs off it never happens.",
     difficulty=4,
     family="padding sent to a slot that somebody owns",
     threads=(

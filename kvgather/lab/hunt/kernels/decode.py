@@ -18,7 +18,7 @@ def decode_kernel(out_ptr, q_ptr, k_ptr, v_ptr, table_ptr, lengths_ptr, width, P
     q = tl.load(q_ptr + request * DIM + dim)
     highest, total = -float("inf"), 0.0
     values = tl.zeros([DIM], tl.float32)
-    for page in range(0, tl.cdiv(length, PAGE)):
+    for page in range(tl.cdiv(length, PAGE)):
         block = tl.load(table_ptr + request * width + page)
         inside = page * PAGE + row < length
         at = (block * PAGE + row[:, None]) * DIM + dim  # [page, dim]

@@ -12,8 +12,7 @@ from torch import Tensor
 
 @triton.jit
 def partial_kernel(out_ptr, sums_ptr, q_ptr, k_ptr, v_ptr, keys, KEYS: tl.constexpr, DIM: tl.constexpr):
-    head = tl.program_id(0)
-    row, dim = tl.arange(0, KEYS), tl.arange(0, DIM)
+    head, row, dim = tl.program_id(0), tl.arange(0, KEYS), tl.arange(0, DIM)
     at = row[:, None] * DIM + dim  # [keys, dim]
     k = tl.load(k_ptr + at, mask=row[:, None] < keys, other=0.0)
     v = tl.load(v_ptr + at, mask=row[:, None] < keys, other=0.0)
@@ -33,8 +32,7 @@ def merge_kernel(out_ptr, a_ptr, b_ptr, a_sums_ptr, b_sums_ptr, DIM: tl.constexp
     a_sum, b_sum = tl.load(a_sums_ptr + head), tl.load(b_sums_ptr + head)
     top = tl.maximum(a_sum, b_sum)
     a_weight, b_weight = tl.exp(a_sum - top), tl.exp(b_sum - top)
-    both = tl.load(a_ptr + at) * a_weight + tl.load(b_ptr + at) * b_weight
-    tl.store(out_ptr + at, both / (a_weight + b_weight))
+    tl.store(out_ptr + at, (tl.load(a_ptr + at) * a_weight + tl.load(b_ptr + at) * b_weight) / (a_weight + b_weight))
 
 
 def attend_in_two(

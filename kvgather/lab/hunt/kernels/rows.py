@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-
 BEFORE = 2**31
 
 
@@ -70,7 +69,9 @@ def _lazy_bytes(nbytes: int) -> Tensor:
     try:
         pages = mmap.mmap(-1, BEFORE + nbytes, **({"flags": flags} if flags else {}))
     except (OSError, OverflowError, ValueError) as error:
-        raise NoRoom(f"this machine maps no {BEFORE + nbytes:,} bytes of addresses, which this bug needs: {error}") from error
+        raise NoRoom(
+            f"this machine maps no {BEFORE + nbytes:,} bytes of addresses, which this bug needs: {error}"
+        ) from error
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         pages.madvise(mmap.MADV_NOHUGEPAGE)  # a huge page for each touched byte would fill the whole range
     if sys.platform != "win32":

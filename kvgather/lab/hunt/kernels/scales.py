@@ -11,9 +11,7 @@ from torch import Tensor
 
 
 @triton.jit
-def scales_kernel(
-    out_ptr, codes_ptr, scale_ptr, table_ptr, PAGE: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr
-):
+def scales_kernel(out_ptr, codes_ptr, scale_ptr, table_ptr, PAGE: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr):
     page, head = tl.program_id(0), tl.program_id(1)
     page_offset, dim = tl.arange(0, PAGE), tl.arange(0, DIM)
     block = tl.load(table_ptr + page)
