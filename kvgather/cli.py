@@ -41,6 +41,10 @@ def crash(arguments: argparse.Namespace) -> int:
     from .files import check_replaceable
     from .lab import crash as lab
 
+    if arguments.map:
+        return _crash_map(arguments)
+    if arguments.csv is not None or arguments.commit is not None:
+        raise lab.CrashError("--csv or --commit without --map; accepted: both with --map, --json without it")
     if arguments.list:
         return _list_cases(arguments.device)
     cases = arguments.case or lab.names(arguments.device)
@@ -74,6 +78,37 @@ def _list_cases(device: str) -> int:
     for case in cases:
         print(f"{case.name:<{width}}  expected: {' or '.join(case.expected)}")
     return OK
+
+
+def _crash_map(arguments: argparse.Namespace) -> int:
+    """Gather with an ordinary scalar for each of a series of block ids, print the points, and write them to a file."""
+    from .bench.machine import COMMIT, machine
+    from .device import has_gpu
+    from .files import check_replaceable, replace_text
+    from .lab import crash as lab
+    from .lab.crash_map import as_csv, run_map
+
+    if arguments.case or arguments.list or arguments.json is not None:
+        raise lab.CrashError("--map with --case, --list or --json; accepted: --device, --csv, --commit, --timeout")
+    if arguments.device == "cuda":
+        lab.names("cuda")  # raises without a GPU
+    device = "cuda" if arguments.device != "cpu" and has_gpu() else "cpu"
+    if arguments.commit:
+        os.environ[COMMIT] = arguments.commit
+    path = None if arguments.csv is None else Path(arguments.csv or _default_csv("crash_map", device))
+    to_stdout = path == Path(STDOUT)
+    if path is not None and not to_stdout:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        check_replaceable(path)
+    points = []
+    for point in run_map(device, machine(device), timeout=arguments.timeout):
+        points.append(point)
+        print(point, file=sys.stderr if to_stdout else sys.stdout, flush=True)
+        if path is not None and not to_stdout:
+            replace_text(path, as_csv(points))
+    if to_stdout:
+        print(as_csv(points), end="")
+    return FAILED if any(point.outcome in ("failed", "timeout") for point in points) else OK
 
 
 def bench(arguments: argparse.Namespace) -> int:
@@ -124,6 +159,15 @@ def _add_crash(commands: Commands) -> None:
     parser.add_argument("--json", metavar="FILE", help="also write the outcomes to FILE; - is the standard output")
     parser.add_argument("--timeout", type=_seconds, default=120.0, metavar="SECONDS", help="per case; default: 120")
     parser.add_argument("--list", action="store_true", help="print the cases and the expected outcomes, and run none")
+    parser.add_argument(
+        "--map", action="store_true", help="run no case, but the gather before the fix with an ordinary scale, for a "
+        "series of block ids: which of them fault, and which call reports it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--csv", metavar="FILE", nargs="?", const="", help="with --map: also write the points to FILE; without FILE to "
+        "benchmarks/results/crash_map_DEVICE.csv; - is the standard output",
+    )  # fmt: skip
+    parser.add_argument("--commit", metavar="TEXT", help="with --map: commit to record, as in bench")
     parser.set_defaults(run=crash)
 
 

@@ -11,12 +11,14 @@ from typing import Any
 
 import nbformat
 
+from kvgather.workbook.tables import is_house_table
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "notebooks"
 CHAPTERS = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
 
 LINES = 30  # a cell is shorter than this
-SPEAKING = {"print", "show", "display", "check"}
+SPEAKING = {"print", "show", "display", "check", "table"}
 IGNORED = "nbval-ignore-output"
 
 Rule = Callable[["Notebook"], list[str]]
@@ -104,7 +106,7 @@ def speaking_cells_have_outputs(notebook: Notebook) -> list[str]:
 
 
 def _speaks(source: str) -> bool:
-    """Whether a statement that is sure to run calls print, show, display or check."""
+    """Whether a statement that is sure to run calls one of SPEAKING."""
     sure = [
         node for node in ast.parse(_without_magics(source)).body if isinstance(node, ast.Expr | ast.Assign | ast.With)
     ]
@@ -124,8 +126,11 @@ def outputs_are_text_or_png(notebook: Notebook) -> list[str]:
             found.append(f"cell {i} raised {output.ename}")
         elif output.output_type == "stream" and output.name == "stderr":
             found.append(f"cell {i} wrote to stderr")
-        for kind in set(output.get("data", {})) - {"text/plain", "image/png"}:
+        data = output.get("data", {})
+        for kind in sorted(set(data) - {"text/plain", "image/png", "text/html"}):
             found.append(f"cell {i} has an output of type {kind}")
+        if "text/html" in data and not (is_house_table(data["text/html"]) and data.get("text/plain", "").strip()):
+            found.append(f"cell {i} has HTML that is not a table of kvgather.workbook.tables, with its plain text")
     return found
 
 

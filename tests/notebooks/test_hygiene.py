@@ -11,6 +11,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from kvgather.workbook.tables import table_html, table_text
 from tests.notebooks import exercise_cells
 from tests.notebooks.hygiene import CHAPTERS, FOLDER, RULES, Notebook, complaints
 
@@ -75,12 +76,14 @@ def exercise(number: int) -> list[Any]:
 
 
 def good_notebook() -> Any:
-    """A notebook that keeps all rules: six code cells, two exercises, a picture, an ignored output."""
+    """A notebook that keeps all rules: six code cells, two exercises, a picture, a table, an ignored output."""
     picture = new_output("display_data", data={"image/png": "", "text/plain": "[figure: a line]"})
+    numbers = [("a", 1)], ["name", "n"]
+    sheet = new_output("display_data", data={"text/html": table_html(*numbers), "text/plain": table_text(*numbers)})
     picture.metadata = nbformat.from_dict({"image/png": {"alt": "a line"}})
     cells = [
         new_markdown_cell(BANNER),
-        new_code_cell("show(line)", outputs=[picture]),
+        new_code_cell("show(line)\ntable(rows, headers)", outputs=[picture, sheet]),
         new_code_cell("assert 1 + 1 == 2\nclock()", metadata={"tags": ["nbval-ignore-output"]}),
         *exercise(1),
         *exercise(2),
@@ -141,6 +144,10 @@ def text(content: str) -> Any:
     return new_output("stream", name="stdout", text=content)
 
 
+def html(content: str, plain: str) -> Any:
+    return new_output("display_data", data={"text/html": content, "text/plain": plain})
+
+
 PICTURE, TIMED, TASK, SKELETON, HINT, CHECK = range(1, 7)
 BROKEN: list[tuple[str, str, Callable[[Any], None]]] = [
     ("executed_in_order", "counts [None, 2", lambda nb: nb.cells[1].update(execution_count=None)),
@@ -153,7 +160,8 @@ BROKEN: list[tuple[str, str, Callable[[Any], None]]] = [
     ("outputs_are_text_or_png", "stderr", set_outputs(PICTURE, new_output("stream", name="stderr", text="!"))),
     ("outputs_are_text_or_png", "ValueError", set_outputs(PICTURE, new_output("error", ename="ValueError"))),
     ("outputs_are_text_or_png", "svg", set_outputs(1, new_output("display_data", data={"image/svg+xml": ""}))),
-    ("outputs_are_text_or_png", "html", set_outputs(1, new_output("display_data", data={"text/html": ""}))),
+    ("outputs_are_text_or_png", "not a table", set_outputs(1, html("<table></table>", "a table"))),
+    ("outputs_are_text_or_png", "not a table", set_outputs(1, html(table_html([(1, 2)], ["a", "b"]), ""))),
     ("outputs_are_the_same_everywhere", "0x7f", set_outputs(PICTURE, text("<object at 0x7f3a>"))),
     ("outputs_are_the_same_everywhere", "/home", set_outputs(PICTURE, text("in /home/me/kvgather/cache.py"))),
     ("code_runs_in_any_folder", "cell 2 has the path ../results", set_source(TIMED, 'read("../results")')),

@@ -56,17 +56,12 @@ def traced(run: Callable[[], Any], seconds: float = SECONDS) -> Trace:
 
     Raises:
         OutOfTime: the time is over.
-        Exception: what the function raised; of an exception in a kernel, the cause that the interpreter wrapped.
+        Exception: what the function raised.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # NumPy warns of an overflow in a wrong kernel, which the report names better
-        try:
-            with deadline(seconds), _poisoned_allocations(), trace(strict=True) as t:
-                run()
-        except Exception as error:
-            if type(error).__name__ == "InterpreterError" and error.__cause__ is not None:
-                raise error.__cause__ from None
-            raise
+        with deadline(seconds), _poisoned_allocations(), trace(strict=True) as t:
+            run()
     return t
 
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvgather.workbook.checks.compare import first_difference
+from kvgather.workbook.kernel_errors import kernel_error
 
 __all__ = ["Correct", "NotYet", "Wrong", "check", "exercise", "exercises", "expect", "first_difference"]
 
@@ -152,12 +153,19 @@ def _unfilled(value: Any) -> bool:
 
 def _one_line(error: Exception) -> str:
     """The exception, and the innermost line of the reader's cell in its traceback."""
+    inside = kernel_error(error)
+    if inside is not None:
+        place = f"on line {inside.line} of your cell" if _is_cell(inside.file) else f"on line {inside.line} of its file"
+        message = f"your kernel raised {inside.message}, {place}: {inside.source}"
+        return f"{message} → {inside.advice}" if inside.advice else message
     text = str(error).strip().split("\n")[0]
     message = f"your code raised {type(error).__name__}" + (f": {text}" if text else "")
-    # The file of a cell is a path with "ipykernel" in it, or "<ipython-input-…>".
-    own = [
-        frame for frame in traceback.extract_tb(error.__traceback__) if "ipy" in frame.filename.rsplit("/site-", 1)[-1]
-    ]
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_cell(frame.filename)]
     if not own or not own[-1].line:
         return message
     return f"{message}, on line {own[-1].lineno} of your cell: {own[-1].line}"
+
+
+def _is_cell(file: str) -> bool:
+    """Whether a file is a notebook's cell: a path with "ipykernel" in it, or "<ipython-input-…>"."""
+    return "ipy" in file.rsplit("/site-", 1)[-1]
