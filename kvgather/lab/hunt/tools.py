@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ..trace import Trace, trace
@@ -15,15 +15,20 @@ from .script import Outcome, fence_outcomes
 __all__ = ["ask", "ask_all"]
 
 
-def ask_all(bugs: Iterable[Bug]) -> dict[str, dict[str, str]]:
-    """What each tool says about each bug: a text, or "" where the tool is silent. The fences run in child processes."""
+def ask_all(bugs: Iterable[Bug], *, timeout: float = 60.0) -> Iterator[tuple[str, dict[str, str]]]:
+    """The name of each bug, and what each tool says about it; the fences run in child processes.
+
+    Args:
+        bugs: the bugs, in order.
+        timeout: seconds after which a child process is killed.
+    """
     bugs = list(bugs)
-    fences = fence_outcomes(bugs)
-    return {bug.name: ask(bug, fence) for bug, fence in zip(bugs, fences, strict=True)}
+    for bug, fence in zip(bugs, fence_outcomes(bugs, timeout=timeout), strict=True):
+        yield bug.name, ask(bug, fence)
 
 
 def ask(bug: Bug, fence: Outcome) -> dict[str, str]:
-    """What each tool of `TOOLS` says about one bug.
+    """What each tool of `TOOLS` says about one bug: a text, or "" where the tool is silent.
 
     Args:
         bug: the bug, whose geometry `shows` is run under traces.

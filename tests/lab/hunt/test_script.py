@@ -34,7 +34,7 @@ def test_a_script_shows_its_bug(outcomes: dict[str, list[Any]], name: str) -> No
 
 
 def test_every_tool_says_what_the_registry_says() -> None:
-    for name, said in tools.ask_all(hunt.BUGS.values()).items():
+    for name, said in tools.ask_all(hunt.BUGS.values()):
         assert list(said) == list(hunt.TOOLS)
         assert tuple(tool for tool, text in said.items() if text) == hunt.BUGS[name].found_by, (name, said)
 

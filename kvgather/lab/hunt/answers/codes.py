@@ -14,7 +14,7 @@ BUG = Bug(
     family="one FP8 format decoded as another",
     threads=(
         Thread("vllm-project/vllm#45720", "merged"),
-        Thread("vllm-project/vllm#45562", "the report of it"),
+        Thread("vllm-project/vllm#45562", "closed; its report"),
     ),
     module=codes,
     launcher="decode_codes",

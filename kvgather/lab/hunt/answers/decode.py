@@ -16,7 +16,7 @@ BUG = Bug(
     family="0 · NaN behind the last token",
     threads=(
         Thread("vllm-project/vllm#47305", "merged"),
-        Thread("huggingface/transformers#46765", "a like one"),
+        Thread("huggingface/transformers#46765", "the same in another engine"),
     ),
     module=decode,
     launcher="decode_attention",

@@ -14,8 +14,8 @@ BUG = Bug(
     family="the base of a log-sum-exp",
     threads=(
         Thread("vllm-project/vllm#52796", "merged"),
-        Thread("sgl-project/sglang#40903", "a like one"),
-        Thread("flashinfer-ai/flashinfer#2113", "a like one"),
+        Thread("sgl-project/sglang#40903", "open; the same mismatch"),
+        Thread("flashinfer-ai/flashinfer#2113", "about the convention"),
     ),
     module=merge,
     launcher="attend_in_two",

@@ -45,8 +45,8 @@ BUG = Bug(
         "`length - 1 - left`; short requests still begin at 0.",
     ),
     found_by=("oracle", "poison"),
-    why="The kernel reads too little, and everything that it reads is its own. A tool that judges addresses can't miss "
-    "what is not read.",
+    why="The kernel reads too little, and everything that it reads is its own. A tool that judges addresses says "
+    "nothing of a row that is not read.",
     fix="subtract 1 before clamping at 0",
     wrong_fixes=("subtract 1 after the clamp, or without it: short requests read before their first key",),
     lesson="make inputs that say which rows were read, and test at window − 1, window and window + 1",

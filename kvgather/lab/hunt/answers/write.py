@@ -14,7 +14,7 @@ BUG = Bug(
     family="padding sent to a slot that somebody owns",
     threads=(
         Thread("sgl-project/sglang#36880", "found by an audit; fixed by #36885, merged"),
-        Thread("vllm-project/vllm#43810", "a like one"),
+        Thread("vllm-project/vllm#43810", "closed; the same in another engine"),
     ),
     module=write,
     launcher="write_rows",
