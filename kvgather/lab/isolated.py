@@ -7,7 +7,7 @@ A general tool, for a kernel with fenced arguments (`kvgather.lab.fence`), which
     def experiment(n):
         my_kernel[grid](x, fenced(scale), out, n)
 
-    print(run_function(experiment, 64))  # segfault (exit -11) at /home/me/kernel.py:93
+    print(run_function(experiment, 64))  # segfault (exit -11) at kernel.py:93
 
 `run_script("two.py")` runs a file, and `run_code` source text, for a notebook.
 """
