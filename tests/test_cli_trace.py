@@ -189,6 +189,6 @@ def test_the_readmes_example(tmp_path: Path) -> None:
     section = README.split("## For your own kernels")[1].split("\n## ")[0]
     code, printed = re.findall(r"```(?:python)?\n(.*?)```", section, re.DOTALL)[:2]
     (tmp_path / "two.py").write_text(code)
-    assert len(code.strip().splitlines()) == 10
+    assert len([line for line in code.splitlines() if line]) <= 10
     status, stdout, stderr = run("two.py", cwd=tmp_path)
     assert (status, stdout, stderr) == (cli.NOT_AS_EXPECTED, printed.split("two.py\n", 1)[1], "")
