@@ -22,6 +22,7 @@ __all__ = ["KernelError", "explain", "kernel_error", "short_tracebacks"]
 # Messages of Triton (3.6 to 3.9) that do not name what the reader has to change.
 ADVICE = (
     (r"invalid operands of type pointer<\S+> and \S*float", "an offset is an integer: // divides, / gives a float"),
+    (r"invalid operands of type pointer", "a pointer takes an offset; tl.load(pointer + offset) gives a number"),
     (r"range must be a power of 2", "round the lanes up with triton.next_power_of_2, and mask those beyond the end"),
     (r"must be of type tl\.constexpr", "declare the parameter as NAME: tl.constexpr"),
     (r"'torch\.dtype' object", "a kernel's dtypes are those of Triton, such as tl.float32"),

@@ -13,8 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from kvgather.lab.access import BETWEEN
 from kvgather.lab.trace import Access, Trace
-from kvgather.workbook.figures import BAD, EMPTY, GOOD, INK, LINE, figure, legend, show
+from kvgather.workbook.figures import BAD, EMPTY, GOOD, INK, LINE, PAPER, figure, legend, show
 
 __all__ = ["COLUMNS", "StripRow", "describe", "function_source", "in_words", "show_steps", "step_picture", "strip"]
 
@@ -82,9 +83,12 @@ def in_words(access: Access) -> str:
         text += f" ({_bytes(np.ravel(access.bytes)[enabled], access.width)})"
     if count < enabled.size:
         text += f"; the mask disables {enabled.size - count} of {enabled.size} lanes"
-    outside = int(access.outside.sum())
+    between = 0 if access.between is None else int(access.between.sum())
+    outside = int(access.outside.sum()) - between
     if outside:
         text += f"; {outside} outside: {access.argument} has {_plural(access.size, 'element')}"
+    if between:
+        text += f"; {between} outside: {BETWEEN}"
     return text
 
 
@@ -101,12 +105,12 @@ def show_steps(
 
     Args:
         trace: the trace.
-        steps: numbers of the accesses, from 0, among those of `program` and `argument`; numbers past the end are
-            left out.
+        steps: numbers of the accesses, from 0, among those of `program` and `argument`; a number past the end, or
+            a second time, is left out.
         program, argument: as in `Trace.select`.
     """
     accesses = list(trace.select(argument, program))
-    chosen = [accesses[step] for step in steps if 0 <= step < len(accesses)]
+    chosen = [accesses[step] for step in dict.fromkeys(steps) if 0 <= step < len(accesses)]
     show(step_picture(chosen), alt=describe(chosen))
 
 
@@ -148,7 +152,8 @@ def _draw_strip(axes: Axes, lines: Sequence[StripRow], more: int) -> None:
         for column, state in enumerate(line.states):
             if state == BEYOND:
                 continue
-            box = Rectangle((column, row), 1, 1, facecolor=FACE[state], edgecolor=LINE if state == OFF else "white")
+            outline, style = (LINE, "--") if state == OFF else (PAPER, "-")
+            box = Rectangle((column, row), 1, 1, facecolor=FACE[state], edgecolor=outline, linestyle=style)
             axes.add_patch(box)
             mark = {OUTSIDE: "×", OFF: "–"}.get(state, "")
             color = INK if state == OFF else "white"
@@ -205,7 +210,8 @@ def _elements(elements: np.ndarray) -> str:
     if len(steps) == 1:
         (step,) = steps
         return f"{elements.size} times element {elements[0]}" if step == 0 else f"{ends} in steps of {step}"
-    return f"{elements.size} elements in {1 + int((np.diff(elements) != 1).sum())} pieces, {elements.min()} to {elements.max()}"
+    pieces = 1 + int((np.diff(elements) != 1).sum())
+    return f"{elements.size} elements in {pieces} pieces, {elements.min()} to {elements.max()}"
 
 
 def _index(program: tuple[int, ...]) -> str:

@@ -18,7 +18,12 @@ __all__ = ["Link", "is_house_table", "table", "table_html", "table_text"]
 # because JupyterLab sets white-space for each cell; the frame scrolls instead of the page.
 OPENING = '<div class="kvgather-table" style="overflow:auto">'
 CLOSING = "</table>\n</div>"
-STYLES = {"left": "text-align:left;white-space:nowrap", "right": "text-align:right;white-space:nowrap"}
+STYLES = {
+    "left": "text-align:left;white-space:nowrap",
+    "right": "text-align:right;white-space:nowrap",
+    "wrapped": "text-align:left;white-space:normal;min-width:18em",
+}
+WRAPPED_TEXT = 60  # columns of a wrapped cell in plain text
 
 
 @dataclass(frozen=True)
@@ -32,41 +37,48 @@ class Link:
         return self.text
 
 
-def table(rows: Iterable[Sequence[Any]], headers: Sequence[str]) -> None:
+def table(rows: Iterable[Sequence[Any]], headers: Sequence[str], *, wrapped: Sequence[str] = ()) -> None:
     """Display a table that does not wrap: HTML, with the same table as plain text.
 
     Args:
         rows: rows of cells; floats are printed with four significant digits, None as a dash, a `Link` as a link.
         headers: one for each column; columns of numbers are aligned to the right, all others to the left.
+        wrapped: headers of the columns whose cells are sentences and may wrap.
 
     Raises:
-        ValueError: a row has more or fewer cells than `headers`.
+        ValueError: a row has more or fewer cells than `headers`, or no header is called as one of `wrapped`.
     """
     rows = [tuple(row) for row in rows]
-    display({"text/html": table_html(rows, headers), "text/plain": table_text(rows, headers)}, raw=True)
+    forms = {
+        "text/html": table_html(rows, headers, wrapped=wrapped),
+        "text/plain": table_text(rows, headers, wrapped=wrapped),
+    }
+    display(forms, raw=True)
 
 
-def table_text(rows: Iterable[Sequence[Any]], headers: Sequence[str]) -> str:
+def table_text(rows: Iterable[Sequence[Any]], headers: Sequence[str], *, wrapped: Sequence[str] = ()) -> str:
     """The table as plain text, the text/plain form of `table`; arguments and errors are those of `table`."""
-    cells, aligned = _cells(rows, headers)
-    return tabulate(cells, headers, tablefmt="simple", disable_numparse=True, colalign=aligned if cells else None)
+    cells, sides = _cells(rows, headers, wrapped)
+    if not cells:
+        return tabulate([], headers, tablefmt="simple")
+    aligned = ["right" if side == "right" else "left" for side in sides]
+    widths = [WRAPPED_TEXT if side == "wrapped" else None for side in sides] if wrapped else None
+    return tabulate(cells, headers, tablefmt="simple", disable_numparse=True, colalign=aligned, maxcolwidths=widths)
 
 
-def table_html(rows: Iterable[Sequence[Any]], headers: Sequence[str]) -> str:
+def table_html(rows: Iterable[Sequence[Any]], headers: Sequence[str], *, wrapped: Sequence[str] = ()) -> str:
     """The table as HTML, the text/html form of `table`; arguments and errors are those of `table`.
 
     Each cell has a line of its own, so that nbval's sanitizing, which works on lines, does not reach the next cell.
     """
     rows = [tuple(row) for row in rows]
-    cells, aligned = _cells(rows, headers)
+    cells, sides = _cells(rows, headers, wrapped)
     lines = [OPENING, "<table>", "<thead>", "<tr>"]
-    lines += [
-        f'<th style="{STYLES[side]}">{html.escape(name)}</th>' for name, side in zip(headers, aligned, strict=True)
-    ]
+    lines += [f'<th style="{STYLES[side]}">{html.escape(name)}</th>' for name, side in zip(headers, sides, strict=True)]
     lines += ["</tr>", "</thead>", "<tbody>"]
     for row, texts in zip(rows, cells, strict=True):
         lines.append("<tr>")
-        for value, text, side in zip(row, texts, aligned, strict=True):
+        for value, text, side in zip(row, texts, sides, strict=True):
             content = html.escape(text)
             if isinstance(value, Link):
                 content = f'<a href="{html.escape(value.target)}">{content}</a>'
@@ -83,14 +95,19 @@ def is_house_table(text: str) -> bool:
     return framed and tags <= {"div", "table", "thead", "tbody", "tr", "th", "td", "a"} and styles <= {*STYLES.values()}
 
 
-def _cells(rows: Iterable[Sequence[Any]], headers: Sequence[str]) -> tuple[list[list[str]], list[str]]:
-    """The cells as texts, and the alignment of each column."""
+def _cells(
+    rows: Iterable[Sequence[Any]], headers: Sequence[str], wrapped: Sequence[str]
+) -> tuple[list[list[str]], list[str]]:
+    """The cells as texts, and the style of each column."""
+    if unknown := [name for name in wrapped if name not in headers]:
+        raise ValueError(f"wrapped has {unknown[0]!r}; accepted: {', '.join(map(repr, headers))}")
     cells = [[_text(value) for value in row] for row in rows]
     for place, row in enumerate(cells):
         if len(row) != len(headers):
             raise ValueError(f"rows[{place}] has {len(row)} cells; accepted: {len(headers)}, one for each header")
     columns = [[row[place] for row in cells] for place in range(len(headers))]
-    return cells, ["right" if column and all(map(_is_number, column)) else "left" for column in columns]
+    sides = ["right" if column and all(map(_is_number, column)) else "left" for column in columns]
+    return cells, ["wrapped" if name in wrapped else side for name, side in zip(headers, sides, strict=True)]
 
 
 def _text(value: Any) -> str:
@@ -101,7 +118,7 @@ def _text(value: Any) -> str:
 
 def _is_number(text: str) -> bool:
     try:
-        float(text.replace(",", "").replace("–", "0"))
+        float(text.removesuffix("%").replace(",", "").replace("–", "0"))
     except ValueError:
         return False
     return True

@@ -28,6 +28,7 @@ def test_text_aligns_numbers_to_the_right():
     assert table_text(ROWS, HEADERS) == (
         "name       n    error\n------  ----  -------\na          1   0.1235\nlong    1000        –"
     )
+    assert table_text([("5.0 %",), ("12.5 %",)], ["share"]).endswith("\n  5.0 %\n 12.5 %")
     assert table_text([], ["a", "bc"]) == "a    bc\n---  ----"
 
 
@@ -75,3 +76,13 @@ def test_a_row_of_another_length_is_refused():
 def test_other_html_is_no_house_table(text):
     assert is_house_table(table_html(ROWS, HEADERS))
     assert not is_house_table(text)
+
+
+def test_a_column_of_sentences_may_wrap():
+    rows, headers = [("a", "word " * 30)], ["name", "story"]
+    text = table_html(rows, headers, wrapped=["story"])
+    assert text.count("white-space:normal") == 2 and text.count("white-space:nowrap") == 2
+    assert is_house_table(text)
+    assert max(map(len, table_text(rows, headers, wrapped=["story"]).split("\n"))) <= 70
+    with pytest.raises(ValueError, match="wrapped has 'tale'; accepted: 'name', 'story'"):
+        table_html(rows, headers, wrapped=["tale"])

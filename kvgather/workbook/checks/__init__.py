@@ -22,6 +22,7 @@ from typing import Any
 
 from kvgather.workbook.checks.compare import first_difference
 from kvgather.workbook.kernel_errors import kernel_error
+from kvgather.workbook.progress import note_solved
 
 __all__ = ["Correct", "NotYet", "Wrong", "check", "exercise", "exercises", "expect", "first_difference"]
 
@@ -79,7 +80,7 @@ def exercises(chapter: str) -> list[str]:
 
 
 def check(name: str, *answers: Any) -> None:
-    """Print the verdict on the reader's answer to one exercise.
+    """Print the verdict on the reader's answer to one exercise; in the reader's copy, remember a solved one.
 
     Args:
         name: chapter and number, such as "03.1".
@@ -93,7 +94,10 @@ def check(name: str, *answers: Any) -> None:
         raise ValueError(
             f"name is {name!r}; accepted in this chapter: {', '.join(known) or 'nothing, it has no checks'}"
         )
-    print(_verdict(_REGISTRY[name], answers))
+    verdict = _verdict(_REGISTRY[name], answers)
+    print(verdict)
+    if verdict.startswith("correct: ") and (line := note_solved(name, known)):
+        print(line)
 
 
 def expect(expected: Any, got: Any, name: str = "your answer", *, tolerance: float = 0.0) -> None:

@@ -15,7 +15,7 @@ import ipywidgets
 import numpy as np
 
 from kvgather.lab.trace import Access, Trace
-from kvgather.workbook.figures import BAD, EMPTY, GOOD, INK, LINE
+from kvgather.workbook.figures import BAD, EMPTY, GOOD, INK, PAPER
 from kvgather.workbook.step_picture import COLUMNS, StripRow, function_source, in_words, strip
 
 __all__ = ["Steps", "step_html", "stepper"]
@@ -25,7 +25,7 @@ LINES = 17
 
 # Every color is set: the card is opaque, so that it reads the same on a light and on a dark page.
 STYLE = f"""<style>
-.kvgather-step {{background:#F4F3EE; color:{INK}; padding:8px 12px; font-size:13px; line-height:1.45; overflow-x:auto}}
+.kvgather-step {{background:{PAPER}; color:{INK}; padding:8px 12px; font-size:13px; line-height:1.45; overflow-x:auto}}
 .kvgather-step pre {{background:none; color:{INK}; margin:6px 0; font-size:12px; line-height:1.4}}
 .kvgather-step mark {{background:#F0E442; color:{INK}; display:inline-block; min-width:100%}}
 .kvgather-step .row {{white-space:nowrap; height:17px}}
@@ -35,12 +35,13 @@ STYLE = f"""<style>
 .kvgather-step .inside {{background:{GOOD}}} .kvgather-step .exists {{background:{EMPTY}; border:1px solid #CFCEC6}}
 .kvgather-step .outside {{background:{BAD}}} .kvgather-step .off {{border:1px dashed {INK}; color:{INK}}}
 .kvgather-step .legend {{margin-top:8px; font-size:12px}} .kvgather-step .legend i {{margin:2px 3px 0 10px}}
-.kvgather-step .whole {{position:relative; height:14px; margin:4px 0 8px 64px; width:{COLUMNS * 16}px}}
-.kvgather-step .whole b {{position:absolute; left:-64px; width:58px; text-align:right; font:11px monospace}}
+.kvgather-step .whole {{position:relative; height:14px; margin:4px 0 8px 70px; width:{COLUMNS * 16}px}}
+.kvgather-step .whole b {{position:absolute; left:-70px; width:64px; text-align:right; font:11px monospace}}
 .kvgather-step .whole span {{position:absolute; top:0; height:100%; min-width:2px}}
 </style>"""
 LEGEND = (
-    '<div class="row legend"><b></b><i class="inside"></i> accessed <i class="outside">×</i> accessed, outside the tensor '
+    '<div class="row legend"><b></b><i class="inside"></i> accessed '
+    '<i class="outside">×</i> accessed, outside the tensor '
     '<i class="off">–</i> lane disabled by the mask <i class="exists"></i> element of the tensor</div>'
 )
 MARKS = {"outside": "×", "off": "–"}
@@ -171,9 +172,9 @@ def _whole(access: Access) -> str:
         # Neighbours are one mark, and so are elements nearer to each other than a pixel.
         places = np.unique(((elements[chosen] - low) * scale * 5).astype(np.int64))
         breaks = np.flatnonzero(np.diff(places) > max(1, int(np.ceil(scale * 5))))
-        starts, ends = np.r_[0, breaks + 1], np.r_[breaks, places.size - 1]
         if places.size:
-            bar += [_span(places[a] / 5, (places[b] - places[a]) / 5 + scale, name) for a, b in zip(starts, ends)]
+            starts, ends = places[np.r_[0, breaks + 1]] / 5, places[np.r_[breaks, places.size - 1]] / 5
+            bar += [_span(a, b - a + scale, name) for a, b in zip(starts, ends, strict=True)]
     return f'<div class="whole"><b>to scale</b>{"".join(bar)}</div>'
 
 
