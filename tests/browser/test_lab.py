@@ -127,6 +127,15 @@ def first_cell_with(browser: Any, kind: str) -> int:
     return int(found)
 
 
+def test_glossary_opens_as_a_page_with_anchors(lab: Lab, browser: Any) -> None:
+    browser.get(lab.open("my-notebooks/glossary.md"))
+    headings = "return [...document.querySelectorAll('.jp-MarkdownViewer h2')].map(h2 => h2.textContent)"
+    shown = wait_for("the glossary", lambda: browser.execute_script(headings))
+    assert any(heading.startswith("block_table") for heading in shown)
+    anchor = ".jp-MarkdownViewer h2[id='block_table'], .jp-MarkdownViewer h2[data-jupyter-id='block_table']"
+    assert browser.find_elements(By.CSS_SELECTOR, anchor)
+
+
 @pytest.mark.parametrize("chapter", CHAPTERS)
 def test_every_cell_of_a_chapter_runs(lab: Lab, browser: Any, chapter: str) -> None:
     path = f"my-notebooks/{chapter}"
