@@ -151,6 +151,13 @@ def _add_bench(commands: Commands) -> None:
     parser.set_defaults(run=bench)
 
 
+def _add_serving(commands: Commands) -> None:
+    from .replay.commands import COMMANDS as added
+
+    for add in added:
+        add(commands)
+
+
 def _seconds(text: str) -> float:
     from .lab.child import MAX_SECONDS
 
@@ -179,7 +186,7 @@ def _version() -> str:
         return "unknown"
 
 
-COMMANDS: tuple[Callable[[Commands], None], ...] = (_add_doctor, _add_crash, _add_bench)
+COMMANDS: tuple[Callable[[Commands], None], ...] = (_add_doctor, _add_crash, _add_bench, _add_serving)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -61,9 +61,14 @@ class CountingManager(engine.ContinuousBatchingManager):
         self.counters.add(Step(begin, seconds, prefills, decodes, tokens, cached))
 
     def _handle_critical_error(self, error: Exception, batch_processor: Any) -> None:
-        """Record the error before the requests fail: whoever sees one fail can then tell that the engine died."""
-        self.background_thread_status.record_fatal_error(error)
-        super()._handle_critical_error(error, batch_processor)
+        """Record the error before the requests fail: whoever sees one fail can then tell that the engine died.
+
+        The message is made one line without quotes: the stock server writes it into JSON as it is.
+        """
+        reason = EngineStopped(" ".join(str(error).split()).replace('"', "'"))
+        reason.__cause__ = error
+        self.background_thread_status.record_fatal_error(reason)
+        super()._handle_critical_error(reason, batch_processor)
 
 
 class EngineManager(CountingManager):
