@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +12,8 @@ from typing import Any
 
 import torch
 
-from .gathers import NAMES
-
 OK, NOT_AS_EXPECTED, FAILED = 0, 1, 3
+GATHERS = ("before", "shipped-fix", "after")
 SCALE = 0.05
 """Of K and V: with random weights, values reach a few units, and codes at most 448."""
 CHARACTERS_PER_TOKEN = 4
@@ -46,17 +47,25 @@ def add_replay(commands: Any) -> None:
         epilog="exit status: 0 every request completed and the engine is alive; 1 not so; 2 wrong usage; 3 the server "
         "did not start; 130 interrupted",
     )
-    parser.add_argument("model", nargs="?", default="", metavar="MODEL", help="the folder of a model; default: random weights")
+    parser.add_argument(
+        "model", nargs="?", default="", metavar="MODEL", help="the folder of a model; default: random weights"
+    )
     parser.add_argument("--requests", type=_count, default=65, metavar="N", help="default: 65")
     parser.add_argument("--shared", type=_count, metavar="N", help="tokens that all prompts begin with")
     parser.add_argument("--own", type=_count, metavar="N", help="further tokens of each prompt, on average")
     parser.add_argument("--new", type=_count, metavar="N", help="tokens to generate for each")
     parser.add_argument("--plain", action="store_true", help="whole answers; default: token by token, as a stream")
-    parser.add_argument("--timeout", type=_seconds, default=300.0, metavar="SECONDS", help="of each client; default: 300")
+    parser.add_argument(
+        "--timeout", type=_seconds, default=300.0, metavar="SECONDS", help="of each client; default: 300"
+    )
     parser.add_argument("--limit", type=_seconds, default=900.0, metavar="SECONDS", help="of the server; default: 900")
     parser.add_argument("--warm-up", type=int, default=0, metavar="N", help="requests before, with another prefix")
-    parser.add_argument("--no-compare", action="store_true", help="do not compare the texts with those of the fixed gather")
-    parser.add_argument("--csv", metavar="FILE", nargs="?", const="", help="add a row to FILE, or to the folder of results")
+    parser.add_argument(
+        "--no-compare", action="store_true", help="do not compare the texts with those of the fixed gather"
+    )
+    parser.add_argument(
+        "--csv", metavar="FILE", nargs="?", const="", help="add a row to FILE, or to the folder of results"
+    )
     parser.add_argument("--commit", metavar="TEXT", help="commit to record; default: KVGATHER_COMMIT, or git's HEAD")
     _add_engine(parser)
     parser.set_defaults(run=replay)
@@ -73,9 +82,9 @@ ENGINE: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--scale", {"default": "per-tensor", "help": "the kind of the scales; default: per-tensor"}),
     ("--path", {"default": "auto", "help": "of the attention: auto, direct, gather or hybrid"}),
     ("--page-size", {"type": int, "default": 16, "help": "tokens per block; default: 16"}),
-    ("--num-blocks", {"type": int, "help": "blocks of the cache; default: what the memory holds, or the requests need"}),
+    ("--num-blocks", {"type": int, "help": "blocks of the cache; default: as many as fit, or as the requests need"}),
     ("--max-batched-tokens", {"type": int, "default": 16384, "help": "budget of a step in tokens; default: 16384"}),
-    ("--gather", {"choices": NAMES, "default": "after", "help": "of prefills that find a cached prefix; default: after"}),
+    ("--gather", {"choices": GATHERS, "default": "after", "help": "of prefills that find a prefix; default: after"}),
 )  # fmt: skip
 FLAGS: tuple[tuple[str, str], ...] = (
     ("--guard", "memory that faults follows the scale"),
@@ -103,6 +112,8 @@ def _engine_arguments(arguments: argparse.Namespace) -> list[str]:
 def serve(arguments: argparse.Namespace) -> int:
     """Serve a model until the process is told to stop."""
     from ..device import resolve_device
+
+    _check_extra()
     from ..serving import serve as server
 
     if bool(arguments.model) == arguments.random_weights:
@@ -153,6 +164,8 @@ def _options(arguments: argparse.Namespace, source: Any, sizes: Any) -> Any:
 
 def replay(arguments: argparse.Namespace) -> int:
     """Replay, print the outcome, compare the texts, and keep a row."""
+    if importlib.util.find_spec("openai") is None:  # the server's process checks the other modules
+        raise ValueError("openai is not installed; accepted: kvgather with its extra, kvgather[serving]")
     from . import run, table
     from .process import ServerError
 
@@ -260,6 +273,21 @@ class _Bar:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def _check_extra() -> None:
+    """Raise unless kvgather[serving] is installed.
+
+    Raises:
+        ValueError: a module is missing, or transformers has another version.
+    """
+    missing = [name for name in ("openai", "fastapi", "uvicorn", "pydantic") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} not installed; accepted: kvgather with its extra, kvgather[serving]")
+    try:
+        importlib.import_module("..serving", __package__)
+    except ImportError as error:
+        raise ValueError(str(error)) from None
 
 
 def _dtype(name: str | None, argument: str, default: torch.dtype) -> torch.dtype:

@@ -17,11 +17,9 @@ from ..cache import PagedKVCache
 from ..lab.fence import fenced
 from ..serving.options import Gather
 
-NAMES = ("before", "shipped-fix", "after")
-
 
 def gather_named(name: str) -> Gather | None:
-    """The gather of a name; None is this package's own, for "after"."""
+    """The gather of a name: "before", "shipped-fix" or "after"; None is this package's own, for "after"."""
     if name == "after":
         return None
     from ..lab import before_fix  # imports triton, which may be missing
@@ -40,7 +38,8 @@ def _as_engine(
     """Call a gather as engines do: **the flag is left at its default, and the scale has one element.**"""
     g = pool.geometry
     key, value = (
-        torch.empty(batch.total_k, g.num_kv_heads, dim, dtype=dtype, device=g.device) for dim in (g.head_dim, g.v_head_dim)
+        torch.empty(batch.total_k, g.num_kv_heads, dim, dtype=dtype, device=g.device)
+        for dim in (g.head_dim, g.v_head_dim)
     )
     k_pages, stride = contiguous_pages(pool.key_cache)
     v_pages, _ = contiguous_pages(pool.value_cache)

@@ -88,9 +88,11 @@ class ServerProcess:
         return f"ended with status {code}"
 
     def last_lines(self, count: int = 12) -> str:
-        """The last lines that the child has printed."""
+        """The last lines that the child has printed; after a fault, its first lines: the kernel's are on top."""
         self._output.seek(0)
-        return "".join(self._output.readlines()[-count:]).rstrip()
+        lines = self._output.readlines()
+        fault = next((at for at, line in enumerate(lines) if line.startswith("Fatal Python error")), None)
+        return "".join(lines[-count:] if fault is None else lines[fault : fault + count]).rstrip()
 
     def _get(self, path: str) -> str:
         with urllib.request.urlopen(self.url + path, timeout=5) as answer:

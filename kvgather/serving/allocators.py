@@ -43,15 +43,13 @@ class PoolAllocator(FullAttentionCacheAllocator):
         self.pools = {}
         for i, layer in enumerate(self.layer_indices):
             k, v = (pages[:, i, which].unflatten(-1, shape) for which, shape in enumerate(shapes))
-            k_scale, v_scale = (
-                self._scale(given, blocks, cache_tensor.device) for given in (o.k_scale, o.v_scale)
-            )
+            k_scale, v_scale = (self._scale(given, blocks, cache_tensor.device) for given in (o.k_scale, o.v_scale))
             self.pools[layer] = PagedKVCache.from_tensors(
                 k, v, layout=o.layout, k_scale=k_scale, v_scale=v_scale, k_kind=o.kind, v_kind=o.kind
             )
 
     def _scale(self, given: Tensor | float | None, blocks: int, device: torch.device) -> Tensor | float | None:
-        """One layer's scale: the caller's, or ones. `write` changes a per-token-head scale, so each layer gets a copy."""
+        """One layer's scale: the caller's, or ones; a copy of a per-token-head scale, because `write` changes it."""
         kind = self.options.kind
         if kind == "none":
             return None
@@ -79,4 +77,6 @@ class WindowAllocator(PoolAllocator):
 
 def allocators_of(options: Options) -> dict[str, type[PoolAllocator]]:
     """The allocator classes for these options, by the name of the attention type."""
-    return {base.layer_type: type(base.__name__, (base,), {"options": options}) for base in (FullAllocator, WindowAllocator)}
+    return {
+        base.layer_type: type(base.__name__, (base,), {"options": options}) for base in (FullAllocator, WindowAllocator)
+    }

@@ -1,19 +1,21 @@
-"""Transformers' paged cache whose memory is our pools, and which leaves reading and writing to the attention function."""
+"""Transformers' paged cache with our pools as its memory; the attention function reads and writes them."""
 
 from __future__ import annotations
 
 import bisect
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from transformers.generation.continuous_batching import cache as engine
+from transformers.generation.continuous_batching.utils import find_num_key_value_heads
 
 from ..cache import PagedKVCache
-from .allocators import PoolAllocator, allocators_of
+from .allocators import PoolAllocator, WindowAllocator, allocators_of
 from .options import Options
+from .paths import PathLog
 from .step import GroupStep, Row
 
 LAYER = "kvgather"
@@ -48,29 +50,33 @@ class PoolCache(engine.PagedAttentionCache):
     Attributes:
         options: set in a subclass, see `cache_of`.
         lookups, hits: how often a prefix was looked up, and found.
-        looked_up_tokens, hit_tokens: tokens of these prompts, and those of them that were cached.
+        looked_up_tokens, hit_tokens: tokens of these prompts, and those of them that were cached. A request that was
+            preempted looks its prompt up again.
+        paths: what `auto` took.
     """
 
     options: ClassVar[Options]
 
-    def __init__(self, *args: Any, dtype: torch.dtype = torch.bfloat16, **kwargs: Any) -> None:
+    def __init__(self, *, dtype: torch.dtype, **kwargs: Any) -> None:
         """Create the pools.
 
         Args:
-            args, kwargs: as in the base class.
             dtype: the model's, for the memory plan; the pools have the dtype of the options.
+            kwargs: as in the base class.
         """
         per_token = 4 if self.options.kind == "per-token-head" else 0
         memory = type("PoolMemory", (PoolMemory,), {"activations": dtype, "scale_bytes": per_token})
         allocators = patch.dict(engine.ATTN_TYPE_TO_ALLOCATOR, allocators_of(self.options))
         with allocators, patch.object(engine, "PagedAttentionMemoryHandler", memory):
-            super().__init__(*args, dtype=self.options.dtype, **kwargs)
+            super().__init__(dtype=self.options.dtype, **kwargs)
+        self._waiting: set[str] = set()
         self._rows: list[Row] = []
         self._step: list[Row] = []
         self._groups: dict[int, GroupStep] = {}
+        self.paths = PathLog()
         self.lookups = self.hits = self.looked_up_tokens = self.hit_tokens = 0
 
-    def pool(self, layer: int) -> PagedKVCache:
+    def layer_pool(self, layer: int) -> PagedKVCache:
         """The pool of a layer."""
         return self._allocator(layer).pools[layer]
 
@@ -86,13 +92,20 @@ class PoolCache(engine.PagedAttentionCache):
         return pages * int(groups[0].tokens_per_page)
 
     def search_prefix_match(self, request_id: str, prompt_ids: list[int]) -> int:
-        """Look up the prompt's prefix, and count."""
+        """Look up the prompt's prefix, and count. A waiting request is looked up in every step, and counted once."""
         found = int(super().search_prefix_match(request_id, prompt_ids))
-        self.lookups += 1
+        if request_id not in self._waiting:
+            self._waiting.add(request_id)
+            self.lookups += 1
+            self.looked_up_tokens += len(prompt_ids)
         self.hits += found > 0
-        self.looked_up_tokens += len(prompt_ids)
         self.hit_tokens += found
         return found
+
+    def free_blocks(self, request_id: str, no_cache: bool = False) -> None:
+        """Free a request's blocks: it has ended, or is preempted and will be looked up again."""
+        self._waiting.discard(request_id)
+        super().free_blocks(request_id, no_cache)
 
     def extend_read_and_write_indices(
         self, request_id: str, past_length: int, query_length: int, read_index: object, write_index: object
@@ -123,12 +136,18 @@ class PoolCache(engine.PagedAttentionCache):
             if len(cu_q) != len(self._step) + 1:
                 raise RuntimeError(f"the step has {len(self._step)} requests, and its offsets {len(cu_q)} entries")
             group = self._groups[allocator.index] = GroupStep(self._step, allocator.index, pool, cu_q, cu_k)
+            if self.options.path == "auto" and self.options.gather is None:
+                self._note_path(allocator, pool, group, key_states.dtype)
         kwargs[LAYER] = pool, group, self.options
         return key_states, value_states
 
+    def _note_path(self, allocator: PoolAllocator, pool: PagedKVCache, group: GroupStep, dtype: torch.dtype) -> None:
+        window = self.config.sliding_window if isinstance(allocator, WindowAllocator) else None
+        q_heads = self.config.num_attention_heads * pool.geometry.num_kv_heads // find_num_key_value_heads(self.config)
+        self.paths.note(group.batch, pool, q_heads, dtype, window)
+
     def _allocator(self, layer: int) -> PoolAllocator:
-        allocator: PoolAllocator = self.layer_to_allocator[layer]
-        return allocator
+        return cast(PoolAllocator, self.layer_to_allocator[layer])
 
     def _infer_read_cache_limit(self) -> None:
         """No limit: layers with a window keep every token."""

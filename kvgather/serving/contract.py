@@ -97,7 +97,8 @@ HOOKS = (
         "self.num_attention_masks",
     ),
     Hook(
-        f"{_BATCHING}.cache", "PagedAttentionCache.update", ("self", "key_states", "value_states", "layer_idx", "kwargs"),
+        f"{_BATCHING}.cache", "PagedAttentionCache.update",
+        ("self", "key_states", "value_states", "layer_idx", "kwargs"),
         "the model calls it in every layer, before the attention function gets the same kwargs",
     ),
     Hook(
@@ -124,6 +125,7 @@ HOOKS = (
         "keeps the order of the requests, and accepts that no indices were written",
         "self.cache.extend_read_and_write_indices(",
     ),
+    Hook(f"{_BATCHING}.utils", "find_num_key_value_heads", ("config",), "KV heads of a configuration"),
     Hook(
         f"{_BATCHING}.requests", "RequestState.generated_len", ("self",), "tells a prefill from a decode step",
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 from unittest.mock import patch
 
 from transformers import ContinuousBatchingConfig, GenerationConfig
@@ -51,7 +51,8 @@ class CountingManager(engine.ContinuousBatchingManager):
         super()._generation_step()
         seconds = time.perf_counter() - begin
         prefills = decodes = tokens = cached = 0
-        for request in self.batch_processor.inputs_and_outputs.requests_in_batch:
+        processor: Any = self.batch_processor
+        for request in processor.inputs_and_outputs.requests_in_batch:
             if request.state.generated_len() == 0:
                 prefills += 1
                 tokens += request.query_length
@@ -83,7 +84,7 @@ class EngineManager(CountingManager):
     @property
     def cache(self) -> PoolCache | None:
         """The cache, once the engine has started."""
-        return None if self.batch_processor is None else self.batch_processor.cache
+        return None if self.batch_processor is None else cast(PoolCache, self.batch_processor.cache)
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
         """Switch to our attention; `stop` restores the model's own."""
@@ -93,8 +94,10 @@ class EngineManager(CountingManager):
             self._original_attn_impl = previous
 
     def add_request(
-        self, input_ids: list[int], request_id: str | None = None, max_new_tokens: int | None = None, **kwargs: Any
-    ) -> str | None:
+        self, input_ids: list[int], request_id: str | None = None, max_new_tokens: int | None = None,
+        streaming: bool = False, record_timestamps: bool = False, eos_token_id: int | list[int] | None = None,
+        **logit_processor_kwargs: Any,
+    ) -> str | None:  # fmt: skip
         """Add a request; see the base class.
 
         Raises:
@@ -107,7 +110,10 @@ class EngineManager(CountingManager):
         try:
             if self.cache is not None:
                 max_new_tokens = _checked_limit(len(input_ids), max_new_tokens, self.cache.largest_request)
-            added = super().add_request(input_ids, request_id, max_new_tokens, **kwargs)
+            added = super().add_request(
+                input_ids, request_id, max_new_tokens, streaming, record_timestamps, eos_token_id,
+                **logit_processor_kwargs,
+            )  # fmt: skip
             if added is None and self.is_tp_driver:
                 reason = self.background_thread_status.fatal_error or "it is stopping"
                 raise EngineStopped(f"the engine takes no requests: {reason}")

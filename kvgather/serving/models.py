@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, Mistra
 
 from ..formats.checks import check_choice
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "num_hidden_layers": 2,
     "hidden_size": 64,
     "intermediate_size": 64,

@@ -152,6 +152,7 @@ def status(engine: CountingManager) -> dict[str, Any]:
     if isinstance(engine, EngineManager) and (cache := engine.cache) is not None:
         for name in ("lookups", "hits", "looked_up_tokens", "hit_tokens"):
             answer[name] = getattr(cache, name)
+        answer["paths"] = cache.paths.as_json()
         answer["free_share"] = cache.compute_free_capacity()
     return answer
 

@@ -76,7 +76,8 @@ class GroupStep:
             return None
         if len(rows) == len(self._rows):
             return Part(None, self.batch)
-        where, begin = [], 0
+        where: list[int] = []
+        begin = 0
         for row in self._rows:
             if row.extends is extends:
                 where += range(begin, begin + row.new)
@@ -84,7 +85,9 @@ class GroupStep:
         device = self._geometry.device
         return Part(
             torch.tensor(where, device=device),
-            self._build(rows, *(_offsets([row[i] for row in rows], device) for i in (0, 1))),
+            self._build(
+                rows, _offsets([row.new for row in rows], device), _offsets([row.tokens for row in rows], device)
+            ),
         )
 
     def _build(self, rows: Sequence[Row], cu_q: Tensor, cu_k: Tensor) -> PrefixBatch:
