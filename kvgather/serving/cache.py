@@ -80,6 +80,12 @@ class PoolCache(engine.PagedAttentionCache):
         """The pool of a layer."""
         return self._allocator(layer).pools[layer]
 
+    @property
+    def held_blocks(self) -> int:
+        """Blocks of all groups that requests hold; a block that waits to be found again is held by none."""
+        groups = self.cache_allocators.values()
+        return sum(len({block for row in list(g.block_table.values()) for block in row}) for g in groups)
+
     @cached_property
     def largest_request(self) -> int:
         """Tokens of the largest request that fits into the empty cache: groups of layers take whole sectors."""

@@ -153,7 +153,7 @@ def status(engine: CountingManager) -> dict[str, Any]:
         for name in ("lookups", "hits", "looked_up_tokens", "hit_tokens"):
             answer[name] = getattr(cache, name)
         answer["paths"] = cache.paths.as_json()
-        answer["free_share"] = cache.compute_free_capacity()
+        answer["held_blocks"] = cache.held_blocks
     return answer
 
 

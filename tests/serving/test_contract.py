@@ -21,7 +21,10 @@ def test_the_hook_has_not_moved(hook: Hook, monkeypatch: pytest.MonkeyPatch) -> 
     [
         (Hook("transformers.no_such_module", "X", None, "a test"), "is missing: No module named"),
         (Hook("transformers", "AttentionInterface.no_such_method", None, "a test"), "is missing: type object"),
-        (Hook("transformers.cli.serve", "Serve.__init__", ("self", "gone"), "a test"), "has the parameters self, force"),
+        (
+            Hook("transformers.cli.serve", "Serve.__init__", ("self", "gone"), "a test"),
+            "has the parameters self, force",
+        ),
         (Hook("transformers.cli.serve", "Serve.__init__", None, "a test", "no such line"), "does not contain 'no such"),
     ],
 )

@@ -66,7 +66,9 @@ def test_logits(kind: str, layout: str) -> None:
 
 def test_layouts_agree() -> None:
     """Equal codes in other places: equal tokens, bit for bit, at equal chunks."""
-    found = [tokens(answers(engine(options=Options(layout=layout)), prompts(), 8)) for layout in ("NHD", "HND", "SHUFFLE")]
+    found = [
+        tokens(answers(engine(options=Options(layout=layout)), prompts(), 8)) for layout in ("NHD", "HND", "SHUFFLE")
+    ]
     assert found[0] == found[1] == found[2]
 
 

@@ -1,4 +1,4 @@
-"""With pools of FP32 the engine gives the tokens of `generate`: sharing on and off, odd budgets, preemption, families."""
+"""With FP32 pools the engine gives the tokens of `generate`: sharing on and off, odd budgets, preemption, families."""
 
 from __future__ import annotations
 
