@@ -40,7 +40,8 @@ export PYTHON TORCH
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
 
-lab: setup
+lab:
+	@start=$$(date +%s); sh tools/setup.sh && echo "kvgather: setup: $$(($$(date +%s) - start)) s"
 	@$(PY) -m kvgather.workbook.launch $(ARGS)
 
 # Two workers with one thread each: more threads than cores make the tests ten times slower. CI reads the last line of the

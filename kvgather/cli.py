@@ -1,4 +1,4 @@
-"""The command line: `kvgather doctor`, `kvgather crash`, `kvgather bench`; also as `python -m kvgather`.
+"""The command line: `kvgather doctor | crash | bench | progress | serve | replay`; also as `python -m kvgather`.
 
 Exit status of every command: 0 the results are as expected, 1 they are not, 2 wrong usage or a request that this
 machine cannot run, 3 the command failed, 130 interrupted.
@@ -41,6 +41,10 @@ def crash(arguments: argparse.Namespace) -> int:
     from .files import check_replaceable
     from .lab import crash as lab
 
+    if arguments.map:
+        return _crash_map(arguments)
+    if arguments.csv is not None or arguments.commit is not None:
+        raise lab.CrashError("--csv or --commit without --map; accepted: both with --map, --json without it")
     if arguments.list:
         return _list_cases(arguments.device)
     cases = arguments.case or lab.names(arguments.device)
@@ -76,6 +80,37 @@ def _list_cases(device: str) -> int:
     return OK
 
 
+def _crash_map(arguments: argparse.Namespace) -> int:
+    """Gather with an ordinary scalar for each of a series of block ids, print the points, and write them to a file."""
+    from .bench.machine import COMMIT, machine
+    from .device import has_gpu
+    from .files import check_replaceable, replace_text
+    from .lab import crash as lab
+    from .lab.crash_map import as_csv, run_map
+
+    if arguments.case or arguments.list or arguments.json is not None:
+        raise lab.CrashError("--map with --case, --list or --json; accepted: --device, --csv, --commit, --timeout")
+    if arguments.device == "cuda":
+        lab.names("cuda")  # raises without a GPU
+    device = "cuda" if arguments.device != "cpu" and has_gpu() else "cpu"
+    if arguments.commit:
+        os.environ[COMMIT] = arguments.commit
+    path = None if arguments.csv is None else Path(arguments.csv or _default_csv("crash_map", device))
+    to_stdout = path == Path(STDOUT)
+    if path is not None and not to_stdout:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        check_replaceable(path)
+    points = []
+    for point in run_map(device, machine(device), timeout=arguments.timeout):
+        points.append(point)
+        print(point, file=sys.stderr if to_stdout else sys.stdout, flush=True)
+        if path is not None and not to_stdout:
+            replace_text(path, as_csv(points))
+    if to_stdout:
+        print(as_csv(points), end="")
+    return FAILED if any(point.outcome in ("failed", "timeout") for point in points) else OK
+
+
 def bench(arguments: argparse.Namespace) -> int:
     """Run a benchmark, print the rows of each case as soon as they are measured, and write them to a CSV file."""
     from .bench.keep import RowWriter
@@ -104,6 +139,32 @@ def _default_csv(benchmark: str, device_type: str) -> Path:
     return RESULTS / f"{benchmark}_{device}.csv"
 
 
+def progress(arguments: argparse.Namespace) -> int:
+    """Print how many exercises of each chapter are solved in the reader's copy of the notebooks."""
+    from .files import check_replaceable, replace_text
+    from .workbook import launch
+    from .workbook import progress as record
+
+    root = launch.find_root()
+    if arguments.json not in (None, STDOUT):
+        check_replaceable(Path(arguments.json))
+    folder = root / launch.COPIES
+    try:
+        rows = record.overview(root, record.solved(folder))
+    except record.ProgressError as error:
+        print(f"kvgather: {error}", file=sys.stderr)
+        return FAILED
+    if arguments.json == STDOUT:
+        print(record.as_json(rows), end="")
+        return OK
+    if arguments.json is not None:
+        replace_text(Path(arguments.json), record.as_json(rows))
+    print(record.report(rows))
+    if not folder.is_dir():
+        print(f"There is no {launch.COPIES} folder yet: `make lab` makes it and opens the first chapter.")
+    return OK
+
+
 def _add_doctor(commands: Commands) -> None:
     parser = commands.add_parser("doctor", help="print what this machine can run")
     parser.set_defaults(run=doctor)
@@ -124,7 +185,29 @@ def _add_crash(commands: Commands) -> None:
     parser.add_argument("--json", metavar="FILE", help="also write the outcomes to FILE; - is the standard output")
     parser.add_argument("--timeout", type=_seconds, default=120.0, metavar="SECONDS", help="per case; default: 120")
     parser.add_argument("--list", action="store_true", help="print the cases and the expected outcomes, and run none")
+    parser.add_argument(
+        "--map", action="store_true", help="run no case, but the gather before the fix with an ordinary scale, for a "
+        "series of block ids: which of them fault, and which call reports it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--csv", metavar="FILE", nargs="?", const="", help="with --map: also write the points to FILE; without FILE to "
+        "benchmarks/results/crash_map_DEVICE.csv; - is the standard output",
+    )  # fmt: skip
+    parser.add_argument("--commit", metavar="TEXT", help="with --map: commit to record, as in bench")
     parser.set_defaults(run=crash)
+
+
+def _add_progress(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "progress",
+        help="print which exercises of the workbook you have solved",
+        description="A check that says `correct` in my-notebooks, the copy of the chapters that `make lab` opens, "
+        "marks its exercise as solved.",
+        epilog="exit status: 0 also if nothing is solved yet; 2 wrong usage, or no clone with the chapters; 3 the "
+        "record is damaged or cannot be read",
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write the counts to FILE; - is the standard output alone")
+    parser.set_defaults(run=progress)
 
 
 def _add_bench(commands: Commands) -> None:
@@ -186,7 +269,9 @@ def _version() -> str:
         return "unknown"
 
 
-COMMANDS: tuple[Callable[[Commands], None], ...] = (_add_doctor, _add_crash, _add_bench, _add_serving)
+COMMANDS: tuple[Callable[[Commands], None], ...] = (
+    _add_doctor, _add_crash, _add_bench, _add_progress, _add_serving,
+)  # fmt: skip
 
 
 class _Parser(argparse.ArgumentParser):

@@ -113,7 +113,7 @@ class GatherPlan:
         Raises:
             PlanError: gives the sequence and the column of the first bad entry, or the first bad offset.
         """
-        offsets, origin = cut_sources(self._sources, self._batch)
+        offsets, origin = cut_sources(self._sources, self._batch, self.records.shape[0])
         clamped = offsets.cummax(0).values.clamp(0, self.total_tokens)
         bad_offsets = (offsets != clamped).nonzero()
         if len(bad_offsets):
@@ -228,15 +228,17 @@ def records_by_torch(
     return records, torch.cat((F.pad(input_offsets, padding), origin.flatten()))
 
 
-def cut_sources(sources: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-    """Split the int64 allocation with the sources of a plan's records, which only `check()` reads.
+def cut_sources(sources: Tensor, batch: int, capacity: int) -> tuple[Tensor, Tensor]:
+    """Split the allocation that begins with the sources of a plan's records, int64, which only `check()` reads.
 
     Returns:
         The offsets before clamping, `[batch + 1]`; and the sequence, the column and the block table's entry (−1 if the
         column is outside the table) of each record, `[capacity, 3]`. One unused element separates the two if the
         second would not be aligned otherwise.
     """
-    return sources[: batch + 1], sources[batch + 1 + (batch + 1 & 1) :].view(-1, 3)
+    wide = sources.view(torch.int64)
+    begin = batch + 1 + (batch + 1 & 1)
+    return wide[: batch + 1], wide[begin : begin + 3 * capacity].view(-1, 3)
 
 
 def _read_total(cu_seqlens_k: Tensor, rows: int) -> int:

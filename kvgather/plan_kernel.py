@@ -69,13 +69,14 @@ def plan_records(
     """
     device = block_table.device
     batch, columns = block_table.shape
-    records = torch.empty((capacity, 4), dtype=torch.int32, device=device)
     begin = batch + 1 + (batch + 1 & 1)  # of the origins, at a multiple of 16 bytes
-    sources = torch.empty(begin + 3 * capacity, dtype=torch.int64, device=device)
+    end = 2 * (begin + 3 * capacity + (capacity & 1))  # of the origins and their padding, in int32
+    sources = torch.empty(end + 4 * capacity, dtype=torch.int32, device=device)
+    records = torch.as_strided(sources, (capacity, 4), (4, 1), end)
     starts = cu_seqlens_k if seq_starts is None else seq_starts
     given_at = sources.data_ptr()
     addresses = (
-        block_table.data_ptr(), cu_seqlens_k.data_ptr(), starts.data_ptr(), records.data_ptr(), given_at + 8 * begin,
+        block_table.data_ptr(), cu_seqlens_k.data_ptr(), starts.data_ptr(), given_at + 4 * end, given_at + 8 * begin,
         given_at,
     )  # fmt: skip
     interpreted, lanes = interpreting(), offset_lanes(batch)
@@ -93,6 +94,7 @@ def plan_records(
     numbers = (batch, min(columns, MOST), num_blocks, total_tokens, *block_table.stride())
     launch = prepared_once(plan_kernel, key, prepare)
     if not launch.again(capacity, addresses, numbers):
-        given, origin = sources[: batch + 1], sources[begin:].view(capacity, 3)  # as `plan.cut_sources`
+        longs = sources.view(torch.int64)  # cut as in `plan.cut_sources`
+        given, origin = longs[: batch + 1], longs[begin : begin + 3 * capacity].view(capacity, 3)
         launch(capacity, (block_table, cu_seqlens_k, starts, records, origin, given), addresses, numbers)
     return records, sources

@@ -99,7 +99,7 @@ def kernel_of(shape: Shape, tile: Tile) -> tuple[object, ...]:
     """What tells compiled kernels apart; two tiles with one kernel differ in run-time numbers alone."""
     splits, parts = tile.splits, -(-shape.rows // tile.m)
     classes = (splits == 1, splits % 16 == 0, parts == 1, parts % 16 == 0)
-    return shape.q_heads, shape.dim, shape.layout, replace(tile, splits=1), classes
+    return shape.q_heads, shape.dim, shape.layout, tile._replace(splits=1), classes
 
 
 def build(shape: Shape, seed: int) -> Inputs:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -32,8 +31,7 @@ WIDEST_SWIZZLE = 64
 """Elements of 2 bytes in the 128 bytes of the widest swizzle; an operand with rows as wide or wider has this one."""
 
 
-@dataclass(frozen=True)
-class Tile:
+class Tile(NamedTuple):
     """How the work is cut: `m` rows (token, query head of the group) by `n` keys at a time, keys in `splits` parts."""
 
     m: int
@@ -116,7 +114,7 @@ def alike_operands(tile: Tile, k_pad: int, v_pad: int) -> tuple[Tile, int, int]:
     """
     if tile.m < WGMMA_ROWS:
         return tile, k_pad, v_pad
-    return replace(tile, n=max(tile.n, WIDEST_SWIZZLE)), max(k_pad, WIDEST_SWIZZLE), max(v_pad, WIDEST_SWIZZLE)
+    return tile._replace(n=max(tile.n, WIDEST_SWIZZLE)), max(k_pad, WIDEST_SWIZZLE), max(v_pad, WIDEST_SWIZZLE)
 
 
 @functools.cache
@@ -143,7 +141,8 @@ def direct_attention(
     state: tuple[Tensor, Tensor] | None = None,
     tile: Tile | None = None,
     likeness: int | None = None,
-) -> tuple[Tensor, Tensor]:
+    want_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """Attend to the keys and values in the cache, the new tokens' included; everything was checked by the caller.
 
     Args:
@@ -158,9 +157,11 @@ def direct_attention(
             both contiguous, and without the sink.
         tile: how to cut the work; None chooses. Results do not depend on it beyond rounding.
         likeness: the cache's, if the caller has just asked for it.
+        want_lse: whether the caller reads the log-sum-exp; False saves an allocation where keys are split.
 
     Returns:
-        out `[n, q_heads, v_head_dim]` in q's dtype and its natural log-sum-exp `[n, q_heads]` in FP32. Rows that
+        out `[n, q_heads, v_head_dim]` in q's dtype and its natural log-sum-exp `[n, q_heads]` in FP32, or None for the
+        latter if it is not wanted and its memory belongs to the parts. Rows that
         belong to no sequence are 0, and −inf or the sink; rows that see a key in a bad block are NaN, and so are those
         of a sequence with more new tokens than `batch.max_q`.
     """
@@ -169,12 +170,14 @@ def direct_attention(
     if window is not None and window >= batch.max_k:
         window = None
     shape = (*q.shape[:2], cache.geometry.v_head_dim)
-    out, lse = q.new_empty(shape), q.new_empty(shape[:2], dtype=torch.float32)
+    out, interpreted = q.new_empty(shape), interpreting()
+    if likeness is None:
+        likeness = cache.likeness
+    if tile is None:
+        tile = tile_of(q, cache, batch, window, interpreted, likeness)
+    lse = q.new_empty(shape[:2], dtype=torch.float32) if want_lse or tile.splits == 1 else None
     if shape[0] == 0:
         return out, lse
-    interpreted = interpreting()
-    if tile is None:
-        tile = tile_of(q, cache, batch, window, interpreted)
     call = DirectCall(q, cache, batch, sinks, window, begin, state, tile, interpreted, likeness)
     tensors = call.tensors()
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
@@ -184,14 +187,14 @@ def direct_attention(
     return out, lse
 
 
-def tile_of(q: Tensor, cache: PagedKVCache, batch: CheckedBatch, window: int | None, interpreted: bool) -> Tile:
+def tile_of(
+    q: Tensor, cache: PagedKVCache, batch: CheckedBatch, window: int | None, interpreted: bool, likeness: int
+) -> Tile:
     """The tile for a layer of a batch, chosen once for all that are alike."""
-    g, (n, q_heads, _) = cache.geometry, q.shape
-    key = (
-        "tile", n, q_heads, g.num_kv_heads, g.head_dim, g.v_head_dim, g.layout, q.dtype, g.dtype, window, interpreted,
-    )  # fmt: skip
+    n, q_heads, _ = q.shape
 
     def choose() -> Tile:
+        g = cache.geometry
         processors = 1 if interpreted else torch.cuda.get_device_properties(q.device).multi_processor_count
         keys = batch.max_k if window is None else min(batch.max_k, window + batch.max_q)
         rows = min(batch.max_q, n) * (q_heads // g.num_kv_heads)
@@ -199,7 +202,7 @@ def tile_of(q: Tensor, cache: PagedKVCache, batch: CheckedBatch, window: int | N
         programs = batch.num_sequences * g.num_kv_heads
         return choose_tile(rows, keys, programs, *padded_dims(g), processors, operand_bytes, g.layout)
 
-    tile: Tile = batch.decided(key, choose)
+    tile: Tile = batch.decided(("tile", n, q_heads, q.dtype, window, interpreted, likeness), choose)
     return tile
 
 
@@ -215,7 +218,7 @@ class DirectCall(NamedTuple):
     state: tuple[Tensor, Tensor] | None
     tile: Tile
     interpreted: bool
-    likeness: int | None = None  # the cache's, where it is known
+    likeness: int  # the cache's
 
     @property
     def tiles(self) -> int:
@@ -237,9 +240,8 @@ class DirectCall(NamedTuple):
         Triton compiles for 1 and for multiples of 16 apart: of `tiles`; of the splits, which are part of the tile.
         """
         q, state = self.q, self.state
-        likeness = self.cache.likeness if self.likeness is None else self.likeness
         return (
-            self.tile, self.window, self.interpreted, likeness, q.dtype, q.device, q.shape[1], q.stride(),
+            self.tile, self.window, self.interpreted, self.likeness, q.dtype, q.device, q.shape[1], q.stride(),
             tuple([address & 15 for address in addresses[:8]]), self.begin is None, tiles == 1, tiles & 15 == 0,
             None if state is None else state[0].dtype, None if self.sinks is None else self.sinks.dtype,
         )  # fmt: skip
@@ -309,7 +311,7 @@ class DirectLaunch:
 
     def __call__(
         self, call: DirectCall, tiles: int, scale_log2: float, tensors: tuple[Tensor | None, ...],
-        addresses: list[int], out: Tensor, lse: Tensor,
+        addresses: list[int], out: Tensor, lse: Tensor | None,
     ) -> None:  # fmt: skip
         """Launch: see `direct_attention`; `tiles` are the call's, `out` and `lse` are what it returns."""
         batch, splits = call.batch, self.tile.splits
@@ -322,31 +324,43 @@ class DirectLaunch:
         )
         nothing = addresses[2]  # stands in for what is never read
         read = [at or nothing for at in addresses]
-        final = out.data_ptr(), lse.data_ptr()
         if splits == 1:
-            part, outs = None, final
+            assert lse is not None
+            part, final = None, (out.data_ptr(), lse.data_ptr())
+            outs = final
         else:
-            # The parts' rows, then their log-sum-exps, at a multiple of 16 bytes: kernels are compiled for that.
-            begin = -(-splits * n * q_heads * v_dim // 4) * 4
-            part = lse.new_empty(begin + splits * n * q_heads)
-            outs = part.data_ptr(), part.data_ptr() + 4 * begin
+            # The log-sum-exps, if nobody reads them; the parts' rows; the parts' log-sum-exps. Each begins at a
+            # multiple of 16 bytes: kernels are compiled for that.
+            rows = n * q_heads
+            merged = rows + (-rows & 3) if lse is None else 0
+            begin = merged + splits * rows * v_dim
+            begin += -begin & 3
+            part = call.q.new_empty(begin + splits * rows, dtype=torch.float32)
+            first = part.data_ptr()
+            outs = first + 4 * merged, first + 4 * begin
+            final = out.data_ptr(), first if lse is None else lse.data_ptr()
         state = read[6:8] if call.state is not None else outs
         order = (*read[:6], *state, *outs, *read[8:], scale_log2)
         sink = read[5]
         combine = (-(-n * q_heads // self._together), (*outs, sink, *final), (n, splits))
         if not self._attend.again(programs, order, numbers):
-            views = (out, lse) if part is None else _parts(part, begin, splits, out.shape)
+            if part is None:
+                assert lse is not None
+                views = out, lse
+            else:
+                views = _parts(part, merged, begin, splits, out.shape)
             self._attend(programs, _pointers(tensors, views, scale_log2), order, numbers)
         if part is not None and not self._combine.again(*combine):
-            views = _parts(part, begin, splits, out.shape)
+            views = _parts(part, merged, begin, splits, out.shape)
             stand_in = batch.cu_seqlens_q if call.sinks is None else call.sinks
+            lse = part[: n * q_heads] if lse is None else lse
             self._combine(combine[0], (*views, stand_in, out, lse), *combine[1:])
 
 
-def _parts(part: Tensor, begin: int, splits: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """The rows and log-sum-exps of each split, of their one allocation."""
+def _parts(part: Tensor, first: int, second: int, splits: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The rows of each split, which begin at `first` in their allocation, and its log-sum-exps, at `second`."""
     rows = splits * shape[0] * shape[1]
-    return part[: rows * shape[2]].view(splits, *shape), part[begin:].view(splits, *shape[:2])
+    return part[first : first + rows * shape[2]].view(splits, *shape), part[second:].view(splits, *shape[:2])
 
 
 def _pointers(

@@ -119,7 +119,7 @@ def prefix_attention(
     if call.has_no_keys:
         out, lse = _without_keys(q, batch, call, sinks)
     elif call.route.path == "direct":
-        out, lse = _direct(q, cache, batch, call, sinks)
+        out, lse = _direct(q, cache, batch, call, sinks, return_lse)
     elif call.route.path == "gather":
         out, lse = _gather(q, cache, batch, call, sinks)
     else:
@@ -267,12 +267,12 @@ def _without_keys(q: Tensor, batch: PrefixBatch, call: _Call, sinks: Tensor | No
 
 
 def _direct(
-    q: Tensor, cache: PagedKVCache, batch: PrefixBatch, call: _Call, sinks: Tensor | None
+    q: Tensor, cache: PagedKVCache, batch: PrefixBatch, call: _Call, sinks: Tensor | None, want_lse: bool
 ) -> tuple[Tensor, Tensor]:
     """Attend directly from the pages."""
     return _direct_attention()(
         _contiguous_dims(q), cache, batch, softmax_scale=call.scale, sinks=sinks, window=call.window,
-        likeness=call.likeness,
+        likeness=call.likeness, want_lse=want_lse,
     )  # fmt: skip
 
 

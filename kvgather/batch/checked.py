@@ -90,10 +90,11 @@ class CheckedBatch:
             return self.everything
         if window not in self.windows:
             check_may_create(self.device, self.built_in_capture, f"the plan of window {window}")
-            self.windows[window] = self._in_window(window)
+            self.plan_window(window)
         return self.windows[window]
 
-    def _in_window(self, window: int) -> Piece:
+    def plan_window(self, window: int) -> None:
+        """Plan what a layer with this window gathers; the caller may create tensors now."""
         capacity = min(self.total_k, self.total_q + self.num_sequences * (window - 1))
         cu_k, starts = window_offsets(self.cu_seqlens_q, self.cu_seqlens_k, self.max_q, window, capacity)
         causal = self.max_q > 1  # a single row sees all gathered keys
@@ -102,7 +103,7 @@ class CheckedBatch:
             causal=causal, window=window if causal else None, seqlens_q=self.seqlens_q,
             seqlens_k=self.visible_lens_on_host(window),
         )  # fmt: skip
-        return Piece(self.plan_of(cu_k, capacity, starts), (attend,))
+        self.windows[window] = Piece(self.plan_of(cu_k, capacity, starts), (attend,))
 
     def visible_lens_on_host(self, window: int | None) -> tuple[int, ...] | None:
         """Return how many tokens at the end of each sequence its new tokens see; None if the lengths are unknown."""
@@ -155,6 +156,7 @@ class CheckedBatch:
 
         `decide` runs on the host and creates no tensors, except through `once`.
         """
-        if key not in self._host_decisions:
-            self._host_decisions[key] = decide()
-        return self._host_decisions[key]
+        result = self._host_decisions.get(key)
+        if result is None:
+            result = self._host_decisions[key] = decide()
+        return result

@@ -194,28 +194,26 @@ def launch_batch(table: Tensor, cu_q: Tensor, cu_k: Tensor, sizes: Sizes) -> Bat
         row_stride, column_stride = table.stride()
     q_stride, k_stride = min(cu_q.stride(0), MOST), min(cu_k.stride(0), MOST)
     checked_columns = max(columns, 1)
-    narrow, narrow_at = _cut((batch * checked_columns, batch + 1, batch + 1), torch.int32, device)
-    checked = narrow[0].view(batch, checked_columns)
-    # Slots, then copies of both offsets and of the table, each at a multiple of 16 bytes: only `check()` makes views
-    # of the copies.
-    length = batch + 1 + (batch + 1 & 1)
-    q_begin = sizes.total_q + (sizes.total_q & 1)
-    k_begin, table_begin = q_begin + length, q_begin + 2 * length
-    end = table_begin + -(-batch * columns * table.element_size() // 8)
-    memory = torch.empty(end, dtype=torch.int64, device=device)
+    # Copies of both offsets (int64) and of the table, for `check()`, which alone makes views of them.
+    length = 2 * (batch + 1) + (2 * (batch + 1) & 3)
+    copies = 2 * length + batch * columns * (table.element_size() // 4)
+    sizes_in_memory = batch * checked_columns, batch + 1, batch + 1, 2 * sizes.total_q, copies
+    (checked, used_q, used_k, slots, copied), narrow_at = _cut(sizes_in_memory, device)
+    checked, slots = checked.view(batch, checked_columns), slots.view(torch.int64)
+    given_at = narrow_at[4], narrow_at[4] + 4 * length
+    table_dtype = table.dtype
 
     def given() -> tuple[Tensor, Tensor, Tensor]:
-        ids = memory[table_begin:].view(table.dtype)[: batch * columns].view(batch, columns)
-        return ids, memory[q_begin : q_begin + batch + 1], memory[k_begin : k_begin + batch + 1]
+        offsets = copied[: 2 * length].view(torch.int64).view(2, length // 2)[:, : batch + 1]
+        return copied[2 * length :].view(table_dtype).view(batch, columns), offsets[0], offsets[1]
 
-    slots = memory[: sizes.total_q]
     parts = min(max(1, -(-max(columns, sizes.max_q) // _STEP)), 16)
-    at, first = (table.data_ptr(), cu_q.data_ptr(), cu_k.data_ptr()), memory.data_ptr()
+    at = table.data_ptr(), cu_q.data_ptr(), cu_k.data_ptr()
     key = (
-        device, interpreted, sizes.page_size, table.dtype, cu_q.dtype, cu_k.dtype, at[0] & 15, at[1] & 15, at[2] & 15
+        device, interpreted, sizes.page_size, table_dtype, cu_q.dtype, cu_k.dtype, at[0] & 15, at[1] & 15, at[2] & 15
     )  # fmt: skip
     launch = prepared_once("batch", key, lambda: _prepared_batch(sizes.page_size, interpreted))
-    addresses = (*at, *narrow_at, first, first + 8 * table_begin, first + 8 * q_begin, first + 8 * k_begin)
+    addresses = (*at, *narrow_at[:4], narrow_at[4] + 8 * length, *given_at)
     numbers = (
         batch, columns, sizes.num_blocks, sizes.total_q, sizes.total_k, sizes.max_q, sizes.most, parts,
         row_stride, column_stride, q_stride, k_stride,
@@ -223,9 +221,9 @@ def launch_batch(table: Tensor, cu_q: Tensor, cu_k: Tensor, sizes: Sizes) -> Bat
     programs = (batch + 1) * parts
     if not launch.again(programs, addresses, numbers):
         ids, given_q, given_k = given()
-        tensors = (table, cu_q, cu_k, checked, narrow[1], narrow[2], slots, ids, given_q, given_k)
+        tensors = (table, cu_q, cu_k, checked, used_q, used_k, slots, ids, given_q, given_k)
         launch(programs, tensors, addresses, numbers)
-    return BatchTensors(checked, narrow[1], narrow[2], slots, given)
+    return BatchTensors(checked, used_q, used_k, slots, given)
 
 
 def _prepared_batch(page_size: int, interpreted: bool) -> PreparedLaunch:
@@ -236,7 +234,7 @@ def _prepared_batch(page_size: int, interpreted: bool) -> PreparedLaunch:
 def launch_window(cu_q: Tensor, cu_k: Tensor, max_q: int, window: int, capacity: int) -> tuple[Tensor, Tensor]:
     """Launch `window_kernel`; see `kvgather.batch.reference.window_offsets`."""
     batch, interpreted = cu_q.shape[0] - 1, interpreting()
-    (cu_seen, starts), out_at = _cut((batch + 1, batch), torch.int32, cu_q.device)
+    (cu_seen, starts), out_at = _cut((batch + 1, batch), cu_q.device)
     at = cu_q.data_ptr(), cu_k.data_ptr()
     key = cu_q.device, interpreted, at[0] & 15, at[1] & 15
     launch = prepared_once("window", key, lambda: _prepared_window(interpreted))
@@ -248,20 +246,19 @@ def _prepared_window(interpreted: bool) -> PreparedLaunch:
     return PreparedLaunch(window_kernel, (None,) * 4, (), {"CHUNK": 16 if interpreted else 1024}, interpreted)
 
 
-def _cut(sizes: Iterable[int], dtype: torch.dtype, device: torch.device) -> tuple[tuple[Tensor, ...], list[int]]:
-    """Tensors of these sizes in one allocation, each at a multiple of 16 bytes, and their addresses.
+def _cut(sizes: Iterable[int], device: torch.device) -> tuple[tuple[Tensor, ...], list[int]]:
+    """int32 tensors of these sizes in one allocation, each at a multiple of 16 bytes, and their addresses.
 
     One allocation takes less time than several, and kernels are compiled for addresses of this alignment.
     """
-    itemsize = dtype.itemsize
     cuts: list[int] = []
     begins: list[int] = []
     end = 0
     for size in sizes:
-        padding = -size & (16 // itemsize - 1)
+        padding = -size & 3
         cuts += (size, padding)
-        begins.append(end * itemsize)
+        begins.append(4 * end)
         end += size + padding
-    memory = torch.empty(end, dtype=dtype, device=device)
+    memory = torch.empty(end, dtype=torch.int32, device=device)
     first = memory.data_ptr()
     return memory.split_with_sizes(cuts)[::2], [first + begin for begin in begins]

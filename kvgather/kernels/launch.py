@@ -125,6 +125,7 @@ class PreparedLaunch:
         self._last_arguments: tuple[Any, ...] = (*strides, *(constants[n] for n in kernel.arg_names if n in constants))
         self._compiled: tuple[Any, ...] | None = None  # from `_launcher_of`
         self._device = -1
+        self._only_gpu = False  # then it is always the current one
 
     def __call__(
         self, programs: int, tensors: Pointers, addresses: tuple[int | float, ...], numbers: tuple[int, ...]
@@ -149,6 +150,7 @@ class PreparedLaunch:
             if _RUNS_COMPILED and not self._interpreted and self._compiled is None:
                 self._compiled = _launcher_of(compiled)
                 self._device = torch.cuda.current_device()
+                self._only_gpu = torch.cuda.device_count() == 1
 
     def again(self, programs: int, addresses: tuple[int | float, ...], numbers: tuple[int, ...]) -> bool:
         """Launch from addresses alone, if the kernel is compiled for the current GPU.
@@ -164,7 +166,7 @@ class PreparedLaunch:
         hooks = _HOOKS
         if (
             self._compiled is None
-            or torch.cuda.current_device() != self._device
+            or not (self._only_gpu or torch.cuda.current_device() == self._device)
             or hooks.launch_enter_hook.calls
             or hooks.launch_exit_hook.calls
         ):

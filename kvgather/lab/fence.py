@@ -46,30 +46,38 @@ def fenced(
     side: str = "after",
     *,
     guard_bytes: int = GUARD_BYTES,
+    keep_strides: bool = False,
 ) -> Tensor:
     """Copy a tensor to memory that faults right after its last byte, or right before its first byte.
+
+    A kernel whose bug depends on strides needs `keep_strides`: the copy is contiguous otherwise, and an access that was
+    outside the view may be inside the copy.
 
     Args:
         value: a tensor of any dtype, shape and strides; or a number, which becomes FP32 of shape `[1]`.
         device: "cpu" or a CUDA or ROCm device.
         side: "after" places the guard after the last byte, "before" places it before the first byte.
         guard_bytes: minimum size of the guard, rounded up to whole pages.
+        keep_strides: whether the result has `value`'s strides, and a copy of the bytes between `value`'s elements.
+            The guard is behind the last element, or before the first one; a fence has no guards in the gaps, whose
+            accesses a strict trace reports (`kvgather.lab.trace`). False gives a contiguous tensor.
 
     Returns:
-        A contiguous tensor with `value`'s dtype, shape and values. The tensor's memory and the guard are freed
-        together with the tensor's last view. A tensor without elements has no address: its pointer is 0.
+        A tensor with `value`'s dtype, shape and values. The tensor's memory and the guard are freed together with the
+        tensor's last view. A tensor without elements has no address: its pointer is 0.
 
     Raises:
         FenceError: `side` or `guard_bytes` is wrong, or this machine cannot build a fence.
-        TypeError, ValueError: `value` is neither a dense tensor with values nor a number that FP32 can represent, or
-            `device` is no device.
+        TypeError, ValueError: `value` is neither a dense tensor with values nor a number that FP32 can represent,
+            `device` is no device, or `keep_strides` is no bool. A side in the device's place, or a device in the
+            side's, is named.
 
     Source: the guard pages of Electric Fence (Bruce Perens, 1987); on a GPU, the driver's virtual memory
         management (cuMemAddressReserve, cuMemMap).
     """
-    if not isinstance(side, str) or side not in SIDES:
-        came = shown(side) if isinstance(side, str) else described(side)
-        raise FenceError(f"side is {came}; accepted: 'after', 'before'")
+    _check_side(side, device)
+    if not isinstance(keep_strides, bool):
+        raise TypeError(f"keep_strides is {described(keep_strides)}; accepted: True, False")
     try:
         guard_bytes = check_int(guard_bytes, "guard_bytes", minimum=1, maximum=MAX_GUARD_BYTES)
     except ValueError as error:
@@ -80,15 +88,40 @@ def fenced(
         raise FenceError(f"device is {where}; accepted: a CPU, or a GPU that torch calls cuda")
     if where.type == "cuda" and not torch.cuda.is_available():
         raise FenceError(f"device is {where}, and torch sees no GPU here; accepted: cpu")
+    shape, strides = source.shape, value.stride() if keep_strides and isinstance(value, Tensor) else None
     if source.numel() == 0:
-        return torch.empty(source.shape, dtype=source.dtype, device=where)
-    nbytes = source.numel() * source.element_size()
-    if where.type == "cpu":
-        raw = _cpu_bytes(nbytes, side, guard_bytes)
-    else:
-        raw = _gpu_bytes(nbytes, side, guard_bytes, where)
+        return torch.empty_strided(shape, strides or source.contiguous().stride(), dtype=source.dtype, device=where)
     with torch.no_grad():
-        return raw.view(source.dtype).view(source.shape).copy_(source)
+        if strides is None:
+            return _copied(source, side, guard_bytes, where).view(shape)
+        span = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        memory = value.as_strided((span,), (1,))  # in the order of memory, gaps included
+        return _copied(memory.resolve_conj().resolve_neg(), side, guard_bytes, where).as_strided(shape, strides)
+
+
+def _copied(source: Tensor, side: str, guard_bytes: int, device: torch.device) -> Tensor:
+    """A flat copy of a tensor's elements in guarded memory."""
+    nbytes = source.numel() * source.element_size()
+    raw = (
+        _cpu_bytes(nbytes, side, guard_bytes) if device.type == "cpu" else _gpu_bytes(nbytes, side, guard_bytes, device)
+    )
+    copy = raw.view(source.dtype)
+    copy.view(source.shape).copy_(source)
+    return copy
+
+
+def _check_side(side: object, device: object) -> None:
+    """Raise unless `side` is a side, and `device` is not one."""
+    known = isinstance(side, str) and side in SIDES
+    if isinstance(device, str) and device in SIDES:
+        place = "" if known else f"device={shown(side)}, "
+        raise FenceError(f"device is {device!r}, which is a side; write fenced(value, {place}side={device!r})")
+    if known:
+        return
+    came = shown(side) if isinstance(side, str) else described(side)
+    if isinstance(side, torch.device) or (isinstance(side, str) and side.split(":")[0] in ("cpu", "cuda")):
+        raise FenceError(f"side is {came}, which is a device; write fenced(value, device={str(side)!r})")
+    raise FenceError(f"side is {came}; accepted: 'after', 'before'")
 
 
 def _source(value: object) -> Tensor:

@@ -7,110 +7,118 @@ access with its source line, its argument and its program:
 
     with trace() as t:
         my_kernel[grid](x, scale, out)
-    print(t.report())  # scale_ptr: element 656 of 1, line 93, program (0, 5)
+    print(t.report())  # kernel.py:93 in my_kernel(): load scale, elements 1–656 of 1, first program (0, 5)
 
-The trace skips accesses outside their tensor (a load gives 0), so that the process survives and the trace contains all
-of them. An access belongs to the argument that its address was computed from, even if the address is inside another
-tensor: while the kernel runs, the top byte of each pointer contains the number of its argument. A pointer that a kernel
-loads from memory has no such number; its accesses are recorded without an argument and are not checked.
+`kvgather trace SCRIPT.py` does the same for a whole script, unchanged.
+
+An access belongs to the argument that its address was computed from, even if the address is inside another tensor:
+while the kernel runs, the top byte of each pointer contains the number of its argument. A pointer that a kernel loads
+from memory has no such number; its accesses are recorded without an argument, counted, and not checked.
+
+A flagged access is executed as in a run without a trace, if its bytes are in the storage of the argument. An access
+outside the storage is skipped (a load gives 0), so that the process survives and the trace contains all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ..device import interpreted_meanwhile
-from ._interpreter import Launch, Recorder, TraceError, hooked
+from ._interpreter import TraceError, hooked
+from ._launch import Launch, Recorder
+from ._unlike_gpu import InterpreterWarning
+from .access import Access, Violation
+from .extent import Extent
+from .groups import Group, group, lines, races
+from .unwritten import Unwritten
 
-__all__ = ["Access", "Trace", "TraceError", "Violation", "trace"]
-
-
-@dataclass(frozen=True)
-class Access:
-    """One load, store or atomic, by one program.
-
-    Attributes:
-        kernel, launch: the kernel's name, and the index of the launch, from 0.
-        program: the program's index along each axis of the grid.
-        kind: "load", "store" or "atomic".
-        argument: the kernel's argument that the address was computed from, or "" for a pointer from memory.
-        file, line: the source line.
-        bytes: int64, offset of each lane's first byte from the argument's `data_ptr()`; the shape of the access.
-        width: bytes per lane.
-        elements: int64, `bytes` in elements of the argument's dtype, rounded down.
-        mask: lanes that the kernel's mask enables.
-        outside: enabled lanes with at least one byte outside the argument.
-        size: elements that the argument spans, from its first to its last.
-    """
-
-    kernel: str
-    launch: int
-    program: tuple[int, ...]
-    kind: str
-    argument: str
-    file: str
-    line: int
-    bytes: NDArray[np.int64]
-    width: int
-    elements: NDArray[np.int64]
-    mask: NDArray[np.bool_]
-    outside: NDArray[np.bool_]
-    size: int
-
-
-@dataclass(frozen=True)
-class Violation:
-    """One accessed element outside its tensor; `str(violation)` is a line of the report."""
-
-    argument: str
-    element: int
-    size: int
-    kind: str
-    file: str
-    line: int
-    program: tuple[int, ...]
-
-    def __str__(self) -> str:
-        program = ", ".join(map(str, self.program)) + ("," if len(self.program) == 1 else "")
-        return f"{self.argument}: element {self.element} of {self.size}, line {self.line}, program ({program})"
+__all__ = ["Access", "Group", "InterpreterWarning", "Launch", "Trace", "TraceError", "Violation", "trace"]
 
 
 @dataclass
 class Trace:
-    """The launches in the body of `trace()`, and their accesses."""
+    """The launches in the body of `trace()`, and their accesses.
+
+    Attributes:
+        accesses: in the order of execution.
+        launches: in the order of execution.
+        notes: what differs from a run on a GPU, each sentence once: the configuration of an autotuned kernel, and what
+            Triton's interpreter computes wrongly.
+    """
 
     accesses: list[Access] = field(default_factory=list)
     launches: list[Launch] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def violations(self) -> list[Violation]:
-        """Accessed elements outside their tensor, in the order of execution."""
-        return [
-            Violation(a.argument, int(element), a.size, a.kind, a.file, a.line, a.program)
-            for a in self.accesses
-            for element in a.elements[a.outside]
-        ]
+        """Accessed elements outside their tensor, in the order of execution, one for each lane."""
+        found = []
+        for a in self.accesses:
+            if a.outside.any():
+                gaps = a.between[a.outside] if a.between is not None else np.zeros(int(a.outside.sum()), bool)
+                for element, gap in zip(a.flagged(a.outside).tolist(), gaps.tolist(), strict=True):
+                    where = a.argument, element, a.size, a.kind, a.file, a.line, a.program
+                    found.append(Violation(*where, kernel=a.kernel, launch=a.launch, between=gap))
+        return found
+
+    @property
+    def groups(self) -> list[Group]:
+        """The violations by kernel, argument, source line, kind and launch, in the order of execution.
+
+        Elements before or behind the argument, and elements between those of a view, are separate groups.
+        """
+        outside = group(self.accesses, lambda a: a.outside if a.between is None else a.outside & ~a.between, "outside")
+        between = group(self.accesses, lambda a: a.between, "between")
+        return sorted([*outside, *between], key=lambda found: found.launch)
+
+    @property
+    def races(self) -> list[Group]:
+        """Elements that two different programs of one launch store, grouped like `groups`.
+
+        The interpreter runs programs in order, so that the last one wins; a GPU runs them in any order. Atomics are no
+        race. Stores that kernels order by a lock are reported, too. Stores outside their tensor are not.
+        """
+        return races(self.accesses)
+
+    @property
+    def unwritten(self) -> list[Group]:
+        """Loads and atomics of memory that nothing wrote, grouped like `groups`; see `kvgather.lab.unwritten`.
+
+        Empty unless the trace was asked for them.
+        """
+        return group(self.accesses, lambda a: a.unwritten, "unwritten")
+
+    @property
+    def unchecked(self) -> int:
+        """Number of accesses through pointers that a kernel loaded from memory."""
+        return sum(not access.argument for access in self.accesses)
 
     def report(self, limit: int | None = 20) -> str:
-        """The violations, one a line, or "no access outside its tensor" with the number of accesses and launches.
+        """The findings, a line for each source line and argument: violations, races, reads of unwritten memory.
+
+        Without violations, the first line is "no access outside its tensor" with the number of accesses and launches.
+        The notes, and the number of accesses that were not checked, are at the end.
 
         Args:
-            limit: violations to print before "and N more"; None for all.
+            limit: lines of each kind to print before "and N more"; None for all.
         """
-        violations = self.violations
-        if not violations:
-            count, launches = len(self.accesses), len(self.launches)
-            return f"no access outside its tensor; accesses: {count}, launches: {launches}"
-        lines = [str(v) for v in (violations if limit is None else violations[:limit])]
-        if len(violations) > len(lines):
-            lines.append(f"and {len(violations) - len(lines)} more")
-        return "\n".join(lines)
+        count, launches = len(self.accesses), len(self.launches)
+        text = [] if self.groups else [f"no access outside its tensor; accesses: {count}, launches: {launches}"]
+        for found in (self.groups, self.races, self.unwritten):
+            section = lines(found, several_launches=launches > 1)
+            shown = section if limit is None else section[:limit]
+            text += shown
+            if len(section) > len(shown):
+                text.append(f"and {len(section) - len(shown)} more")
+        if self.unchecked:
+            text.append(f"{self.unchecked} of {count} accesses not checked: their pointers were loaded from memory")
+        return "\n".join([*text, *(f"note: {note}" for note in self.notes)])
 
     def select(
         self,
@@ -147,38 +155,79 @@ class Trace:
 
 
 @contextmanager
-def trace(*, strict: bool = False, skip_outside: bool = True) -> Iterator[Trace]:
+def trace(*, strict: bool | None = None, skip_outside: bool = True, unwritten: bool = False) -> Iterator[Trace]:
     """Context manager that runs Triton kernels in the interpreter and records their loads, stores and atomics.
 
     In its body, kernels that were decorated for a GPU run in the interpreter too; the interpreter copies their tensors
-    to the CPU and back. Only one thread may trace at a time.
+    to the CPU and back. An autotuned kernel runs with its first configuration. Nested traces each record everything.
 
     Args:
-        strict: whether an element between the first and the last element of a strided view that is not part of the
-            view counts as outside. By default, the range from `data_ptr()` to the last element is inside.
-        skip_outside: whether to skip accesses outside their tensor: loads give 0, stores have no effect. False
-            executes them, which may crash the process.
+        strict: whether an element between the first and the last element of an argument that is not part of it
+            counts as outside. None and True check every argument that is a view with gaps (in other tensors, nothing
+            is between). False counts the whole range from first to last as inside.
+        skip_outside: whether to skip accesses outside the storage of their argument: loads give 0, stores have no
+            effect. False executes them, which may crash the process.
+        unwritten: whether to record loads of memory that nothing wrote. It applies to tensors that
+            `torch.empty` and its relatives make in the body; see `kvgather.lab.unwritten`.
 
     Yields:
         A `Trace`, to which each kernel appends its accesses.
 
     Raises:
-        TraceError: triton is missing, or this module cannot hook its interpreter.
+        TraceError: triton is missing, this module cannot hook its interpreter, or another thread is tracing.
+
+    Warns:
+        InterpreterWarning: Triton's interpreter computes what a kernel asks for differently from a GPU.
     """
     result = Trace()
+    memory = Unwritten() if unwritten else None
+    recorder = _Recorder(result, strict is not False, skip_outside, memory)
+    with ExitStack() as stack:
+        stack.enter_context(interpreted_meanwhile())
+        stack.enter_context(hooked(Recorder(result.launches, recorder.record, recorder.note)))
+        if memory is not None:
+            stack.enter_context(memory)
+        yield result
+
+
+class _Recorder:
+    """Appends accesses to a trace, and decides which lanes are executed."""
+
+    def __init__(self, trace: Trace, strict: bool, skip_outside: bool, memory: Unwritten | None) -> None:
+        self.trace, self.strict, self.skip_outside, self.memory = trace, strict, skip_outside, memory
+        self._extents: dict[str, Extent] = {}  # of the current launch's arguments
+        self._launch = -1
+
+    def note(self, text: str) -> None:
+        if text not in self.trace.notes:
+            self.trace.notes.append(text)
 
     def record(
+        self,
         launch: Launch,
         kind: str,
+        tag: int,
         address: NDArray[np.uint64],
         width: int,
         mask: NDArray[np.bool_],
         source: tuple[str, int],
     ) -> NDArray[np.bool_]:
-        argument, offset = launch.locate(address)
-        tensor = launch.arguments.get(argument)
-        outside = np.zeros(mask.shape, bool) if tensor is None else mask & _outside(tensor, offset, width, strict)
-        result.accesses.append(
+        """Append an access, and return the lanes to skip."""
+        argument, offset = launch.locate(tag, address)
+        outside = skip = np.zeros(mask.shape, bool)
+        between = unwritten = None
+        size, itemsize, base = 0, width, 0
+        if argument:
+            extent = self._extent(launch, argument)
+            place = extent.place(offset, width, self.strict)
+            outside = mask & (place.outside | place.between)
+            skip = mask & ~place.in_storage if self.skip_outside else skip
+            between = mask & place.between if place.between.any() else None
+            size, itemsize, base = extent.size, extent.itemsize, launch.arguments[argument].data_ptr()
+            if self.memory is not None:
+                tensor = launch.originals[argument]
+                unwritten = self.memory.access(tensor, kind, offset, width, mask & place.in_storage)
+        self.trace.accesses.append(
             Access(
                 kernel=launch.kernel,
                 launch=launch.number,
@@ -189,33 +238,21 @@ def trace(*, strict: bool = False, skip_outside: bool = True) -> Iterator[Trace]
                 line=source[1],
                 bytes=offset,
                 width=width,
-                elements=offset // (tensor.element_size() if tensor is not None else width),
+                elements=offset // itemsize,
                 mask=mask,
                 outside=outside,
-                size=_span(tensor) if tensor is not None else 0,
+                size=size,
+                itemsize=itemsize,
+                base=base,
+                between=between,
+                unwritten=unwritten,
             )
         )
-        return outside if skip_outside else np.zeros(mask.shape, bool)
+        return skip
 
-    with interpreted_meanwhile(), hooked(Recorder(result.launches, record)):
-        yield result
-
-
-def _span(tensor: Tensor) -> int:
-    """Elements from a tensor's first to its last, both counted."""
-    if tensor.numel() == 0:
-        return 0
-    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-def _outside(tensor: Tensor, offset: NDArray[np.int64], width: int, strict: bool) -> NDArray[np.bool_]:
-    """Mask of the accesses of `width` bytes that have a byte outside the tensor."""
-    itemsize = tensor.element_size()
-    outside = (offset < 0) | (offset + width > _span(tensor) * itemsize)
-    if strict and not tensor.is_contiguous():
-        members = np.zeros(1, np.int64)
-        for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-            members = (members[:, None] + np.arange(size) * stride).ravel()
-        first, last = offset // itemsize, (offset + width - 1) // itemsize
-        outside |= ~(np.isin(first, members) & np.isin(last, members))
-    return outside
+    def _extent(self, launch: Launch, argument: str) -> Extent:
+        if launch.number != self._launch:
+            self._extents, self._launch = {}, launch.number
+        if argument not in self._extents:
+            self._extents[argument] = Extent(launch.arguments[argument])
+        return self._extents[argument]

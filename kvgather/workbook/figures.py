@@ -15,8 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from tabulate import tabulate
 from tqdm.auto import tqdm
+
+from kvgather.workbook.tables import table_text
 
 __all__ = [
     "BAD",
@@ -24,6 +25,7 @@ __all__ = [
     "GOOD",
     "INK",
     "PALETTE",
+    "PAPER",
     "block_table_figure",
     "boxes",
     "figure",
@@ -38,7 +40,9 @@ __all__ = [
 
 # Okabe and Ito's palette without its black: distinct for color-blind readers and in gray print.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
-GOOD, BAD, EMPTY, INK, LINE = PALETTE[2], PALETTE[5], "#F1F1EE", "#222222", "#8A8A85"
+GOOD, BAD, EMPTY, INK, LINE = PALETTE[2], PALETTE[5], "#E2E1DA", "#222222", "#8A8A85"
+# An opaque card: it does not dazzle on a dark page, stands out on a white one, and its text keeps the same contrast.
+PAPER = "#F4F3EE"
 
 STYLE: Any = {
     "font.family": "DejaVu Sans",
@@ -52,15 +56,18 @@ STYLE: Any = {
     "axes.spines.right": False,
     "axes.prop_cycle": cycler(color=PALETTE),
     "axes.grid": False,
-    "grid.color": "#DDDDD8",
+    "grid.color": "#D6D5CD",
     "text.color": INK,
     "axes.labelcolor": INK,
     "xtick.color": INK,
     "ytick.color": INK,
     "legend.frameon": False,
     "legend.fontsize": 9.0,
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
+    "axes.facecolor": PAPER,
+    "figure.facecolor": PAPER,
+    "figure.constrained_layout.h_pad": 0.08,
+    "figure.constrained_layout.w_pad": 0.1,
+    "savefig.facecolor": PAPER,
 }
 matplotlib.rcParams.update(STYLE)
 
@@ -110,16 +117,8 @@ def show(drawing: Figure, alt: str) -> None:
 
 
 def table(rows: Iterable[Sequence[Any]], headers: Sequence[str]) -> str:
-    """A plain-text table: columns of numbers are aligned to the right, all others to the left.
-
-    Args:
-        rows: rows of cells; floats are printed with four significant digits, None as a dash.
-        headers: one for each column.
-    """
-    cells = [[_cell(value) for value in row] for row in rows]
-    columns = zip(*cells, strict=True)
-    aligned = ["right" if all(map(_is_number, column)) else "left" for column in columns]
-    return tabulate(cells, headers, tablefmt="simple", disable_numparse=True, colalign=aligned or None)
+    """The plain text of a table, for chapters that print it; new cells call `kvgather.workbook.tables.table`."""
+    return table_text(rows, headers)
 
 
 def boxes(
@@ -155,7 +154,7 @@ def boxes(
             continue
         row, column = divmod(index, columns)
         color = EMPTY if owner is None else chosen[owner]
-        axes.add_patch(Rectangle((column, row), 1, 1, facecolor=color, edgecolor="white", linewidth=1.0))
+        axes.add_patch(Rectangle((column, row), 1, 1, facecolor=color, edgecolor=PAPER, linewidth=1.0))
         if index in outlined:
             inner = Rectangle(
                 (column + 0.06, row + 0.06), 0.88, 0.88, fill=False, edgecolor=INK, linewidth=2.0, zorder=3
@@ -271,20 +270,6 @@ def text_color(background: str) -> str:
     """The text color with the better contrast on a background such as "#0072B2": dark or white."""
     red, green, blue = (int(background[i : i + 2], 16) / 255 for i in (1, 3, 5))
     return INK if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text.replace(",", "").replace("–", "0"))
-    except ValueError:
-        return False
-    return True
 
 
 def _close(drawing: Figure) -> None:

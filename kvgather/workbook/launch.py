@@ -13,12 +13,17 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 ORIGINALS = "notebooks"
 COPIES = "my-notebooks"
 RECORD = ".originals.json"  # in the copy: digests of the originals at the time of their last copy
+WORKSPACES = ".workspaces"  # in the copy: which files and panels JupyterLab shows
+# JupyterLab opens its file panel in a workspace that has no layout yet, so the first one has a layout: a closed panel.
+LAYOUT = {"main": {"dock": None}, "left": {"collapsed": True, "visible": True, "widgets": []}}
 
 
 class LaunchError(ValueError):
@@ -111,6 +116,29 @@ def _free_name(copy: Path) -> Path:
     return free
 
 
+def close_file_panel(root: Path) -> None:
+    """Give JupyterLab's default workspace a layout whose file panel is closed, unless it has a layout already.
+
+    Args:
+        root: the repository; writes to `root/my-notebooks/.workspaces`, which `lab_arguments` names.
+
+    Raises:
+        LaunchError: the layout cannot be written.
+    """
+    from jupyterlab_server.workspaces_handler import WorkspacesManager
+
+    folder = root / COPIES / WORKSPACES
+    content = {"data": {"layout-restorer:data": LAYOUT}, "metadata": {"id": "default"}}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not any(folder.iterdir()):
+            WorkspacesManager(str(folder)).save("default", json.dumps(content))
+    except OSError as error:
+        raise LaunchError(
+            f"{folder} cannot be written ({error.strerror}); accepted: a clone you may write in"
+        ) from error
+
+
 def first_chapter(root: Path) -> str:
     """The path of the first chapter in the reader's copy, relative to the repository, with forward slashes."""
     chapters = sorted(path.name for path in (root / ORIGINALS).glob("[0-9]*.ipynb"))
@@ -131,6 +159,7 @@ def lab_arguments(root: Path, *, browser: bool, extra: Sequence[str] = ()) -> li
     arguments = [
         f"--ServerApp.root_dir={root}",
         f"--LabApp.default_url=/lab/tree/{first_chapter(root)}",
+        f"--LabApp.workspaces_dir={root / COPIES / WORKSPACES}",
         "--LabApp.log_level=ERROR",  # the address is logged as CRITICAL
         "--ServerApp.log_level=ERROR",
         "--ServerApp.answer_yes=True",  # one Ctrl-C ends it, without a question
@@ -152,8 +181,13 @@ def has_display() -> bool:
     return True
 
 
+def say_seconds(step: str, start: float) -> None:
+    """Print a finished step and its seconds since `start`, a time of `time.perf_counter`."""
+    print(f"kvgather: {step}: {time.perf_counter() - start:.1f} s", flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the doctor's report, copy the notebooks, and run JupyterLab until it is stopped.
+    """Print the doctor's report, copy the notebooks, and run JupyterLab until it is stopped; print the seconds of each.
 
     Args:
         argv: the command line without the program's name; None takes it from `sys.argv`. `--no-browser` only prints
@@ -169,28 +203,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         root = find_root()
         # In a child process, so that its GPU context does not outlive it.
+        start = time.perf_counter()
         subprocess.run([sys.executable, "-m", "kvgather.cli", "doctor"], cwd=root, check=False)
-        print()
+        say_seconds("checking this machine", start)
+        start = time.perf_counter()
         for line in copy_notebooks(root):
             print(line)
+        say_seconds("copying chapters", start)
     except LaunchError as error:
         print(f"kvgather: {error}", file=sys.stderr)
         return 1
     if options.copy_only:
         return 0
     print(f"JupyterLab opens {first_chapter(root)}; Ctrl-C ends it.", flush=True)
-    return run_lab(lab_arguments(root, browser=has_display() and not options.no_browser, extra=extra))
+    return run_lab(root, lab_arguments(root, browser=has_display() and not options.no_browser, extra=extra))
 
 
-def run_lab(arguments: list[str]) -> int:
+def run_lab(root: Path, arguments: list[str]) -> int:
     """Run JupyterLab in this process until it is stopped.
 
     Args:
+        root: the repository.
         arguments: from `lab_arguments`.
 
     Returns:
         The exit status.
     """
+    start = time.perf_counter()
     try:
         import zmq
         from jupyter_client.manager import KernelManager
@@ -206,6 +245,19 @@ def run_lab(arguments: list[str]) -> int:
     if hasattr(KernelManager, "transport_encryption") and zmq.has("curve"):
         # Otherwise every kernel warns at its start that its messages on this machine are not encrypted.
         arguments = ["--KernelManager.transport_encryption=auto", *arguments]
+    try:
+        close_file_panel(root)
+    except LaunchError as error:
+        print(f"kvgather: {error}", file=sys.stderr)
+        return 1
+    initialize = LabApp.initialize_server
+
+    def initialize_and_say(*given: Any, **options: Any) -> Any:
+        server = initialize(*given, **options)
+        say_seconds("starting JupyterLab", start)
+        return server
+
+    LabApp.initialize_server = initialize_and_say
     LabApp.launch_instance(arguments)
     return 0
 

@@ -52,6 +52,21 @@ def test_any_two_of_what_it_compiles_for(case: Case, where: str) -> None:
 
 
 @on_each_device
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("which", ["on", "off"])
+def test_rows_do_not_depend_on_whether_the_log_sum_exp_is_wanted(splits: int, which: str, where: str) -> None:
+    made = filled(
+        [1, 1, 2], [5, 0, 37], heads=(3, 1), dims=(16, 5), page_size=4, dtype=torch.float8_e4m3fn, device=where, spare=3
+    )
+    sinks = sinks_of(which, 3, where)
+    out, _ = attend(made, (16, splits), sinks=sinks)
+    for _ in range(2):  # the second call launches from addresses alone
+        alone, lse = attend(made, (16, splits), sinks=sinks, want_lse=False)
+        assert torch.equal(alone, out)
+        assert (lse is None) == (splits > 1)
+
+
+@on_each_device
 @pytest.mark.parametrize("mix", [([1, 1, 1], [0, 16, 37]), ([5, 16], [0, 0]), ([0, 2, 0], [9, 5, 0]), ([3, 0], [4, 0])])
 @pytest.mark.parametrize("tile", [(16, 1), (16, 4), None], ids=str)
 def test_decode_no_prefix_and_empty_sequences(

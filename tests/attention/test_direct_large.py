@@ -48,7 +48,7 @@ def wide_cache(wide: tuple[bool, bool], where: str, blocks: int = BLOCKS) -> kg.
 
 def constants(cache: kg.PagedKVCache, batch: kg.PrefixBatch, q: Tensor) -> dict[str, Any]:
     """What the kernel is compiled for."""
-    return DirectLaunch(DirectCall(q, cache, batch, None, None, None, None, Tile(16, 16, 4, 2, 1), True)).constants
+    return DirectLaunch(DirectCall(q, cache, batch, None, None, None, None, Tile(16, 16, 4, 2, 1), True, 0)).constants
 
 
 @pytest.mark.parametrize("which", WIDE)

@@ -80,7 +80,8 @@ def call_of(made: Setup, batch: kg.PrefixBatch, **more: Any) -> DirectCall:
         "q": made.q, "cache": made.cache, "batch": batch, "sinks": None, "window": None, "begin": None, "state": None,
         "tile": Tile(16, 16, 4, 2, 1), "interpreted": True,
     }  # fmt: skip
-    return DirectCall(**{**fields, **more})
+    fields |= more
+    return DirectCall(**fields, likeness=fields["cache"].likeness)
 
 
 def signed(call: DirectCall) -> object:

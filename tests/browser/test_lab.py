@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -29,6 +30,11 @@ RUN_ALL = """
 const done = arguments[arguments.length - 1];
 window.jupyterapp.commands.execute('notebook:run-all-cells').then(() => done('ran'), error => done(String(error)));
 """
+FILE_PANEL = """
+const shell = window.jupyterapp.shell;
+const panel = document.getElementById('jp-left-stack');
+return {collapsed: shell.leftCollapsed, width: panel ? panel.getBoundingClientRect().width : 0};
+"""
 SHOW_CELL = "window.jupyterapp.shell.currentWidget.content.scrollToItem(arguments[0], 'start');"
 END_KERNEL = """
 const done = arguments[arguments.length - 1];
@@ -49,6 +55,12 @@ def open_notebook(browser: Any, address: str, path: str) -> None:
 def test_lab_says_what_the_machine_can_do_and_where_it_is(lab: Lab, first_chapter: str) -> None:
     said = "".join(lab.lines)
     assert said.index("torch") < said.index(lab.address)
+    places = []
+    for step in ("checking this machine", "copying chapters", "starting JupyterLab"):
+        found = re.search(rf"^kvgather: {step}: \d+\.\d s$", said, flags=re.M)
+        assert found, step
+        places.append(found.start())
+    assert places == sorted(places)
     assert first_chapter in lab.address
     assert f":{lab.taken_port}/" not in lab.address
     assert (lab.root / first_chapter).read_bytes() == (
@@ -63,6 +75,7 @@ def test_lab_opens_on_the_first_chapter(lab: Lab, browser: Any, first_chapter: s
     )
     number = first_chapter.split("/")[1].split("_")[0]
     assert shown[0].startswith(f"{number} · ")
+    assert browser.execute_script(FILE_PANEL) == {"collapsed": True, "width": 0}
     config = json.loads(browser.execute_script("return document.getElementById('jupyter-config-data').textContent"))
     assert "@jupyterlab/apputils-extension:announcements" in config["disabledExtensions"]
     browser.execute_async_script(END_KERNEL)

@@ -49,7 +49,9 @@ def fits_int32(batch: dict[str, Any]) -> bool:
 def assert_same_records(got: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor], sequences: int) -> None:
     """The same records, from the same offsets; and from the same places, where there are rows."""
     assert torch.equal(got[0], wanted[0])
-    (offsets, origin), (wanted_offsets, wanted_origin) = (cut_sources(each[1], sequences) for each in (got, wanted))
+    (offsets, origin), (wanted_offsets, wanted_origin) = (
+        cut_sources(each[1], sequences, len(each[0])) for each in (got, wanted)
+    )
     used = wanted[0][:, 2] > 0
     assert torch.equal(offsets, wanted_offsets) and torch.equal(origin[used], wanted_origin[used])
 

@@ -56,6 +56,41 @@ def test_numbers_strides_and_gradients():
     assert not fenced(torch.ones(2, requires_grad=True)).requires_grad
 
 
+VIEWS = {
+    "gaps": torch.arange(48.0).view(4, 3, 4)[1:3, :2, 1:3],
+    "transposed": torch.arange(12).view(3, 4).T,
+    "expanded": torch.tensor([[2.0], [3.0]]).expand(2, 5),
+    "windows": torch.arange(10.0).unfold(0, 4, 2),
+    "conjugate": torch.view_as_complex(torch.arange(24.0).view(3, 4, 2)).conj()[:, ::2],
+    "negative": torch.view_as_complex(torch.arange(24.0).view(3, 4, 2)).conj().imag[:, 1:],
+    "scalar": torch.tensor(7),
+}
+
+
+@needs_proc
+@pytest.mark.parametrize("name", VIEWS)
+@pytest.mark.parametrize("side", fence.SIDES)
+def test_strides_are_kept_with_the_bytes_of_the_gaps(name, side):
+    value = VIEWS[name]
+    copy = fenced(value, side=side, keep_strides=True)
+    assert torch.equal(copy, value) and copy.stride() == value.stride() and copy.dtype == value.dtype
+    span = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    memory = [tensor.as_strided((span,), (1,)) for tensor in (copy, value)]
+    assert torch.equal(*memory)
+    first, end = copy.data_ptr(), copy.data_ptr() + span * copy.element_size()
+    assert protection(first).startswith("rw") and protection(end - 1).startswith("rw")
+    assert protection(end if side == "after" else first - 1).startswith("---")
+    assert fenced(value, side=side).is_contiguous()
+
+
+@needs_mprotect
+def test_strides_of_a_number_and_of_an_empty_tensor():
+    assert fenced(0.5, keep_strides=True).stride() == (1,)
+    empty = torch.zeros(4, 0, 6)[::2, :, ::2]
+    assert fenced(empty, keep_strides=True).stride() == empty.stride()
+    assert fenced(empty).shape == empty.shape
+
+
 def test_no_elements():
     empty = fenced(torch.zeros(0, 3, dtype=torch.float16))
     assert empty.shape == (0, 3)
@@ -102,6 +137,11 @@ print(ctypes.c_uint8.from_address(inside + step * {int(outside)}).value)
         ({"side": np.array(["after", "before"])}, "side is ndarray array.*; accepted: 'after', 'before'"),
         ({"side": torch.zeros(2)}, r"side is Tensor of shape \[2\]; accepted: 'after', 'before'"),
         ({"device": "meta"}, "device is meta; accepted"),
+        ({"device": "after"}, r"device is 'after', which is a side; write fenced\(value, side='after'\)"),
+        ({"device": "before", "side": "after"}, r"which is a side; write fenced\(value, side='before'\)"),
+        ({"device": "after", "side": "cuda"}, r"is a side; write fenced\(value, device='cuda', side='after'\)"),
+        ({"side": "cuda:1"}, r"side is 'cuda:1', which is a device; write fenced\(value, device='cuda:1'\)"),
+        ({"side": torch.device("cpu")}, r"which is a device; write fenced\(value, device='cpu'\)"),
     ],
 )
 def test_wrong_arguments(arguments, message):
@@ -122,6 +162,7 @@ def test_wrong_arguments(arguments, message):
         ({"guard_bytes": 1.5}, TypeError, "guard_bytes is float 1.5; accepted: an int"),
         ({"guard_bytes": None}, TypeError, "guard_bytes is NoneType None; accepted: an int"),
         ({"device": 0}, TypeError, "device is int 0; accepted: a torch.device or its name"),
+        ({"keep_strides": 1}, TypeError, "keep_strides is int 1; accepted: True, False"),
         ({"device": "gpu"}, ValueError, "device is 'gpu'; accepted: a torch.device or its name"),
     ],
 )

@@ -66,7 +66,11 @@ def test_a_scalar_indexed_by_block_head_and_slot_is_reported(call, layout, dtype
     source = Path(before_fix.__file__).read_text().splitlines()
     assert all("tl.load(" + v.argument in source[v.line - 1] for v in t.violations)
     assert {v.size for v in t.violations} == {1}
-    assert t.report().splitlines()[2] == f"k_scale_ptr: element 159 of 1, line {t.violations[2].line}, program (0, 1)"
+    line = t.violations[0].line
+    elements = "elements 32, 48, 97, …, 159 (6 elements) of 1"
+    where = f"before_fix.py:{line} in gather_one_head_kernel()"
+    assert t.report().splitlines()[0] == f"{where}: load k_scale_ptr, {elements}, first program (0, 0)"
+    assert len(t.report().splitlines()) == 2
     assert not case.got[0].any()  # a skipped load of the scale gives 0
 
 
@@ -116,14 +120,8 @@ def test_a_violation_has_its_element_line_program_and_mask():
         shift_kernel[(2,)](x, out, 6, 2, BLOCK=4)
         shift_kernel[(2,)](x, out, 6, -1, BLOCK=4)
     line = line_of("x = tl.load(x_ptr + i + by")
-    assert t.report() == "\n".join(
-        [
-            f"x_ptr: element 6 of 6, line {line}, program (1,)",
-            f"x_ptr: element 7 of 6, line {line}, program (1,)",
-            f"x_ptr: element -1 of 6, line {line}, program (0,)",
-        ]
-    )
-    assert t.report(limit=1).splitlines()[1:] == ["and 2 more"]
+    where = f"test_trace.py:{line} in shift_kernel(): load x_ptr"
+    assert t.report() == f"{where}, elements -1 and 6–7 of 6, first program (1,) of launch 0, in 2 launches"
     assert out.tolist() == [0.0, 0.0, 1.0, 2.0, 3.0, 4.0]
     load = next(t.select("x_ptr", (1,), "load"))
     assert (load.file, load.kernel, load.launch, load.width) == (str(HERE), "shift_kernel", 0, 4)
@@ -191,7 +189,7 @@ def test_empty_traces_and_empty_tensors():
     assert t.bytes_touched("x_ptr").dtype == np.int64
     with trace() as t:
         shift_kernel[(1,)](torch.zeros(0), torch.zeros(1), 1, 0, BLOCK=1)
-    assert [str(v).split(",")[0] for v in t.violations] == ["x_ptr: element 0 of 0"]
+    assert [str(v).split(": ")[1] for v in t.violations] == ["load x_ptr, element 0 of 0, program (0,)"]
 
 
 def test_an_exception_in_the_body_removes_the_hooks(call):
@@ -232,9 +230,8 @@ print(t.report())
     child = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment(TRITON_INTERPRET="0")
     )
-    assert child.stdout == f"x_ptr: element 1 of 1, line {line_of('return tl.load(pointer')}, program (0, 1)\n", (
-        child.stderr
-    )
+    where = f"test_trace.py:{line_of('return tl.load(pointer')} in helper_kernel()"
+    assert child.stdout == f"{where}: load x_ptr, element 1 of 1, first program (0, 1)\n", child.stderr
 
 
 def test_a_traced_gather_decorated_for_compilation_equals_the_reference():

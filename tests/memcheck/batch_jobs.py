@@ -38,7 +38,8 @@ def planned(batch: int, page_size: int, dtype: torch.dtype, starts: bool, device
     sizes = (page_size, 40, total, -(-total // page_size) + 2 * batch)
     got = plan_records(table.to(device), offsets.to(device), None if start is None else start.to(device), *sizes)
     wanted = records_by_torch(table, offsets, start, *sizes)
-    pairs = zip((got[0], *cut_sources(got[1], batch)), (wanted[0], *cut_sources(wanted[1], batch)), strict=True)
+    both = ((records, *cut_sources(sources, batch, len(records))) for records, sources in (got, wanted))
+    pairs = zip(*both, strict=True)
     for ours, theirs in pairs:
         assert torch.equal(ours.cpu(), theirs)
 

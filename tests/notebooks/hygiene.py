@@ -11,12 +11,17 @@ from typing import Any
 
 import nbformat
 
+from kvgather.workbook.tables import is_house_table
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "notebooks"
-CHAPTERS = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
+PATTERN = "[0-9][0-9]*_*.ipynb"  # 08_prefix_path.ipynb, and 08b_… for the second half of a chapter
+CHAPTERS = sorted(FOLDER.glob(PATTERN))
 
 LINES = 30  # a cell is shorter than this
-SPEAKING = {"print", "show", "display", "check"}
+WIDGET = "[an interactive widget"  # how the text of a widget's view begins in a committed notebook
+TEXT_TABLE = re.compile(r"^ *-{2,}(?: +-{2,})+ *$", flags=re.M)  # the line below the headers of a printed table
+SPEAKING = {"print", "show", "display", "check", "table"}
 IGNORED = "nbval-ignore-output"
 
 Rule = Callable[["Notebook"], list[str]]
@@ -34,7 +39,7 @@ class Notebook:
 
     @property
     def number(self) -> str:
-        return self.path.name[:2]
+        return self.path.name.partition("_")[0]
 
     @property
     def cells(self) -> list[Any]:
@@ -104,7 +109,7 @@ def speaking_cells_have_outputs(notebook: Notebook) -> list[str]:
 
 
 def _speaks(source: str) -> bool:
-    """Whether a statement that is sure to run calls print, show, display or check."""
+    """Whether a statement that is sure to run calls one of SPEAKING."""
     sure = [
         node for node in ast.parse(_without_magics(source)).body if isinstance(node, ast.Expr | ast.Assign | ast.With)
     ]
@@ -124,9 +129,79 @@ def outputs_are_text_or_png(notebook: Notebook) -> list[str]:
             found.append(f"cell {i} raised {output.ename}")
         elif output.output_type == "stream" and output.name == "stderr":
             found.append(f"cell {i} wrote to stderr")
-        for kind in set(output.get("data", {})) - {"text/plain", "image/png"}:
+        data = output.get("data", {})
+        for kind in sorted(set(data) - {"text/plain", "image/png", "text/html"}):
             found.append(f"cell {i} has an output of type {kind}")
+        if "text/html" in data and not (is_house_table(data["text/html"]) and data.get("text/plain", "").strip()):
+            found.append(f"cell {i} has HTML that is not a table of kvgather.workbook.tables, with its plain text")
     return found
+
+
+@rule
+def tables_are_html(notebook: Notebook) -> list[str]:
+    """A printed table wraps in a window of 800 pixels, and is then unreadable."""
+    found = []
+    for i, output in notebook.outputs():
+        data = output.get("data", {})
+        text = output.get("text", "") or ("" if "text/html" in data else data.get("text/plain", ""))
+        if TEXT_TABLE.search(text):
+            found.append(f"cell {i} prints a table; use `table` of kvgather.workbook.tables")
+    return found
+
+
+@rule
+def drawing_cells_are_folded(notebook: Notebook) -> list[str]:
+    """JupyterLab folds the code of a cell that only draws or builds a widget, so that the story stands.
+
+    A cell draws if its outputs are pictures and widgets, and nothing else. It does more than that if a later cell uses
+    one of its names, or if its metadata says `"kvgather": {"open": "why the reader should see this code"}`.
+    """
+    found = []
+    for place, (i, cell) in enumerate(notebook.code):
+        folded = bool(cell.metadata.get("jupyter", {}).get("source_hidden"))
+        draws = bool(cell.outputs) and all(map(_is_drawing, cell.outputs))
+        reason = cell.metadata.get("kvgather", {}).get("open", "")
+        later = "\n".join(_without_magics(other.source) for _, other in notebook.code[place + 1 :])
+        used = sorted(_assigned(cell.source) & _free_names(later)) if draws else []
+        if draws and not folded and not used and not reason:
+            found.append(f"cell {i} only draws; fold it: the metadata lack jupyter.source_hidden")
+        if folded and not draws:
+            found.append(f"cell {i} is folded, but its outputs are not pictures or widgets alone")
+        if folded and used:
+            found.append(f"cell {i} is folded, but later cells use its {', '.join(used)}")
+        if folded and (reason or {"exercise", "check"} & {*tags(cell)}):
+            found.append(f"cell {i} is folded, but it is for the reader to see")
+    return found
+
+
+def _is_drawing(output: Any) -> bool:
+    data = output.get("data", {})
+    return "image/png" in data or data.get("text/plain", "").startswith(WIDGET)
+
+
+def _assigned(source: str) -> set[str]:
+    """The names that a cell's statements assign; not those of its loops, functions and imports."""
+    body = ast.parse(_without_magics(source)).body
+    defined = {node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    targets = [target for node in body if isinstance(node, ast.Assign) for target in node.targets]
+    names = (name for target in targets for name in ast.walk(target) if isinstance(name, ast.Name))
+    return defined | {name.id for name in names if isinstance(name.ctx, ast.Store)}
+
+
+def _free_names(source: str) -> set[str]:
+    """The names that a text of cells reads before it assigns them."""
+    assigned: set[str] = set()
+    free: set[str] = set()
+    for statement in ast.parse(source).body:
+        nodes = list(ast.walk(statement))
+        names = [node for node in nodes if isinstance(node, ast.Name)]
+        inner = {node.arg for node in nodes if isinstance(node, ast.arg)}
+        for node in nodes:
+            if isinstance(node, ast.comprehension):
+                inner |= {name.id for name in ast.walk(node.target) if isinstance(name, ast.Name)}
+        free |= {name.id for name in names if isinstance(name.ctx, ast.Load)} - assigned - inner
+        assigned |= {name.id for name in names if isinstance(name.ctx, ast.Store)}
+    return free
 
 
 @rule
@@ -233,7 +308,7 @@ def opens_with_the_banner(notebook: Notebook) -> list[str]:
 
 def _neighbours(notebook: Notebook) -> str:
     """The links to the previous and the next chapter of the same folder."""
-    chapters = sorted(notebook.path.parent.glob("[0-9][0-9]_*.ipynb"))
+    chapters = sorted(notebook.path.parent.glob(PATTERN))
     place = chapters.index(notebook.path)
     parts = []
     if place > 0:
@@ -248,7 +323,7 @@ def ends_with_what_you_know(notebook: Notebook) -> list[str]:
     last = notebook.cells[-1]
     match = re.search(
         r"^## What you know now\n(?P<known>.*?)^\*\*In the package:\*\*(?P<package>.*?)"
-        r"^\*\*Sources:\*\*(?P<sources>.*)",
+        r"^\*\*Sources:\*\*(?P<sources>.*?)(?=^\*\*Next:\*\*|\Z)",
         last.source,
         flags=re.S | re.M,
     )
@@ -262,3 +337,19 @@ def ends_with_what_you_know(notebook: Notebook) -> list[str]:
     if not links(match["sources"]):
         found.append("'Sources' has no link")
     return found
+
+
+@rule
+def links_to_the_next_chapter(notebook: Notebook) -> list[str]:
+    chapters = sorted(notebook.path.parent.glob(PATTERN))
+    following = chapters[chapters.index(notebook.path) + 1 :]
+    if not following:
+        return []
+    wanted = f"**Next:** [{Notebook.read(following[0]).title.replace(' · ', ' ')}]({following[0].name})"
+    last = notebook.cells[-1].source.split("\n")[-1]
+    return [] if last == wanted else [f"the last line is {last!r}, not {wanted!r}"]
+
+
+# New rules, and the chapters that are not converted yet. Empty it when the last one is.
+CONVERSION = {"tables_are_html", "drawing_cells_are_folded", "links_to_the_next_chapter"}
+UNCONVERTED = {"00", "01", "02", "03", "04", "05", "06", "07", "08"}

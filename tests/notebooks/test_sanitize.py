@@ -28,6 +28,7 @@ def sanitized(text: str) -> str:
         ("2,790 GB/s", "512.5 GB/s"),
         ("/home/a/kvgather/kvgather/lab/before_fix.py:62", "/Users/b c/kvgather/lab/before_fix.py:62".replace(" ", "")),
         ("File /tmp/ipykernel_11/334.py", "File /tmp/ipykernel_7/9.py"),
+        ("Cell In[8], line 4:  x = 1 / 0", "Cell In[1], line 4:  x = 1 / 0"),
         ("GPU  NVIDIA H100 80GB HBM3", "GPU  AMD Instinct MI300X"),
         ("torch           2.13.0+cpu", "torch           2.11.0+cu130"),
     ],

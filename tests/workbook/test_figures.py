@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 
 import pytest
 from matplotlib.colors import to_hex
@@ -92,3 +93,29 @@ def test_progress_yields_everything_and_fills_its_bar(monkeypatch, capsys, total
     items = range(3) if total is None else iter(range(3))
     assert list(figures.progress(items, "work", total)) == [0, 1, 2]
     assert capsys.readouterr().err.split("\r")[-1].startswith("work: 100%")
+
+
+def test_a_figure_is_an_opaque_card_on_which_text_is_readable():
+    """A transparent or a white figure would be unreadable, or dazzle, in JupyterLab's dark theme."""
+    from matplotlib.image import imread
+
+    drawing, axes = figures.figure(2, 1)
+    axes.set(xticks=[], yticks=[])
+    pixels = imread(io.BytesIO(figures.png(drawing)))
+    assert pixels.shape[2] == 3 or (pixels[..., 3] == 1).all()
+    assert to_hex(pixels[0, 0]).upper() == to_hex(pixels[len(pixels) // 2, 140]).upper() == figures.PAPER
+    for color in (figures.INK, figures.LINE):
+        assert contrast(color, figures.PAPER) >= 3
+    assert contrast(figures.INK, figures.PAPER) >= 7
+
+
+def contrast(first: str, second: str) -> float:
+    """The contrast ratio of two colors as WCAG defines it."""
+
+    def luminance(color: str) -> float:
+        parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    light, dark = sorted((luminance(first), luminance(second)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)

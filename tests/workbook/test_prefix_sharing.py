@@ -15,8 +15,10 @@ def test_story_shares_frees_and_evicts():
     assert story.free("A") == "free A: 1 free block of the pool can still be found"
     assert story.free("A") == "A is not running"
     assert story.words(3) == []
+    assert story.eviction_order() == [2]
     story.run("C", PROMPTS["C"])
     assert story.free("B") == "free B: 4 free blocks of the pool can still be found"
+    assert story.eviction_order() == [2, 4, 1, 0]
     assert story.run("A", PROMPTS["A"]) == "run A: 12 of its 13 tokens were in the cache, 1 cached block evicted"
 
 
@@ -48,3 +50,13 @@ def test_storyboard_has_a_frame_for_each_step():
         "run A: 0 of its 3 tokens were in the cache, 0 cached blocks evicted",
         "free A: 1 free block of the pool can still be found",
     ]
+
+
+def test_cached_blocks_show_their_place_in_the_order_of_eviction():
+    drawing = storyboard(("run", "A", "a b c d e"), ("free", "A"), num_blocks=3, page_size=2)
+    texts = [text.get_text() for text in drawing.axes[1].texts]
+    assert [text for text in texts if text.startswith("cached")] == ["cached, 2nd", "cached, 1st"]
+    drawing = storyboard(("run", "A", " ".join(f"w{i}" for i in range(25))), ("free", "A"), num_blocks=25, page_size=1)
+    places = [text.get_text() for text in drawing.axes[1].texts if text.get_text().startswith("cached")]
+    assert places[::-1][10:13] == ["cached, 11th", "cached, 12th", "cached, 13th"]
+    assert places[::-1][20:23] == ["cached, 21st", "cached, 22nd", "cached, 23rd"]

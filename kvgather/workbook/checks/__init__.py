@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvgather.workbook.checks.compare import first_difference
+from kvgather.workbook.kernel_errors import kernel_error
+from kvgather.workbook.progress import note_solved
 
 __all__ = ["NotYet", "Wrong", "check", "exercise", "exercises", "expect", "first_difference"]
 
@@ -73,7 +75,7 @@ def exercises(chapter: str) -> list[str]:
 
 
 def check(name: str, *answers: Any) -> None:
-    """Print the verdict on the reader's answer to one exercise.
+    """Print the verdict on the reader's answer to one exercise; in the reader's copy, remember a solved one.
 
     Args:
         name: chapter and number, such as "03.1".
@@ -87,7 +89,10 @@ def check(name: str, *answers: Any) -> None:
         raise ValueError(
             f"name is {name!r}; accepted in this chapter: {', '.join(known) or 'nothing, it has no checks'}"
         )
-    print(_verdict(_REGISTRY[name], answers))
+    verdict = _verdict(_REGISTRY[name], answers)
+    print(verdict)
+    if verdict.startswith("correct: ") and (line := note_solved(name, known)):
+        print(line)
 
 
 def expect(expected: Any, got: Any, name: str = "your answer", *, tolerance: float = 0.0) -> None:
@@ -145,12 +150,19 @@ def _unfilled(value: Any) -> bool:
 
 def _one_line(error: Exception) -> str:
     """The exception, and the innermost line of the reader's cell in its traceback."""
+    inside = kernel_error(error)
+    if inside is not None:
+        place = f"on line {inside.line} of your cell" if _is_cell(inside.file) else f"on line {inside.line} of its file"
+        message = f"your kernel raised {inside.message}, {place}: {inside.source}"
+        return f"{message} → {inside.advice}" if inside.advice else message
     text = str(error).strip().split("\n")[0]
     message = f"your code raised {type(error).__name__}" + (f": {text}" if text else "")
-    # The file of a cell is a path with "ipykernel" in it, or "<ipython-input-…>".
-    own = [
-        frame for frame in traceback.extract_tb(error.__traceback__) if "ipy" in frame.filename.rsplit("/site-", 1)[-1]
-    ]
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_cell(frame.filename)]
     if not own or not own[-1].line:
         return message
     return f"{message}, on line {own[-1].lineno} of your cell: {own[-1].line}"
+
+
+def _is_cell(file: str) -> bool:
+    """Whether a file is a notebook's cell: a path with "ipykernel" in it, or "<ipython-input-…>"."""
+    return "ipy" in file.rsplit("/site-", 1)[-1]

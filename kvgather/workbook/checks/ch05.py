@@ -1,42 +1,50 @@
-"""Checks of chapter 05: the element that the kernel reads, the fence that proves it, and the fixed kernel."""
+"""Checks of chapter 05: which token reads an element, the fence that proves it, and the fixed kernel."""
 
 from __future__ import annotations
 
+import inspect
+import textwrap
+import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from kvgather.lab.crash import run_child
-from kvgather.lab.planted import ARGUMENTS
-from kvgather.lab.trace import Violation, trace
+from kvgather.lab.trace import Trace, Violation, trace
 from kvgather.workbook.checks import NotYet, Wrong, exercise, expect
 
 
-@exercise("05.1", correct="the kernel reads this element, whatever the scale's shape")
-def element_read(answer: Callable[..., Any]) -> None:
+@exercise("05.1", correct="these are the block, the head and the page offset that read it")
+def token_of(answer: Callable[..., Any]) -> None:
     for heads, page in ((2, 16), (5, 8)):
-        for block, head, page_offset in ((0, 0, 0), (4, 1, 3), (3, 0, 2), (6, 1, 7)):
-            expected = (block * heads + head) * page + page_offset
-            element = f"block {block}, head {head}, page_offset {page_offset}, {heads} heads, page {page}"
-            expect(expected, answer(block, head, page_offset, heads, page), element)
+        for place in ((0, 0, 0), (4, 1, 3), (3, 0, 2), (6, 1, 7)):
+            block, head, page_offset = place
+            element = (block * heads + head) * page + page_offset
+            expect(place, answer(element, heads, page), f"element {element}, {heads} heads, page {page}")
 
 
 @exercise(
     "05.2",
-    correct="the child died on the line that reads element −1",
-    not_yet="name an argument and a side, and the check fences it and runs the kernel in a child process",
+    correct="the trace found element −1, and the child died on the line that loads it",
+    not_yet="record a trace in `found` and return the tensors, one of them fenced",
 )
-def fence_it(argument: Any, side: Any) -> None:
-    if argument not in ARGUMENTS:
-        raise Wrong(f"argument is {argument!r}; accepted: {', '.join(ARGUMENTS)}")
-    if side not in ("before", "after"):
-        raise Wrong(f"side is {side!r}; accepted: 'before', 'after'")
-    outcome = run_child("kvgather.lab.planted", argument, side)
+def find_and_fence(found: Any, lay_out: Any) -> None:
+    if not isinstance(found, Trace):
+        raise Wrong(f"found is {type(found).__name__}; record it: with trace() as found: planted.run(…)")
+    if ("cu_seqlens_ptr", -1) not in [(v.argument, v.element) for v in found.violations]:
+        raise Wrong("found has no access outside cu_seqlens; call planted.run inside the with block")
+    if not isinstance(lay_out, types.FunctionType):
+        raise Wrong(f"lay_out is {type(lay_out).__name__}; keep it a function")
+    source = textwrap.dedent(inspect.getsource(lay_out))
+    outcome = run_child("kvgather.workbook.checks.ch05_child", lay_out.__name__, source)
     if outcome.kind == "ok":
-        raise Wrong(f"the child ended with exit 0: the kernel touched nothing {side} {argument}")
-    if outcome.kind != "segfault":
-        raise Wrong(f"the child failed for another reason: {outcome}")
+        raise Wrong("the child ended with exit 0: the kernel touched no fence")
+    if outcome.kind == "segfault" and "cu_seqlens_ptr + i - 1" in outcome.source:
+        return
+    if outcome.kind == "failed":
+        raise Wrong(outcome.message)
+    raise Wrong(f"the child died in another place: {outcome}")
 
 
 @exercise(

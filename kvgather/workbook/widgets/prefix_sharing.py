@@ -64,6 +64,11 @@ class Story:
         words = list(self._ids)
         return [words[token] for token in token_ids or ()]
 
+    def eviction_order(self) -> list[int]:
+        """The cached blocks, the first to be evicted first."""
+        order = self.pool.eviction_order()
+        return [block_id for block_id in order if self.pool.block(block_id).state == "cached"]
+
     def users(self, block_id: int) -> list[str]:
         """Names of the prompts whose block table contains a block."""
         return [name for name, seq in sorted(self.live.items()) if block_id in seq.block_ids]
@@ -72,12 +77,13 @@ class Story:
 def draw(axes: Axes, story: Story, caption: str) -> None:
     """Draw the pool as a row of blocks: id above, words inside, users below.
 
-    A thick outline marks a block that can be found by its content; a dashed outline marks a free block.
+    A thick outline marks a block that can be found by its content; a dashed outline marks a free block. Below a cached
+    block: its place in the order of eviction.
     """
     for block_id in range(story.pool.num_blocks):
         _draw_block(axes, story, block_id)
-    axes.text(0, -0.75, caption, fontsize=10, fontweight="bold", ha="left", va="bottom")
-    axes.set(xlim=(-0.05, story.pool.num_blocks + 0.05), ylim=(story.pool.page_size + 0.9, -1.6))
+    axes.text(0, -0.95, caption, fontsize=10, fontweight="bold", ha="left", va="bottom")
+    axes.set(xlim=(-0.05, story.pool.num_blocks + 0.05), ylim=(story.pool.page_size + 0.9, -1.8))
     axes.set_axis_off()
 
 
@@ -128,8 +134,17 @@ def _draw_block(axes: Axes, story: Story, block_id: int) -> None:
     }
     axes.add_patch(Rectangle((block_id + 0.05, 0), 0.9, height, facecolor=color, **outline))
     center: dict[str, Any] = {"ha": "center", "va": "center"}
-    axes.text(block_id + 0.5, -0.25, str(block_id), fontsize=8, color=LINE, **center)
+    axes.text(block_id + 0.5, -0.42, str(block_id), fontsize=8, color=LINE, **center)
     for line, word in enumerate(words):
         shown = word if len(word) <= 10 else f"{word[:9]}…"
         axes.text(block_id + 0.5, line + 0.5, shown, fontsize=8, color=text_color(color), **center)
-    axes.text(block_id + 0.5, height + 0.4, " + ".join(users) or view.state, fontsize=8, **center)
+    state: str = view.state
+    if state == "cached":
+        state += f", {_ordinal(story.eviction_order().index(block_id) + 1)}"
+    axes.text(block_id + 0.5, height + 0.4, " + ".join(users) or state, fontsize=8, **center)
+
+
+def _ordinal(number: int) -> str:
+    """Such as "1st" and "12th"."""
+    endings = {1: "st", 2: "nd", 3: "rd"}
+    return f"{number}{'th' if number % 100 in (11, 12, 13) else endings.get(number % 10, 'th')}"

@@ -1,7 +1,13 @@
 """Plausible wrong answers of chapter 05, and what the check must say to each."""
 
-ELEMENT = "def element_read(block, head, page_offset, num_heads, page_size):\n    return {}\n"
-FENCE = "argument = {!r}\nside = {!r}\n"
+TOKEN = "def token_of(element, num_heads, page_size):\n    return {}\n"
+FENCE = """with trace() as found:
+    planted.run(lengths, cu_seqlens)
+
+
+def lay_out(lengths, cu_seqlens):
+    return {}
+"""
 KERNEL = """@triton.jit
 def lengths_kernel(lengths_ptr, cu_seqlens_ptr, batch, LANES: tl.constexpr):
     i = tl.arange(0, LANES)
@@ -15,23 +21,49 @@ WRONG = {
     "05.1": [
         # the order of an NHD pool, not of the scale
         (
-            ELEMENT.format("(block * page_size + page_offset) * num_heads + head"),
-            "block 4, head 1, page_offset 3, 2 heads, page 16: expected 147, got 135",
+            TOKEN.format("element // (num_heads * page_size), element % num_heads, element // num_heads % page_size"),
+            "element 147, 2 heads, page 16: answer[2]: expected 3, got 9",
         ),
-        # the head forgotten
-        (ELEMENT.format("block * num_heads * page_size + page_offset"), "2 heads, page 16: expected 147, got 131"),
-        # the slot instead of the page offset
+        # the heads of all blocks counted on
         (
-            ELEMENT.format("(block * num_heads + head) * page_size + block * page_size + page_offset"),
-            "expected 147, got 211",
+            TOKEN.format("element // (num_heads * page_size), element // page_size, element % page_size"),
+            "element 147, 2 heads, page 16: answer[1]: expected 1, got 9",
         ),
+        # the place in the block of all heads, not of one
+        (
+            TOKEN.format(
+                "element // (num_heads * page_size), element // page_size % num_heads, "
+                "element % (num_heads * page_size)"
+            ),
+            "element 147, 2 heads, page 16: answer[2]: expected 3, got 19",
+        ),
+        # a pool's slot, without heads
+        (TOKEN.format("element // page_size, 0, element % page_size"), "answer[0]: expected 4, got 9"),
     ],
     "05.2": [
         # the end is guarded by the mask
-        (FENCE.format("cu_seqlens_ptr", "after"), "exit 0: the kernel touched nothing after cu_seqlens_ptr"),
+        (FENCE.format("lengths, fenced(cu_seqlens)"), "exit 0: the kernel touched no fence"),
         # the store at i - 1 is masked
-        (FENCE.format("lengths_ptr", "before"), "exit 0: the kernel touched nothing before lengths_ptr"),
-        (FENCE.format("cu_seqlens", "before"), "argument is 'cu_seqlens'; accepted: lengths_ptr, cu_seqlens_ptr"),
+        (FENCE.format('fenced(lengths, side="before"), cu_seqlens'), "exit 0: the kernel touched no fence"),
+        # the values are another's
+        (
+            FENCE.format('lengths, fenced(cu_seqlens + 1, side="before")'),
+            "cu_seqlens has another dtype, shape or values",
+        ),
+        # one tensor instead of the two
+        (FENCE.format('fenced(cu_seqlens, side="before")'), "expected two tensors, lengths and cu_seqlens, got Tensor"),
+        # a word that fenced does not know
+        (FENCE.format('lengths, fenced(cu_seqlens, side="left")'), "your function raised FenceError: side is 'left'"),
+        # the fence without the trace
+        (
+            "found = []\ndef lay_out(lengths, cu_seqlens):\n    return lengths, fenced(cu_seqlens, side='before')\n",
+            "found is list; record it",
+        ),
+        # the trace of nothing
+        (
+            "with trace() as found:\n    pass\ndef lay_out(lengths, cu_seqlens):\n    return lengths, cu_seqlens\n",
+            "found has no access outside cu_seqlens",
+        ),
     ],
     "05.3": [
         # the other end of the mask lost
