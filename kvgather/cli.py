@@ -1,4 +1,4 @@
-"""The command line: `kvgather doctor | crash | trace | bench | progress | serve | replay`; also as `python -m kvgather`.
+"""The command line, `kvgather doctor | crash | trace | bench | progress | serve | replay`, or `python -m kvgather`.
 
 Exit status of every command: 0 the results are as expected, 1 they are not, 2 wrong usage or a request that this
 machine cannot run, 3 the command failed, 130 interrupted.
