@@ -51,7 +51,10 @@ def unchanged(bug: Bug, functions: tuple[Any, ...]) -> bool:
 
 
 def _same_kernel(kernel: Any, own: Any) -> bool:
-    return hasattr(kernel, "fn") and _code(kernel.fn) == _code(own.fn)
+    if not hasattr(kernel, "fn"):
+        return False
+    names = [list(inspect.signature(item.fn).parameters) for item in (kernel, own)]
+    return names[0] == names[1] and _code(kernel.fn) == _code(own.fn)
 
 
 def _code(function: Any, names: dict[str, str] | None = None) -> str:

@@ -63,7 +63,7 @@ def own_kernel(make: Callable[[], Any], launch: Callable[..., Any], oracle: Call
             raise Wrong(f"{name} is {function!r:.60}; expected a function")
     inputs = make()
     if not isinstance(inputs, Mapping) or not any(isinstance(value, Tensor) for value in inputs.values()):
-        raise Wrong(f"my_inputs returned {inputs!r:.60}; expected a dict with a tensor at least")
+        raise Wrong(f"my_inputs returned a {type(inputs).__name__}; expected a dict with at least one tensor")
     expected = _tensors(_timed("my_oracle", lambda: oracle(**copy.deepcopy(dict(inputs))), launches=False), "my_oracle")
     results: list[Any] = []
     t = _timed("my_launch", lambda: results.append(launch(**inputs)))
@@ -112,5 +112,5 @@ def _tolerance(dtype: torch.dtype) -> float:
 def _tensors(value: Any, name: str) -> list[Tensor]:
     found = list(value) if isinstance(value, tuple | list) else [value]
     if not found or not all(isinstance(item, Tensor) for item in found):
-        raise Wrong(f"{name} returned {value!r:.60}; expected a tensor, or some of them")
+        raise Wrong(f"{name} returned a {type(value).__name__}; expected a tensor, or a tuple of tensors")
     return [item.detach() if item.dtype.is_floating_point else item for item in map(torch.Tensor.clone, found)]

@@ -90,7 +90,7 @@ WRONG["11.1"] += [
     (answered(BUGS["slots"], [("inside = token < n", "inside = token < m")]), "NameError"),
     (answered(BUGS["slots"], [("@triton.jit\n", "")]), "slots_kernel has pointers as arguments and no @triton.jit"),
     (answered(BUGS["slots"], [("fixed = slots_kernel", "fixed = 21")]), "fixed is 21; accepted: slots_kernel"),
-    (answered(BUGS["slots"], [("PAGE: tl.constexpr, ", "")]), "wrong: "),
+    (answered(BUGS["slots"], [("PAGE: tl.constexpr, ", "")]), "NameError: name 'PAGE' is not defined"),
 ]
 WRONG[OWN] = [
     (own(mask="column < BLOCK"), "load x_ptr, elements"),
@@ -98,6 +98,6 @@ WRONG[OWN] = [
     (own(result=""), "result[0, 0]: expected"),
     (own(grid="2 * len(x)", row=" // 2"), "stored by"),
     (own(oracle="my_launch(x)"), "my_oracle launched my_kernel"),
-    (own(oracle="'softmax'"), "my_oracle returned 'softmax'"),
-    (own(inputs="torch.randn(5, 20)"), "expected a dict with a tensor at least"),
+    (own(oracle="'softmax'"), "my_oracle returned a str; expected a tensor"),
+    (own(inputs="torch.randn(5, 20)"), "my_inputs returned a Tensor; expected a dict"),
 ]
