@@ -1,4 +1,4 @@
-"""The command line: `kvgather doctor | crash | trace | bench | progress`; also as `python -m kvgather`.
+"""The command line, `kvgather doctor | crash | trace | bench | progress | serve | replay`, or `python -m kvgather`.
 
 Exit status of every command: 0 the results are as expected, 1 they are not, 2 wrong usage or a request that this
 machine cannot run, 3 the command failed, 130 interrupted.
@@ -286,6 +286,13 @@ def _add_bench(commands: Commands) -> None:
     parser.set_defaults(run=bench)
 
 
+def _add_serving(commands: Commands) -> None:
+    from .replay.commands import COMMANDS as added
+
+    for add in added:
+        add(commands)
+
+
 def _seconds(text: str) -> float:
     from .lab.child import MAX_SECONDS
 
@@ -314,7 +321,9 @@ def _version() -> str:
         return "unknown"
 
 
-COMMANDS: tuple[Callable[[Commands], None], ...] = (_add_doctor, _add_crash, _add_trace, _add_bench, _add_progress)
+COMMANDS: tuple[Callable[[Commands], None], ...] = (
+    _add_doctor, _add_crash, _add_trace, _add_bench, _add_progress, _add_serving,
+)  # fmt: skip
 
 
 class _Parser(argparse.ArgumentParser):

@@ -43,16 +43,18 @@ class _Hooks:
     package: str = ""
     thread: int = 0
 
-    def note(self, text: str) -> None:
-        for recorder in self.recorders:
-            if text not in recorder.notes:
-                recorder.notes.append(text)
+    def note(self, text: str) -> bool:
+        """Add a sentence to the notes of the active traces; returns whether one of them did not have it."""
+        new = [recorder for recorder in self.recorders if text not in recorder.notes]
+        for recorder in new:
+            recorder.notes.append(text)
+        return bool(new)
 
     def warn(self, text: str) -> None:
-        """Warn at the line of the kernel, or of the launch if the kernel does not run yet."""
-        self.note(text)
-        file, line = source(self.package)
-        warnings.warn_explicit(text, InterpreterWarning, file, line)
+        """Warn at the line of the kernel, or of the launch if the kernel does not run yet; once for each trace."""
+        if self.note(text):
+            file, line = source(self.package)
+            warnings.warn_explicit(text, InterpreterWarning, file, line)
 
 
 _hooks = _Hooks()

@@ -109,9 +109,9 @@ class Trace:
         Args:
             limit: lines of each kind to print before "and N more"; None for all.
         """
-        count, launches = len(self.accesses), len(self.launches)
-        text = [] if self.groups else [f"no access outside its tensor; accesses: {count}, launches: {launches}"]
-        for found in (self.groups, self.races, self.unwritten):
+        count, launches, violations = len(self.accesses), len(self.launches), self.groups
+        text = [] if violations else [f"no access outside its tensor; accesses: {count}, launches: {launches}"]
+        for found in (violations, self.races, self.unwritten):
             section = lines(found, several_launches=launches > 1)
             shown = section if limit is None else section[:limit]
             text += shown

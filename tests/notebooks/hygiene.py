@@ -199,8 +199,11 @@ def _free_names(source: str) -> set[str]:
         for node in nodes:
             if isinstance(node, ast.comprehension):
                 inner |= {name.id for name in ast.walk(node.target) if isinstance(name, ast.Name)}
+        stored = {name.id for name in names if isinstance(name.ctx, ast.Store)}
+        if hasattr(statement, "body"):  # in a loop, a `with` or a function, a name that is also assigned is its own
+            inner |= stored
         free |= {name.id for name in names if isinstance(name.ctx, ast.Load)} - assigned - inner
-        assigned |= {name.id for name in names if isinstance(name.ctx, ast.Store)}
+        assigned |= stored
     return free
 
 
