@@ -1,0 +1,219 @@
+"""The commands `kvgather serve` and `kvgather replay`: what they do with their arguments."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .arguments import add_replay, add_serve, engine_arguments
+
+OK, NOT_AS_EXPECTED, FAILED = 0, 1, 3
+SCALE = 0.05
+"""Of K and V: with random weights, values reach a few units, and codes at most 448."""
+CHARACTERS_PER_TOKEN = 4
+"""Of a model with a tokenizer of its own, about; models with random weights have one token per character."""
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    """Serve a model until the process is told to stop."""
+    from ..device import resolve_device
+
+    _check_extra()
+    from ..serving import serve as server
+
+    if bool(arguments.model) == arguments.random_weights:
+        raise ValueError("accepted: either MODEL, the folder of a model, or --random-weights")
+    if arguments.model and not Path(arguments.model).is_dir():
+        raise ValueError(f"MODEL is {arguments.model!r}, which is no folder; accepted: the folder of a model")
+    device = resolve_device(arguments.device, "--device")
+    default = torch.float32 if device.type == "cpu" else torch.bfloat16
+    source = server.Source(
+        arguments.model, arguments.config, device, _dtype(arguments.dtype, "--dtype", default), arguments.seed,
+        arguments.greedy,
+    )  # fmt: skip
+    sizes = server.Sizes(
+        arguments.page_size, arguments.num_blocks, arguments.max_batched_tokens, sharing=not arguments.no_sharing
+    )
+    options = None if arguments.engine == "stock" else _options(arguments, source, sizes)
+    server.serve(source, sizes, options, arguments.host, arguments.port)
+    return OK
+
+
+def _options(arguments: argparse.Namespace, source: Any, sizes: Any) -> Any:
+    """The options of the engine: **here a caller decides what the scale is, and which gather reads it.**"""
+    from ..lab.child import leave_no_core
+    from ..serving import Options
+    from .gathers import furthest_element, gather_named, scales
+
+    k_scale = v_scale = None
+    dtype = _dtype(arguments.cache_dtype, "--cache-dtype", torch.float8_e4m3fn)
+    asked = f"--gather {arguments.gather}" if arguments.gather != "after" else "--guard" if arguments.guard else ""
+    if dtype.itemsize == 1 and arguments.scale == "per-tensor":
+        furthest = 1
+        if arguments.gather != "after":
+            leave_no_core()
+            if sizes.num_blocks is None:
+                raise ValueError(f"{asked} without --num-blocks; accepted: a number of blocks")
+            config = source.model_config()
+            furthest = furthest_element(
+                sizes.num_blocks, sizes.page_size, config.num_hidden_layers, config.num_key_value_heads
+            )
+        k_scale, v_scale = scales(SCALE, arguments.guard, furthest, source.device)
+    elif asked:
+        raise ValueError(f"{asked} with a scale of kind {arguments.scale} and {dtype}; accepted: per-tensor, and FP8")
+    return Options(
+        dtype=dtype, layout=arguments.layout, scale=arguments.scale, k_scale=k_scale, v_scale=v_scale,
+        path=arguments.path, gather=gather_named(arguments.gather),
+    )  # fmt: skip
+
+
+def replay(arguments: argparse.Namespace) -> int:
+    """Replay, print the outcome, compare the texts, and keep a row."""
+    if importlib.util.find_spec("openai") is None:  # the server's process checks the other modules
+        raise ValueError("openai is not installed; accepted: kvgather with its extra, kvgather[serving]")
+    from . import run, table
+    from .process import ServerError
+
+    lengths = {"20b": (1000, 100, 128)}.get(arguments.config if not arguments.model else "20b", (48, 16, 4))
+    for name, value in zip(("shared", "own", "new"), lengths, strict=True):
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    if arguments.num_blocks is None:
+        tokens = arguments.shared + arguments.own * 5 // 4 + arguments.new
+        arguments.num_blocks = max(128, arguments.requests * (tokens // arguments.page_size + 2) * 5 // 4)
+    path = None if arguments.csv is None else Path(arguments.csv) if arguments.csv else _default_csv(arguments)
+    words = engine_arguments(arguments)
+    try:
+        with _Bar(arguments.requests) as bar:
+            outcome = run.replay(
+                words, _workload(arguments, arguments.requests, arguments.seed), limit=arguments.limit, tell=bar.tell,
+                warm_up=_workload(arguments, arguments.warm_up, arguments.seed + 1) if arguments.warm_up else None,
+            )  # fmt: skip
+        print(table.text(outcome), flush=True)
+        if outcome.output:
+            print(f"\nthe last lines of the server:\n{outcome.output}", file=sys.stderr, flush=True)
+        if path is not None:
+            table.write(_row(arguments, table.measured(outcome)), path)
+            print(f"\n1 row in {path}")
+        if outcome.succeeded and arguments.gather != "after" and not arguments.no_compare:
+            words[words.index("--gather") + 1] = "after"
+            fixed = run.replay(words, _workload(arguments, arguments.requests, arguments.seed), limit=arguments.limit)
+            wrong = outcome.differing(fixed)
+            share = f"{wrong} of {arguments.requests} ({wrong / arguments.requests:.1%})"
+            print(f"{'other text':<13} {share} than with the fixed gather")
+    except ServerError as error:
+        print(f"kvgather: {error}", file=sys.stderr)
+        return FAILED
+    return OK if outcome.succeeded else NOT_AS_EXPECTED
+
+
+def _workload(arguments: argparse.Namespace, count: int, seed: int) -> Any:
+    from .clients import Workload
+    from .prompts import prompts
+
+    factor = CHARACTERS_PER_TOKEN if arguments.model else 1
+    texts = prompts(count, arguments.shared * factor, arguments.own * factor, seed)
+    name = arguments.model or f"random-{arguments.config}"
+    return Workload(name, texts, arguments.new, not arguments.plain, arguments.timeout)
+
+
+def _row(arguments: argparse.Namespace, measured: dict[str, object]) -> Any:
+    import importlib.metadata
+    import os
+
+    from ..bench.machine import COMMIT, machine
+    from ..device import resolve_device
+    from .table import Row
+
+    if arguments.commit:
+        os.environ[COMMIT] = arguments.commit
+    name = Path(arguments.model).name if arguments.model else arguments.config
+    lengths = f"{arguments.requests} x {arguments.shared} + {arguments.own} + {arguments.new}"
+    stock = arguments.engine == "stock"
+    columns: dict[str, Any] = {
+        "case": f"{name}, {lengths}, budget {arguments.max_batched_tokens}",
+        "engine": arguments.engine,
+        "gather": "" if stock else arguments.gather,
+        "guard": arguments.guard,
+        "sharing": not arguments.no_sharing,
+        "path": "" if stock else arguments.path,
+        "dtype": "" if stock else arguments.cache_dtype,
+        "layout": "" if stock else arguments.layout,
+        "scale": "" if stock else arguments.scale,
+        **measured,
+        **machine(resolve_device(arguments.device, "--device").type),
+        "transformers": importlib.metadata.version("transformers"),
+    }
+    return Row(**columns)
+
+
+def _default_csv(arguments: argparse.Namespace) -> Path:
+    from ..bench.machine import machine
+    from ..bench.report import slug
+    from ..bench.results import RESULTS
+    from ..device import resolve_device
+
+    kind = resolve_device(arguments.device, "--device").type
+    return RESULTS / f"serving_{'cpu' if kind == 'cpu' else slug(machine(kind)['device'])}.csv"
+
+
+class _Bar:
+    """A progress bar on a terminal, if tqdm is installed; nothing elsewhere."""
+
+    def __init__(self, total: int) -> None:
+        self._bar: Any = None
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            return
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total, unit="request", leave=False)
+
+    def tell(self, _: object) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _check_extra() -> None:
+    """Raise unless kvgather[serving] is installed.
+
+    Raises:
+        ValueError: a module is missing, or transformers has another version.
+    """
+    missing = [name for name in ("openai", "fastapi", "uvicorn", "pydantic") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} not installed; accepted: kvgather with its extra, kvgather[serving]")
+    try:
+        importlib.import_module("..serving", __package__)
+    except ImportError as error:
+        raise ValueError(str(error)) from None
+
+
+def _dtype(name: str | None, argument: str, default: torch.dtype) -> torch.dtype:
+    if name is None:
+        return default
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{argument} is {name!r}; accepted: the name of a dtype of torch, such as float32")
+    return dtype
+
+
+COMMANDS: tuple[Callable[[Any], None], ...] = (
+    lambda commands: add_serve(commands, serve),
+    lambda commands: add_replay(commands, replay),
+)
+"""What `kvgather.cli` adds."""
