@@ -13,18 +13,23 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import functools
+import hashlib
 import importlib.util
 import io
 import json
 import multiprocessing
 import os
+import pickle
+import shutil
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -34,6 +39,8 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from kvgather.lab import crash, crash_map  # noqa: E402
+from kvgather.workbook import figures  # noqa: E402
 from tests.notebooks.exercise_cells import exercises_of  # noqa: E402
 from tests.notebooks.hygiene import CHAPTERS, Notebook  # noqa: E402
 from tests.notebooks.pokes import Refused, Source  # noqa: E402
@@ -42,6 +49,9 @@ TABLES = ROOT / "tests" / "notebooks" / "pokes"
 SEEDS, FEW_SEEDS = range(10), range(3)
 SEEDED = {"manual_seed", "default_rng", "Random", "seed"}
 """Functions whose first argument is a seed if it is an integer."""
+_PARENT = multiprocessing.parent_process()
+CHILDREN = Path(tempfile.gettempdir()) / f"kvgather-poke-{_PARENT.pid if _PARENT else os.getpid()}"
+"""Outcomes of child processes, for the time of this command."""
 LIMIT = 180
 """Seconds of one run; a chapter takes up to 60."""
 HEAVY = ("torch", "triton", "matplotlib.figure", "ipywidgets", "tabulate", "tqdm.auto", "kvgather.workbook.figures",
@@ -245,8 +255,12 @@ class Cells:
         from ipykernel.compiler import XCachingCompiler
         from IPython.core.displaypub import CapturingDisplayPublisher
         from IPython.core.interactiveshell import InteractiveShell
+        from tqdm.auto import tqdm
         from traitlets.config import Config
 
+        # Outside of a kernel a progress bar is text on stderr.
+        setattr(figures, "tqdm", functools.partial(tqdm, disable=True))  # noqa: B010
+        remember_children(CHILDREN)
         os.chdir(self.folder)
         self.shell = InteractiveShell.instance(
             config=Config({"HistoryManager": {"enabled": False}, "InteractiveShell": {"colors": "nocolor"}}),
@@ -288,6 +302,35 @@ class Cells:
             if self.ended:
                 return
         self.run(skeleton, what)
+
+
+def remember_children(folder: Path) -> None:
+    """Let each crash case and each map run once for all runs of a command; `folder` has what came out.
+
+    Their child processes import torch and die, which takes as long as a short chapter, and what comes out depends on
+    the arguments alone, not on a chapter's constants.
+    """
+    crash.run_child = _remembered(crash.run_child, folder)
+    run_map = _remembered(lambda *arguments, **options: list(_run_map(*arguments, **options)), folder)
+    crash_map.run_map = lambda *arguments, **options: iter(run_map(*arguments, **options))
+
+
+_run_map = crash_map.run_map
+
+
+def _remembered(function: Callable[..., Any], folder: Path) -> Callable[..., Any]:
+    def remembered(*arguments: Any, **options: Any) -> Any:
+        key = repr((function.__name__, arguments, sorted(options.items())))
+        file = folder / f"{hashlib.sha256(key.encode()).hexdigest()}.pickle"
+        if not file.exists():
+            result = function(*arguments, **options)
+            folder.mkdir(parents=True, exist_ok=True)
+            part = file.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
+            part.write_bytes(pickle.dumps(result))
+            part.replace(file)
+        return pickle.loads(file.read_bytes())
+
+    return remembered
 
 
 def announced(error: BaseException) -> bool:
@@ -412,7 +455,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = [notebook for notebook in notebooks if not options.chapters or notebook.number in options.chapters]
     if unknown := set(options.chapters) - {notebook.number for notebook in notebooks}:
         parser.error(f"chapters are {', '.join(sorted(unknown))}; accepted: {', '.join(n.number for n in notebooks)}")
-    os.environ["TQDM_DISABLE"] = "1"  # outside of a kernel a progress bar is text on stderr
     if _start_method() == "fork":
         for name in HEAVY:
             if importlib.util.find_spec(name.partition(".")[0]):
@@ -424,12 +466,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     bad, start = [], time.monotonic()
     pairs = [(run, notebook) for run, notebook in pairs if options.only in run.label]
-    for result in perform_all(pairs, options.jobs):
-        mark = "bad" if result.complaint else "ok"
-        print(f"{mark:4}{result.run.chapter:4}{result.seconds:6.1f} s  {result.run.label}", flush=True)
-        if result.complaint:
-            bad.append(result)
-            print("    " + result.complaint.replace("\n", "\n    "), flush=True)
+    try:
+        for result in perform_all(pairs, options.jobs):
+            mark = "bad" if result.complaint else "ok"
+            print(f"{mark:4}{result.run.chapter:4}{result.seconds:6.1f} s  {result.run.label}", flush=True)
+            if result.complaint:
+                bad.append(result)
+                print("    " + result.complaint.replace("\n", "\n    "), flush=True)
+    finally:
+        shutil.rmtree(CHILDREN, ignore_errors=True)
     print(f"{len(pairs) - len(bad)} of {len(pairs)} runs are good, in {time.monotonic() - start:.0f} s")
     if options.json:
         print(json.dumps([[result.run.chapter, result.run.label, result.complaint] for result in bad]))

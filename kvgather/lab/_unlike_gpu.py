@@ -74,6 +74,6 @@ def warn_of_arguments(kernel: str, arguments: dict[str, Tensor], warn: Note) -> 
         if tensor.dtype in FNUZ:
             dtype = str(tensor.dtype).removeprefix("torch.")
             warn(
-                f"{name} of {kernel}() has dtype {dtype}, which Triton's interpreter cannot load (3.6 to 3.8) or whose "
+                f"{name} of {kernel}() has dtype {dtype}, which Triton's interpreter cannot load (3.6, 3.7) or whose "
                 f"NaN, 0x80, it reads as 0 (3.9); pass {name}.view(torch.uint8) and decode it in the kernel"
             )

@@ -24,7 +24,7 @@ class ServerError(RuntimeError):
 
 
 class ServerProcess:
-    """`kvgather serve` in a child process. Used as a context, it ends the child.
+    """A server such as `kvgather serve` in a child process. Used as a context, it ends the child.
 
     Attributes:
         port: where it listens.
@@ -35,13 +35,13 @@ class ServerProcess:
         """Start the child.
 
         Args:
-            arguments: of `kvgather serve`, without host and port.
+            arguments: the module and its arguments, which are followed by host and port.
             seconds: the child ends itself after this time, even if this process has ended.
         """
         self.port = free_port()
         self._output = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
         command = child.command(
-            "kvgather", "serve", *arguments, "--host", HOST, "--port", str(self.port), seconds=seconds,
+            *arguments, "--host", HOST, "--port", str(self.port), seconds=seconds,
             options=("-X", "faulthandler"),
         )  # fmt: skip
         self.process = subprocess.Popen(

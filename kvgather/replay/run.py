@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from collections import Counter
@@ -50,8 +51,8 @@ class Outcome:
 
     @property
     def reasons(self) -> Counter[str]:
-        """Why requests failed, each with how many did."""
-        return Counter(answer.error for answer in self.answers if answer.error)
+        """Why requests failed, each with how many did; names of requests in the reasons are left out."""
+        return Counter(NAME.sub("…", answer.error) for answer in self.answers if answer.error)
 
     def first_token(self, share: float) -> float | None:
         """A quantile of the seconds until the first token; None if no answer was streamed."""
@@ -89,7 +90,7 @@ def replay(
         ServerError: the server did not start.
     """
     begin = time.monotonic()
-    with ServerProcess(server_arguments, limit) as server:
+    with ServerProcess(("kvgather", "serve", *server_arguments), limit) as server:
         server.wait_until_ready(limit)
         started(server)
         if warm_up is not None:
@@ -111,17 +112,21 @@ def replay(
 
 def _since(status: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
     """The counters of a status without those of an earlier one; the peak memory is that of the whole run."""
-    counted = {
-        name: value - before[name]
-        for name, value in status.items()
-        if name in COUNTED and isinstance(before.get(name), (int, float))
-    }
+    counted = {name: _less(value, before.get(name)) for name, value in status.items() if name in COUNTED}
     last = max((step["begin"] for step in before.get("steps", [])), default=0.0)
     steps = [step for step in status.get("steps", []) if step["begin"] > last]
     return status | counted | ({"steps": steps} if status else {})
 
 
+def _less(value: Any, before: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _less(part, (before or {}).get(name)) for name, part in value.items()}
+    return value - (before or 0)
+
+
+NAME = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+"""The name that the server gives a request."""
 COUNTED = (
     "prefill_tokens", "decode_tokens", "prefill_seconds", "decode_seconds", "num_steps", "lookups", "hits",
-    "looked_up_tokens", "hit_tokens",
+    "looked_up_tokens", "hit_tokens", "paths",
 )  # fmt: skip

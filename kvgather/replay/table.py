@@ -7,6 +7,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from ..files import replace_text
 from .run import Outcome
@@ -19,7 +20,7 @@ class Row:
     Attributes:
         case: model, requests, lengths and budget.
         engine: "kvgather" or "stock".
-        gather, guard, sharing, path, dtype, layout: options of the run.
+        gather, guard, sharing, path, dtype, layout, scale: options of the run.
         requests, completed, failed, timed_out: numbers of requests.
         died: how the engine ended, or "".
         prompt_tokens, hit_tokens, hit_rate: tokens of the prompts, those that were cached, and their share.
@@ -28,6 +29,8 @@ class Row:
         first_token_p50_s, first_token_p95_s: seconds until the first token; 0 if answers were not streamed.
         seconds: from the first request to the last answer.
         peak_memory: bytes.
+        auto_took: how often `auto` took each path, by kind of layer.
+        auto_expected_ms: what it expected of these steps for one layer: of its choices, and of each path alone.
         device, driver, torch, triton, commit, date, transformers: machine, versions and date.
     """
 
@@ -39,6 +42,7 @@ class Row:
     path: str
     dtype: str
     layout: str
+    scale: str
     requests: int
     completed: int
     failed: int
@@ -54,6 +58,8 @@ class Row:
     first_token_p95_s: float
     seconds: float
     peak_memory: int
+    auto_took: str
+    auto_expected_ms: str
     device: str
     driver: str
     torch: str
@@ -63,7 +69,7 @@ class Row:
     transformers: str
 
 
-KEY = ("case", "engine", "gather", "guard", "sharing", "path", "dtype", "layout", "device")
+KEY = ("case", "engine", "gather", "guard", "sharing", "path", "dtype", "layout", "scale", "device")
 """A new row replaces the row of a file that agrees in these columns."""
 
 
@@ -87,7 +93,19 @@ def measured(outcome: Outcome) -> dict[str, object]:
         "first_token_p95_s": round(outcome.first_token(0.95) or 0.0, 4),
         "seconds": round(outcome.seconds, 3),
         "peak_memory": s.get("peak_memory", 0),
+        "auto_took": _by_kind(s, "steps", 1),
+        "auto_expected_ms": _by_kind(s, "expected_us", 1000),
     }
+
+
+def _by_kind(status: dict[str, Any], what: str, unit: int) -> str:
+    """For example "full: direct 120, hybrid 3; window 128: direct 123"."""
+    kinds = []
+    for kind, log in status.get("paths", {}).items():
+        values = [f"{name} {value / unit:g}" for name, value in sorted(log[what].items()) if value]
+        if values:
+            kinds.append(f"{kind}: {', '.join(values)}")
+    return "; ".join(kinds)
 
 
 def _rate(tokens: int, seconds: float) -> float:
@@ -116,9 +134,13 @@ def text(outcome: Outcome) -> str:
         ]
     if (half := outcome.first_token(0.5)) is not None:
         lines.append(("first token", f"{half:.3f} s (p50), {outcome.first_token(0.95) or 0:.3f} s (p95)"))
+    lines += [(name, f"{m[column]}") for name, column in PATHS if m[column]]
     for reason, count in outcome.reasons.most_common(3):
         lines.append((f"{count} ×", reason))
     return "\n".join(f"{name:<13} {value}" for name, value in lines)
+
+
+PATHS = (("auto took", "auto_took"), ("expected ms", "auto_expected_ms"))
 
 
 def write(row: Row, path: Path) -> None:

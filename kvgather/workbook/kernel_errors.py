@@ -130,7 +130,7 @@ def _frames(tb: TracebackType | None) -> Iterator[tuple[FrameType, int]]:
 def _is_machinery(frame: FrameType) -> bool:
     """Whether a frame belongs to Triton, or to the trace's hooks inside Triton."""
     module = str(frame.f_globals.get("__name__", ""))
-    return module.split(".")[0] in ("triton", "numpy") or module in ("kvgather.lab.trace", "kvgather.lab._interpreter")
+    return module.split(".")[0] in ("triton", "numpy") or module.startswith(("kvgather.lab.trace", "kvgather.lab._"))
 
 
 def _program(frames: list[FrameType]) -> tuple[int, ...]:

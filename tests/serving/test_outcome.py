@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvgather.replay import commands, table
+from kvgather.replay import arguments as replay_arguments
+from kvgather.replay import table
 from kvgather.replay.clients import Answer
 from kvgather.replay.prompts import prompts
 from kvgather.replay.run import Outcome
@@ -57,6 +58,25 @@ def test_figures_of_an_outcome() -> None:
     lines = dict(line.split(None, 1) for line in table.text(outcome).replace("timed out", "timed_out").splitlines())
     assert lines["prefill"] == "50 tokens, 100 per second" and lines["decode"] == "30 tokens, 300 per second"
     assert lines["prefix"].split(None, 1)[1] == "2 of 4 prompts, 48 of 100 tokens (48.0%)"
+
+
+def test_what_auto_took_is_summed_up() -> None:
+    paths = {
+        "full": {
+            "steps": {"hybrid": 3, "direct": 120},
+            "expected_us": {"auto": 1500.0, "direct": 2000.0, "gather": 0.0},
+        },
+        "window 128": {"steps": {"gather": 2}, "expected_us": {}},
+    }
+    measured = table.measured(Outcome(DONE, "", STATUS | {"paths": paths}, 2.0))
+    assert measured["auto_took"] == "full: direct 120, hybrid 3; window 128: gather 2"
+    assert measured["auto_expected_ms"] == "full: auto 1.5, direct 2"
+
+
+def test_reasons_are_counted_without_the_names_of_requests() -> None:
+    names = ("0a6f3df3-15b2-4d30-8d7b-ae3dabd7e091", "e8b687d6-9192-45c8-b6f6-0fc76f57fbbe")
+    answers = [Answer("", f"status 503: CB worker died during request {name}: why", 0.1) for name in names]
+    assert Outcome(answers, "died", {}, 1.0).reasons == {"status 503: CB worker died during request …: why": 2}
 
 
 def test_rows_replace_those_of_their_case_and_device(tmp_path: Path) -> None:
@@ -108,13 +128,13 @@ def test_equal_seeds_give_equal_weights() -> None:
 
 def test_the_server_gets_the_arguments_of_the_replay() -> None:
     parser = argparse.ArgumentParser()
-    commands.add_replay(parser.add_subparsers())
+    replay_arguments.add_replay(parser.add_subparsers(), lambda _: 0)
     words = ["replay", "--gather", "before", "--guard", "--num-blocks", "99", "--layout", "SHUFFLE"]
-    arguments = commands._engine_arguments(parser.parse_args(words))
+    arguments = replay_arguments.engine_arguments(parser.parse_args(words))
     assert arguments[0] == "--random-weights" and "--guard" in arguments and "--no-sharing" not in arguments
     pairs = dict(itertools.pairwise(arguments))
     assert (pairs["--gather"], pairs["--num-blocks"], pairs["--layout"]) == ("before", "99", "SHUFFLE")
-    assert commands._engine_arguments(parser.parse_args(["replay", "a/folder"]))[:2] == ["a/folder", "--greedy"]
+    assert replay_arguments.engine_arguments(parser.parse_args(["replay", "a/folder"]))[:2] == ["a/folder", "--greedy"]
 
 
 def test_csv_rows_are_readable_as_csv() -> None:

@@ -59,7 +59,7 @@ def test_before_without_the_guard_is_silent_and_wrong(capsys: pytest.CaptureFixt
 
 @pytest.mark.triton
 def test_the_shipped_fix_is_as_right_as_ours(capsys: pytest.CaptureFixture[str]) -> None:
-    status, text = run(capsys, "--gather", "shipped-fix", "--guard")
+    status, text = run(capsys, "--gather", "shipped-fix", "--guard", "--no-compare")
     assert status == cli.OK
     assert (figure(text, "completed"), figure(text, "engine")) == ("65", "alive")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 
 import openai
@@ -13,11 +15,12 @@ import pytest
 from kvgather.replay.clients import Answer, Workload, ask_all
 from kvgather.replay.process import ServerProcess
 from kvgather.replay.prompts import prompts
+from kvgather.replay.run import Outcome
 from kvgather.serving.characters import character_tokenizer
 from tests.serving.engines import expected
 
 NAME, TEXTS, NEW = "random-tiny", prompts(65, 48, 16), 4
-SERVER = ("--random-weights", "--device", "cpu", "--cache-dtype", "float32", "--num-blocks", "256")
+SERVER = ("kvgather", "serve", "--random-weights", "--device", "cpu", "--cache-dtype", "float32", "--num-blocks", "256")
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +87,18 @@ def test_a_killed_server_gives_every_client_the_reason_within_a_second() -> None
         killer.join()
     assert {answer.error for answer in answers} == {"the engine's process died of SIGKILL"}
     assert not any(answer.timed_out for answer in answers) and seconds < 1.0
+
+
+def test_an_engine_that_raises_gives_every_client_the_reason() -> None:
+    """The server lives, and refuses later requests with the same reason; its health is that of the engine."""
+    with ServerProcess(("tests.serving.raising",), 300) as server:
+        server.wait_until_ready(120)
+        begin = time.monotonic()
+        reason = "CUDA error: an 'illegal memory access' was encountered CUDA kernel errors might be reported later"
+        for stream in (True, False):
+            answers = ask(server, stream=stream)
+            outcome = Outcome(answers, "", {}, 0.0)
+            assert outcome.completed <= 1 and all(found.endswith(reason) for found in outcome.reasons), outcome.reasons
+        assert time.monotonic() - begin < 20 and server.status()["error"] == reason and server.death() == ""
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            urllib.request.urlopen(f"{server.url}/health", timeout=5)

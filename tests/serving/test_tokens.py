@@ -61,3 +61,12 @@ def test_outside_of_the_engine_the_attention_is_refused() -> None:
     install(model, FP32)
     with pytest.raises(ValueError, match=r"attn_implementation is 'kvgather' outside of continuous batching"):
         model(torch.tensor([[1, 2, 3]]))
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("path", ["direct", "hybrid"])
+def test_paths_of_a_gpu(path: str) -> None:
+    """Straight from the pages, under the interpreter: with window layers, sinks, chunks, and a cached prefix."""
+    manager = engine(options=Options(dtype=torch.float32, path=path), max_batch_tokens=64)
+    assert tokens(answers(manager, prompts()[:3], 2)) == [answer[:2] for answer in expected("tiny", prompts(), 8)[:3]]
+    assert manager.cache is not None and manager.cache.hits == 2

@@ -5,6 +5,7 @@ from tests.notebooks.pokes import Refused
 POKES = {
     "LAYOUT": ("HND", "SHUFFLE", Refused("NDH", "accepted")),
     "SCALE": (2.0, 0.125, Refused(0.0, "accepted")),
-    "SIZE": (48, 32),
-    "PAGE, BLOCKS": ((16, 12), (8, 20)),
+    "SIZE": (Refused(48, "accepted: equal numbers"), Refused(128, "accepted: equal numbers")),
+    "PAGE, SIZE": ((16, 128), (4, 32)),
+    "BLOCKS": (20, Refused(8, "accepted")),
 }

@@ -1,10 +1,11 @@
-"""Chapter 07: its numbers are those of the measured rows and of the compiled kernels, and nothing is random."""
+"""Chapter 07: the batch that is traced; other numbers are those of the measured rows, and nothing is random."""
 
-POKES: dict[str, tuple[object, ...]] = {}
+from tests.notebooks.pokes import Refused
+
+POKES: dict[str, tuple[object, ...]] = {
+    "LENGTHS": ((3,), (20, 5), Refused((0, 5), "accepted: a first sequence of one token or more")),
+}
 FIXED = {
-    "HEADS": "of the measured rows",
-    "PAGE": "of the measured rows",
-    "DIM": "of the measured rows",
     "H100": "the target of the compiled kernels",
     "AMD": "the targets of the compiled kernels",
 }
