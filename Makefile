@@ -8,6 +8,8 @@
 # compute-sanitizer.
 # To measure, on a GPU if there is one: make bench
 # To call every public function with right and wrong arguments, against an oracle: make fuzz
+# To read the chapters, the reference and the measurements as web pages, without a network: make book
+# To run every chapter with other values of its constants, and with other seeds: make poke
 #
 # Variables:
 #
@@ -18,6 +20,7 @@
 #   VERSIONS="3.8.0"             make test-triton: the versions of Triton, instead of the oldest and the newest
 #   WHAT=steps                   make bench: what to measure (kvgather bench --help has the list)
 #   CALLS=20000 SEED=0           make fuzz: how many calls, and which; ARGS="--only 1234" repeats one
+#   ARGS="08b --only PAGE"       make poke: these chapters, and these constants or seeds
 #
 # Paths are relative and no target uses a console script, so that the clone may have any path.
 
@@ -35,7 +38,7 @@ NOTEBOOKS = $(sort $(wildcard notebooks/*.ipynb))
 NBVAL = --nbval --nbval-sanitize-with tests/notebooks/sanitize.cfg --nbval-cell-timeout 120 $(NOTEBOOKS)
 export PYTHON TORCH
 
-.PHONY: help lab test test-triton test-gpu memcheck bench fuzz setup browser lint types format notebooks clean
+.PHONY: help lab test test-triton test-gpu memcheck bench fuzz book poke setup browser lint types format notebooks clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -70,6 +73,13 @@ bench: setup
 fuzz: setup
 	@$(PY) tools/fuzz.py --calls $(CALLS) --seed $(SEED) $(ARGS)
 
+# Shows the committed outputs and executes nothing. Warnings, dead links and pictures without an alt text are errors.
+book: setup
+	@OMP_NUM_THREADS=1 $(PY) tools/book.py $(ARGS)
+# Ten minutes on two cores. tests/notebooks/test_pokes.py takes one value of each constant, and three seeds.
+poke: setup
+	@OMP_NUM_THREADS=1 $(PY) tools/poke.py $(ARGS)
+
 setup:
 	@sh tools/setup.sh
 
@@ -93,4 +103,4 @@ browser:
 
 # Keeps my-notebooks/, which contains the reader's work.
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis book/_build build dist

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import json
 import re
 import subprocess
 import tomllib
@@ -47,8 +48,8 @@ def tracked_files() -> list[Path]:
 
 PLACES = (
     "kvgather/__init__.py", "kvgather/py.typed", "notebooks", "tests", "pyproject.toml", "constraints.txt",
-    "environment.yml", "Makefile", ".ci/run", ".github/PULL_REQUEST_TEMPLATE.md", "README.md", "ARCHITECTURE.md",
-    "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE",
+    "environment.yml", "Makefile", ".ci/run", ".devcontainer/devcontainer.json", ".github/PULL_REQUEST_TEMPLATE.md",
+    "book/conf.py", "README.md", "ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE",
 )  # fmt: skip
 
 
@@ -67,6 +68,18 @@ def test_issue_forms_are_valid_and_a_bug_needs_its_environment_and_its_tensors()
         assert len(forms[path.stem]) == len(form["body"]), "two fields have the same id"
     assert forms.keys() == {"bug", "question"}
     assert all(forms["bug"][field] for field in ("doctor", "call", "tensors", "result"))
+
+
+def test_devcontainer_is_valid_and_runs_targets_of_the_makefile() -> None:
+    container = json.loads((ROOT / ".devcontainer/devcontainer.json").read_text(encoding="utf-8"))
+    python = Version(re.fullmatch(r"python:(3\.\d+)-bookworm", container["image"])[1])
+    assert str(python) in SpecifierSet(PROJECT["requires-python"])
+    assert container["forwardPorts"] == [8888]
+    assert set(container["portsAttributes"]) == {"8888"}
+    make, *targets = container["postCreateCommand"].split()
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert make == "make" and "setup" in targets
+    assert [target for target in targets if not re.search(rf"^{target}:", makefile, re.MULTILINE)] == []
 
 
 def test_newest_version_in_the_changelog_is_the_packages() -> None:

@@ -11,12 +11,15 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from .runner import Call, Timing, captured, time_on_cpu
+from .runner import Call, Timing, captured
 
 EAGER_SECONDS = 0.02
 """Length of one sample of eager calls: the GPU's work after the last launch is a small part of it."""
 HOST_BATCH = 8
 """Calls between two synchronizations: few, so that the launch queue never fills and no launch blocks."""
+
+CPU_TURNS = 15
+"""Least turns on a CPU: a median over fewer moves with whatever else the machine does."""
 
 
 def time_in_turns(ways: Mapping[str, Sequence[Call]], device: torch.device, *, seconds: float) -> dict[str, Timing]:
@@ -31,7 +34,7 @@ def time_in_turns(ways: Mapping[str, Sequence[Call]], device: torch.device, *, s
         for call in calls:
             call()
     if device.type == "cpu":
-        return {name: time_on_cpu(calls, seconds) for name, calls in ways.items()}
+        return _in_turns_on_cpu(ways, seconds)
     torch.cuda.synchronize(device)
     replays = {name: captured(calls) for name, calls in ways.items()}
     for replay in replays.values():
@@ -54,6 +57,20 @@ def time_in_turns(ways: Mapping[str, Sequence[Call]], device: torch.device, *, s
         torch.cuda.synchronize(device)
         for name, start, stop in events:
             samples[name].append(1e3 * start.elapsed_time(stop) / len(ways[name]))
+    return {name: Timing.of(times) for name, times in samples.items()}
+
+
+def _in_turns_on_cpu(ways: Mapping[str, Sequence[Call]], seconds: float) -> dict[str, Timing]:
+    """One call of each implementation after the other, at least `CPU_TURNS` times, every second time in reverse."""
+    samples: dict[str, list[float]] = {name: [] for name in ways}
+    end, turn = time.monotonic() + seconds * len(ways), 0
+    while turn < CPU_TURNS or (time.monotonic() < end and turn < 400):
+        for name in list(ways)[:: 1 if turn % 2 else -1]:
+            call = ways[name][turn % len(ways[name])]
+            begin = time.perf_counter()
+            call()
+            samples[name].append(1e6 * (time.perf_counter() - begin))
+        turn += 1
     return {name: Timing.of(times) for name, times in samples.items()}
 
 

@@ -20,14 +20,9 @@ from unittest.mock import patch
 import numpy as np
 from numpy.typing import NDArray
 
+from ._checked import TraceError, import_interpreter
 from ._launch import Launch, Recorder, by_tag, source, tagged, tensors, untagged, unwrap
 from ._unlike_gpu import InterpreterWarning, Replacement, autotune_hooks, dot_hooks, warn_of_arguments
-
-TESTED_VERSIONS = "3.6 to 3.9"
-
-
-class TraceError(ValueError):
-    """Triton's interpreter cannot be imported or hooked, or another thread is tracing; the message says why."""
 
 
 @dataclass
@@ -48,15 +43,18 @@ class _Hooks:
     package: str = ""
     thread: int = 0
 
-    def note(self, text: str) -> None:
-        for recorder in self.recorders:
-            recorder.note(text)
+    def note(self, text: str) -> bool:
+        """Add a sentence to the notes of the active traces; returns whether one of them did not have it."""
+        new = [recorder for recorder in self.recorders if text not in recorder.notes]
+        for recorder in new:
+            recorder.notes.append(text)
+        return bool(new)
 
     def warn(self, text: str) -> None:
-        """Warn at the line of the kernel, or of the launch if the kernel does not run yet."""
-        self.note(text)
-        file, line = source(self.package)
-        warnings.warn_explicit(text, InterpreterWarning, file, line)
+        """Warn at the line of the kernel, or of the launch if the kernel does not run yet; once for each trace."""
+        if self.note(text):
+            file, line = source(self.package)
+            warnings.warn_explicit(text, InterpreterWarning, file, line)
 
 
 _hooks = _Hooks()
@@ -78,8 +76,13 @@ def hooked(recorder: Recorder) -> Iterator[None]:
             _hooks.undo.close()
 
 
+def launching() -> bool:
+    """Whether a traced launch is running."""
+    return bool(_hooks.running)
+
+
 def _install() -> None:
-    triton, interpreter = _import_interpreter()
+    triton, interpreter = import_interpreter()
     _hooks.package = os.path.dirname(os.path.abspath(triton.__file__)) + os.sep
     replacements = [
         *_launch_hooks(interpreter),
@@ -93,40 +96,6 @@ def _install() -> None:
             stack.enter_context(patch.object(owner, name, new))
         _hooks.undo = stack.pop_all()
     _hooks.thread = threading.get_ident()
-
-
-def _import_interpreter() -> tuple[Any, Any]:
-    """The modules `triton` and `triton.runtime.interpreter`, checked to have every function that the hooks wrap."""
-    try:
-        import triton
-        from triton.runtime import interpreter
-    except ImportError as error:
-        raise TraceError(f"a trace needs triton and its interpreter, which cannot be imported here: {error}") from error
-    builder = getattr(interpreter, "InterpreterBuilder", None)
-    parameters = {
-        "create_masked_load": "ptrs mask other",
-        "create_masked_store": "ptrs value mask",
-        "create_atomic_rmw": "rmwOp ptr val mask",
-        "create_atomic_cas": "ptr cmp val",
-        "create_dot": "a b d",
-    }
-    missing = [
-        f"InterpreterBuilder.{name}({', '.join(arguments.split())}, …)"
-        for name, arguments in parameters.items()
-        if list(inspect.signature(getattr(builder, name, lambda: None)).parameters)[1:][: len(arguments.split())]
-        != arguments.split()
-    ]
-    missing += [
-        name for name in ("_implicit_cvt", "TensorHandle", "InterpretedFunction") if not hasattr(interpreter, name)
-    ]
-    if not hasattr(getattr(interpreter, "GridExecutor", None), "_init_args_hst"):
-        missing.append("GridExecutor._init_args_hst")
-    if missing:
-        raise TraceError(
-            f"cannot hook the interpreter of triton {triton.__version__}: it has no {', no '.join(missing)}; "
-            f"accepted: triton {TESTED_VERSIONS}"
-        )
-    return triton, interpreter
 
 
 def _launch_hooks(interpreter: Any) -> list[Replacement]:

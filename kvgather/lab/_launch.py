@@ -127,9 +127,9 @@ class Recorder:
         launches: the launches so far; the hooks append each one.
         record: called before each access with launch, kind, tag, tagged addresses, width in bytes, lanes and
             (file, line); returns the lanes to skip.
-        note: called with a sentence about a launch, such as the configuration of an autotuned kernel.
+        notes: sentences about launches, such as the configuration of an autotuned kernel, each once.
     """
 
     launches: list[Launch]
     record: Record
-    note: Callable[[str], None]
+    notes: list[str]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 Replacement = tuple[Any, str, Any]
 """An object, the name of an attribute, and the value that it has while a trace runs."""
-Note = Callable[[str], None]
+Note = Callable[[str], object]
 FNUZ = (torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 
 

@@ -5,8 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +65,81 @@ def environment(**variables: str) -> dict[str, str]:
     """This process's environment with this package on the path, updated with `variables`."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return dict(os.environ) | {"PYTHONPATH": path} | variables
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a child ended: its exit status, None if it ran out of time, and what it printed."""
+
+    code: int | None
+    stdout: str = ""
+    stderr: str = ""
+
+
+def run_module(module: str, *arguments: str, device: str, timeout: float) -> Ended:
+    """Run a module in a child process. Its output goes to files: a grandchild could keep pipes open.
+
+    Args:
+        module, arguments: the module to run and its command-line arguments.
+        device: "cpu" hides every GPU and enables Triton's interpreter; "cuda" changes neither.
+        timeout: seconds after which the child is killed.
+
+    Raises:
+        TypeError, ValueError: `timeout` is not a positive number of seconds, or exceeds 1e6 seconds; `device` is none
+            of the two.
+    """
+    timeout = check_seconds(timeout)
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device is {device!r:.60}; accepted: 'cpu', 'cuda'")
+    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+        try:
+            child = subprocess.run(
+                command(module, *arguments, seconds=timeout, options=("-X", "faulthandler")),
+                env=_environment(device),
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                timeout=timeout,
+            )
+            code: int | None = child.returncode
+        except subprocess.TimeoutExpired:
+            code = None
+        return Ended(code, *(_text(stream) for stream in (stdout, stderr)))
+
+
+def _text(stream: Any) -> str:
+    stream.seek(0)
+    text: str = stream.read().decode("utf-8", "replace")
+    return text.replace(os.linesep, "\n")
+
+
+def about(name: str) -> dict[str, Any]:
+    """The attributes of an `Outcome` that do not depend on how the child ended."""
+    return {
+        "case": name,
+        "triton": _triton_version(),
+        "python": platform.python_version(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+
+
+def _triton_version() -> str:
+    for package in ("triton", "triton-windows"):
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            continue
+    return "not installed"
+
+
+def _environment(device: str) -> dict[str, str]:
+    """The child's environment: this package on its path; for "cpu", the interpreter enabled and GPUs hidden."""
+    variables = environment()
+    variables.pop("TRITON_INTERPRET", None)
+    if device == "cpu":
+        variables |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "-1"}
+        variables.setdefault("OMP_NUM_THREADS", "1")
+    return variables
 
 
 def answers(lines: Iterator[str]) -> Iterator[dict[str, Any]]:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import platform
-import subprocess
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from ..device import has_gpu
-from .child import ROOT, AnswerError, answers, check_seconds, command, environment, leave_no_core
+from .child import ROOT, AnswerError, about, answers, leave_no_core, run_module
 from .faults import ACCESS_VIOLATION, diagnosis, died
 from .outcome import CASES, KINDS, RECORDED, Case, CrashError, Outcome, as_json, describe, recorded, save
 
@@ -89,9 +85,9 @@ def run(case: Case | str, *, timeout: float = 120.0) -> Outcome:
 def run_child(module: str, *arguments: str, name: str = "", device: str = "cpu", timeout: float = 120.0) -> Outcome:
     """Run `python -m module arguments…` in a child process, and return its outcome.
 
-    The child may print JSON objects, one a line. Their keys are attributes of `Outcome` other than `case` and
-    `exit_code`, and their values become those of the outcome. A child that prints no "kind" and exits with status 0 is
-    ok. A child that exits by itself after printing any other line that begins with a brace has failed.
+    The child may print JSON objects, one a line. Their keys are attributes of `Outcome` other than `case`, `exit_code`
+    and `output`, and their values become those of the outcome. A child that prints no "kind" and exits with status 0
+    is ok. A child that exits by itself after printing any other line that begins with a brace has failed.
 
     Args:
         module, arguments: the module to run and its command-line arguments.
@@ -100,40 +96,26 @@ def run_child(module: str, *arguments: str, name: str = "", device: str = "cpu",
         timeout: seconds after which the child is killed. The child ends itself if this process has exited by then.
 
     Raises:
-        TypeError, ValueError: `timeout` is not a positive number of seconds, or exceeds 1e6 seconds.
+        TypeError, ValueError: `timeout` is not a positive number of seconds, or exceeds 1e6 seconds; `device` is none
+            of the two.
     """
-    timeout = check_seconds(timeout)
-    attributes: dict[str, Any] = {
-        "case": name or module,
-        "triton": _triton_version(),
-        "python": platform.python_version(),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-    }
-    try:
-        child = subprocess.run(
-            command(module, *arguments, seconds=timeout, options=("-X", "faulthandler")),
-            env=_environment(device),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=timeout,
-        )
-    except subprocess.TimeoutExpired:
+    end = run_module(module, *arguments, device=device, timeout=timeout)
+    attributes = about(name or module)
+    if end.code is None:
         return Outcome(kind="timeout", message=f"no answer in {timeout:g} s", **attributes)
     wrong_answer = ""
     try:
-        for answer in answers(iter(child.stdout.splitlines())):
+        for answer in answers(iter(end.stdout.splitlines())):
             attributes |= _checked(answer)
     except AnswerError as error:
         wrong_answer = str(error)
-    attributes["exit_code"] = child.returncode
-    if wrong_answer and child.returncode >= 0:
+    attributes["exit_code"] = end.code
+    if wrong_answer and end.code >= 0:
         return Outcome(**attributes | {"kind": "failed", "message": wrong_answer})
-    if child.returncode == 0:
+    if end.code == 0:
         attributes.setdefault("kind", "ok")
-    if died(child.returncode) or "kind" not in attributes:
-        attributes |= diagnosis(child.returncode, child.stderr)
+    if died(end.code) or "kind" not in attributes:
+        attributes |= diagnosis(end.code, end.stderr)
     return Outcome(**attributes)
 
 
@@ -150,7 +132,7 @@ def run_all(cases: Iterable[str], *, timeout: float = 120.0) -> Iterator[Outcome
 
 
 _TYPES = {"str": str, "int": int, "float | None": float}
-_ANSWER_TYPES = {f.name: _TYPES[str(f.type)] for f in fields(Outcome) if f.name not in ("case", "exit_code")}
+_ANSWER_TYPES = {f.name: _TYPES[str(f.type)] for f in fields(Outcome) if f.name not in ("case", "exit_code", "output")}
 
 
 def _checked(answer: dict[str, Any]) -> dict[str, Any]:
@@ -171,22 +153,3 @@ def _checked(answer: dict[str, Any]) -> dict[str, Any]:
     if attributes.get("kind", KINDS[0]) not in KINDS:
         raise AnswerError(f"the child printed kind: {attributes['kind']!r:.40}; accepted: {', '.join(KINDS)}")
     return attributes
-
-
-def _environment(device: str) -> dict[str, str]:
-    """The child's environment: this package on its path; for "cpu", the interpreter enabled and GPUs hidden."""
-    variables = environment()
-    variables.pop("TRITON_INTERPRET", None)
-    if device == "cpu":
-        variables |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "-1"}
-        variables.setdefault("OMP_NUM_THREADS", "1")
-    return variables
-
-
-def _triton_version() -> str:
-    for package in ("triton", "triton-windows"):
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            continue
-    return "not installed"

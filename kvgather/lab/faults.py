@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import linecache
 import os
 import re
 import signal
+import sysconfig
+from pathlib import Path
 from typing import Any
 
 from .child import ROOT, STARTER
@@ -42,6 +46,34 @@ def source_line(stderr: str) -> dict[str, Any]:
             source = linecache.getline(str(path), int(line)).strip()
             return {"file": path.relative_to(ROOT).as_posix(), "line": int(line), "source": source}
     return {}
+
+
+def callers_line(stderr: str) -> dict[str, Any]:
+    """File, line and source of the innermost frame outside Python's and installed packages and outside our tools."""
+    for file, line in re.findall(r'^\s*File "(.+?)", line (\d+)', stderr, re.MULTILINE):
+        path = _as_written(file)
+        if not path.startswith(("<", *_not_callers())):
+            source = linecache.getline(path, int(line)).strip()
+            return {"file": path, "line": int(line), "source": source}
+    return {}
+
+
+@functools.cache
+def _not_callers() -> tuple[str, ...]:
+    """Where frames are not the caller's: the standard library, installed packages, and what runs or traces the code."""
+    folders = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    for package in ("triton", "torch", "numpy"):  # may be on the path without being installed
+        spec = importlib.util.find_spec(package)
+        folders += list(spec.submodule_search_locations or ()) if spec is not None else []
+    tools = (STARTER, "_isolated_child.py", "_interpreter.py", "_launch.py", "_recorder.py", "script.py")
+    own = [str(Path(__file__).with_name(name)) for name in tools]
+    return (*(os.path.join(folder, "") for folder in folders), *own)
+
+
+def _as_written(path: str) -> str:
+    """The inverse of `as_faulthandler_prints`."""
+    escape = r"\\x([0-9a-f]{2})|\\u([0-9a-f]{4})|\\U([0-9a-f]{8})"
+    return re.sub(escape, lambda match: chr(int(match[match.lastindex or 0], 16)), path)
 
 
 def as_faulthandler_prints(path: str) -> str:

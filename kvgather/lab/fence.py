@@ -18,6 +18,7 @@ run fenced kernels in a child process. A runnable example, with a kernel that re
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 import os
 import sys
@@ -88,26 +89,19 @@ def fenced(
         raise FenceError(f"device is {where}; accepted: a CPU, or a GPU that torch calls cuda")
     if where.type == "cuda" and not torch.cuda.is_available():
         raise FenceError(f"device is {where}, and torch sees no GPU here; accepted: cpu")
-    shape, strides = source.shape, value.stride() if keep_strides and isinstance(value, Tensor) else None
-    if source.numel() == 0:
-        return torch.empty_strided(shape, strides or source.contiguous().stride(), dtype=source.dtype, device=where)
+    view = value if keep_strides and isinstance(value, Tensor) else source.contiguous()
+    if view.numel() == 0:
+        return torch.empty_strided(view.shape, view.stride(), dtype=source.dtype, device=where)
     with torch.no_grad():
-        if strides is None:
-            return _copied(source, side, guard_bytes, where).view(shape)
-        span = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-        memory = value.as_strided((span,), (1,))  # in the order of memory, gaps included
-        return _copied(memory.resolve_conj().resolve_neg(), side, guard_bytes, where).as_strided(shape, strides)
+        span = 1 + sum((size - 1) * stride for size, stride in zip(view.shape, view.stride(), strict=True))
+        memory = view.as_strided((span,), (1,)).resolve_conj().resolve_neg()  # gaps included
+        return _copied(memory, side, guard_bytes, where).as_strided(view.shape, view.stride())
 
 
 def _copied(source: Tensor, side: str, guard_bytes: int, device: torch.device) -> Tensor:
-    """A flat copy of a tensor's elements in guarded memory."""
-    nbytes = source.numel() * source.element_size()
-    raw = (
-        _cpu_bytes(nbytes, side, guard_bytes) if device.type == "cpu" else _gpu_bytes(nbytes, side, guard_bytes, device)
-    )
-    copy = raw.view(source.dtype)
-    copy.view(source.shape).copy_(source)
-    return copy
+    """A copy of a tensor `[n]` in guarded memory."""
+    make = _cpu_bytes if device.type == "cpu" else functools.partial(_gpu_bytes, device=device)
+    return make(source.numel() * source.element_size(), side, guard_bytes).view(source.dtype).copy_(source)
 
 
 def _check_side(side: object, device: object) -> None:

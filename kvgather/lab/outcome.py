@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ..files import replace_text
@@ -91,6 +91,7 @@ class Outcome:
         file, line, source: the line of the kernel that faulted, if it is known (on a CPU).
         message: the driver's error message, or the last line that a failed child printed.
         device, torch, triton, python, date: the machine, the versions and the day of the run.
+        output: what a caller's function or script printed (`kvgather.lab.isolated`).
     """
 
     case: str
@@ -106,11 +107,16 @@ class Outcome:
     triton: str = ""
     python: str = ""
     date: str = ""
+    output: str = ""
 
     @property
     def as_expected(self) -> bool:
         """Whether the table of cases expects this kind."""
         return self.kind in CASES[self.case].expected
+
+    def renamed(self, file: str, name: str) -> Outcome:
+        """The outcome with another name for one file."""
+        return replace(self, file=name) if self.file == file else self
 
     def __str__(self) -> str:
         """The kind, with its relative error, its line of source or its message."""
@@ -132,6 +138,9 @@ def describe(outcome: Outcome) -> str:
 def as_json(outcomes: Iterable[Outcome]) -> str:
     """Outcomes as the text of a JSON file, one object per case."""
     objects = [asdict(o) | ({"relative_error": "inf"} if o.relative_error == float("inf") else {}) for o in outcomes]
+    for o in objects:
+        if not o["output"]:
+            del o["output"]
     return json.dumps({"outcomes": objects}, indent=2) + "\n"
 
 

@@ -29,11 +29,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..device import interpreted_meanwhile
-from ._interpreter import TraceError, hooked
+from ._checked import TraceError
+from ._interpreter import hooked, launching
 from ._launch import Launch, Recorder
+from ._recorder import AccessRecorder
 from ._unlike_gpu import InterpreterWarning
 from .access import Access, Violation
-from .extent import Extent
 from .groups import Group, group, lines, races
 from .unwritten import Unwritten
 
@@ -108,9 +109,9 @@ class Trace:
         Args:
             limit: lines of each kind to print before "and N more"; None for all.
         """
-        count, launches = len(self.accesses), len(self.launches)
-        text = [] if self.groups else [f"no access outside its tensor; accesses: {count}, launches: {launches}"]
-        for found in (self.groups, self.races, self.unwritten):
+        count, launches, violations = len(self.accesses), len(self.launches), self.groups
+        text = [] if violations else [f"no access outside its tensor; accesses: {count}, launches: {launches}"]
+        for found in (violations, self.races, self.unwritten):
             section = lines(found, several_launches=launches > 1)
             shown = section if limit is None else section[:limit]
             text += shown
@@ -180,79 +181,11 @@ def trace(*, strict: bool | None = None, skip_outside: bool = True, unwritten: b
         InterpreterWarning: Triton's interpreter computes what a kernel asks for differently from a GPU.
     """
     result = Trace()
-    memory = Unwritten() if unwritten else None
-    recorder = _Recorder(result, strict is not False, skip_outside, memory)
+    memory = Unwritten(launching) if unwritten else None
+    recorder = AccessRecorder(result.accesses, strict is not False, skip_outside, memory)
     with ExitStack() as stack:
         stack.enter_context(interpreted_meanwhile())
-        stack.enter_context(hooked(Recorder(result.launches, recorder.record, recorder.note)))
+        stack.enter_context(hooked(Recorder(result.launches, recorder.record, result.notes)))
         if memory is not None:
             stack.enter_context(memory)
         yield result
-
-
-class _Recorder:
-    """Appends accesses to a trace, and decides which lanes are executed."""
-
-    def __init__(self, trace: Trace, strict: bool, skip_outside: bool, memory: Unwritten | None) -> None:
-        self.trace, self.strict, self.skip_outside, self.memory = trace, strict, skip_outside, memory
-        self._extents: dict[str, Extent] = {}  # of the current launch's arguments
-        self._launch = -1
-
-    def note(self, text: str) -> None:
-        if text not in self.trace.notes:
-            self.trace.notes.append(text)
-
-    def record(
-        self,
-        launch: Launch,
-        kind: str,
-        tag: int,
-        address: NDArray[np.uint64],
-        width: int,
-        mask: NDArray[np.bool_],
-        source: tuple[str, int],
-    ) -> NDArray[np.bool_]:
-        """Append an access, and return the lanes to skip."""
-        argument, offset = launch.locate(tag, address)
-        outside = skip = np.zeros(mask.shape, bool)
-        between = unwritten = None
-        size, itemsize, base = 0, width, 0
-        if argument:
-            extent = self._extent(launch, argument)
-            place = extent.place(offset, width, self.strict)
-            outside = mask & (place.outside | place.between)
-            skip = mask & ~place.in_storage if self.skip_outside else skip
-            between = mask & place.between if place.between.any() else None
-            size, itemsize, base = extent.size, extent.itemsize, launch.arguments[argument].data_ptr()
-            if self.memory is not None:
-                tensor = launch.originals[argument]
-                unwritten = self.memory.access(tensor, kind, offset, width, mask & place.in_storage)
-        self.trace.accesses.append(
-            Access(
-                kernel=launch.kernel,
-                launch=launch.number,
-                program=launch.program,
-                kind=kind,
-                argument=argument,
-                file=source[0],
-                line=source[1],
-                bytes=offset,
-                width=width,
-                elements=offset // itemsize,
-                mask=mask,
-                outside=outside,
-                size=size,
-                itemsize=itemsize,
-                base=base,
-                between=between,
-                unwritten=unwritten,
-            )
-        )
-        return skip
-
-    def _extent(self, launch: Launch, argument: str) -> Extent:
-        if launch.number != self._launch:
-            self._extents, self._launch = {}, launch.number
-        if argument not in self._extents:
-            self._extents[argument] = Extent(launch.arguments[argument])
-        return self._extents[argument]

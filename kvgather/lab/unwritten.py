@@ -21,7 +21,7 @@ A load, or an atomic, of an unwritten byte is reported. Limits:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -55,9 +55,13 @@ class Unwritten:
     """Context manager that follows which bytes of new, empty tensors are written.
 
     Each tracked storage has one flag a byte; NumPy's zeros take no memory until a byte is written.
+
+    Args:
+        launching: whether a kernel is being launched, when the interpreter copies whole storages.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, launching: Callable[[], bool] = lambda: False) -> None:
+        self.launching = launching
         self._written: dict[int, tuple[StorageWeakRef, NDArray[np.bool_]]] = {}
         self._stack = ExitStack()
 
@@ -150,7 +154,7 @@ class _Operations(TorchDispatchMode):
         result = func(*args, **kwargs)
         if func in EMPTY:
             self.memory.allocated(result)
-        if func in EMPTY or func.overloadpacket in RESHAPING:
+        if func in EMPTY or func.overloadpacket in RESHAPING or self.memory.launching():
             return result
         for position, argument in enumerate(func._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:

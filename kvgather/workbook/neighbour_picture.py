@@ -112,7 +112,7 @@ def neighbour_picture(offset: int, neighbours: Neighbours, points: Sequence[Poin
     axes.set(xlim=(_place(0), _place(FAR)), ylim=(2, 0), xlabel="bytes behind the scalar")
     axes.set_xticks([_place(2**n) for n in range(2, 31, 4)], [in_bytes(2**n) for n in range(2, 31, 4)], fontsize=9)
     axes.set_yticks([0.5, 1.5], ["CPU, this\nprocess", "GPU,\nrecorded" if labels else "GPU,\nits segment"], fontsize=9)
-    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="y", length=0, pad=8)
     axes.spines["left"].set_visible(False)
     if title:
         drawing.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")

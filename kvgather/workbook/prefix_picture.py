@@ -33,19 +33,23 @@ def gathered_picture(batch: PrefixBatch, sequence: int = 0, *, columns: int = 32
     for position, owner in enumerate(gathered):
         slot = table[position // page] * page + position % page
         owners[slot], labels[slot] = owner, str(position)
-    rows = -(-len(owners) // columns)
+    rows, below_rows = -(-len(owners) // columns), -(-total // columns)
     colors = {"cached": CACHED, "new": NEW}
-    drawing, (pool, below) = figure(10.5, 0.95 + 0.31 * (rows + 1), rows=2, height_ratios=[rows, 1])
+    size = (10.5, 0.95 + 0.31 * (rows + below_rows))
+    drawing, (pool, below) = figure(*size, rows=2, height_ratios=[rows, below_rows])
     names = [f"slots {row * columns}…" for row in range(rows)]
     boxes(pool, owners, columns=columns, labels=labels, colors=colors, row_labels=names)
     legend(pool, colors | {"not of this sequence": EMPTY})
-    rest = columns - total
-    positions = [str(position) for position in range(total)] + [""] * rest
-    boxes(below, [*gathered, *[""] * rest], columns=columns, labels=positions, colors=colors, row_labels=["gathered"])
+    positions = [str(position) for position in range(total)]
+    boxes(below, gathered, columns=columns, labels=positions, colors=colors, row_labels=["gathered"])
     for axes in (pool, below):
         axes.set_xlim(-3.4, columns + 0.05)
-        for x in range(0, columns + 1 if axes is pool else 0, page):
-            axes.plot([x, x], [0, rows], color=INK, linewidth=0.8)
+    for slot in range(0, len(owners) + 1, page):  # the edges of blocks
+        row, x = divmod(slot, columns)
+        if slot < len(owners):
+            pool.plot([x, x], [row, row + 1], color=INK, linewidth=0.8)
+        if row and x == 0:
+            pool.plot([columns, columns], [row - 1, row], color=INK, linewidth=0.8)
     return drawing
 
 

@@ -19,6 +19,7 @@ CAST, COPY = "contiguous cast", "contiguous copy"
 MARKS = {
     "kvgather": ("o", GOOD),
     "token per program": ("s", PALETTE[5]),
+    "upstream form": ("s", PALETTE[5]),
     "torch index": ("^", PALETTE[3]),
 }
 
@@ -53,20 +54,27 @@ def steps_picture(rows: Mapping[str, Sequence[Row]], predicted: Mapping[str, Map
     return drawing
 
 
-def roofline_picture(panels: Mapping[str, Sequence[Row]]) -> Figure:
+def roofline_picture(panels: Mapping[str, Sequence[Row]], *, spread: bool = False) -> Figure:
     """GB/s against bytes moved, a point for each measurement, below the limits of the same runs.
 
     Args:
         panels: measurements by the panel's title, including the cast and the copy of each case; other implementations
             than these and those of `MARKS` are not drawn.
+        spread: whether each point has a bar from its 80th percentile of time to its 20th.
     """
     drawing, grid = figure(10.5 if len(panels) > 1 else 8.0, 4.0, columns=len(panels), squeeze=False)
     for (title, measured), axes in zip(panels.items(), grid[0], strict=True):
         rows = [row for row in measured if row.implementation in (*MARKS, CAST, COPY)]
         _roof(axes, rows)
         for name, (mark, color) in MARKS.items():
-            if points := [(row.bytes, row.gb_per_s) for row in rows if row.implementation == name]:
+            chosen = [row for row in rows if row.implementation == name]
+            rates = [row.bytes / row.p50_us / 1e3 if spread else row.gb_per_s for row in chosen]  # rounded in a row
+            if points := list(zip([row.bytes for row in chosen], rates, strict=True)):
                 axes.plot(*zip(*points, strict=True), mark, color=color, markersize=5, alpha=0.8, label=name)
+            if spread:
+                for row in chosen:
+                    ends = [row.bytes / time / 1e3 for time in (row.p80_us, row.p20_us)]
+                    axes.plot([row.bytes] * 2, ends, color=color, linewidth=1.5)
         axes.set(xscale="log", yscale="log", xlabel="bytes that have to move", ylabel="GB/s", title=title)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: _bytes(size)))
         axes.xaxis.set_minor_locator(NullLocator())

@@ -105,12 +105,12 @@ def show_steps(
 
     Args:
         trace: the trace.
-        steps: numbers of the accesses, from 0, among those of `program` and `argument`; numbers past the end are
-            left out.
+        steps: numbers of the accesses, from 0, among those of `program` and `argument`; a number past the end, or
+            a second time, is left out.
         program, argument: as in `Trace.select`.
     """
     accesses = list(trace.select(argument, program))
-    chosen = [accesses[step] for step in steps if 0 <= step < len(accesses)]
+    chosen = [accesses[step] for step in dict.fromkeys(steps) if 0 <= step < len(accesses)]
     show(step_picture(chosen), alt=describe(chosen))
 
 

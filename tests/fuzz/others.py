@@ -86,22 +86,26 @@ def fenced(draw: Draw) -> Case:
     build.arg("side", draw.one("'after'", "'before'"), forms.word("after", "before"), leave_out=0.3)
     size = draw.one("1", "4096", "2**20", "2**26", "np.int64(5)")
     build.arg("guard_bytes", size, forms.integer(1, 2**46), either("2**46", "2**45"), leave_out=0.4)
+    build.arg("keep_strides", draw.one("True", "False"), bad("None", "1", "'yes'"), leave_out=0.5)
 
     def check(facts: Facts, result: Any) -> None:
         given = facts.args["value"]
+        kept = bool(facts.args.get("keep_strides")) and isinstance(given, torch.Tensor)
         if not isinstance(given, torch.Tensor):
             given = torch.tensor([float(given)], dtype=torch.float32)
+        strides = given.stride() if kept else result.stride()
         given = given.detach().resolve_conj().resolve_neg()
-        if result.dtype != given.dtype or result.shape != given.shape or not result.is_contiguous():
-            raise Wrong(f"gave {result.dtype} of shape {list(result.shape)}")
+        laid_out = result.stride() == strides if kept else result.is_contiguous()
+        if result.dtype != given.dtype or result.shape != given.shape or not laid_out:
+            raise Wrong(f"gave {result.dtype} of shape {list(result.shape)}, strides {list(result.stride())}")
         if result.is_meta or result.device.type != "cpu" or not given.numel():
             return
-        width = given.element_size()
         flat = [tensor.reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8)
                 for tensor in (given, result)]  # fmt: skip
         if not torch.equal(*flat):
             raise Wrong("its bytes are others")
-        begin, end = result.data_ptr(), result.data_ptr() + result.numel() * width
+        span = 1 + sum((size - 1) * stride for size, stride in zip(result.shape, strides, strict=True))
+        begin, end = result.data_ptr(), result.data_ptr() + span * given.element_size()
         if (begin if facts.args.get("side") == "before" else end) % mmap.PAGESIZE:
             raise Wrong(f"no page ends at its {'begin' if facts.args.get('side') == 'before' else 'end'}")
 

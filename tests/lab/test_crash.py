@@ -10,14 +10,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 
 from kvgather.lab import before_fix, crash, faults
-from kvgather.lab.child import GRACE, ROOT
+from kvgather.lab.child import GRACE, ROOT, Ended
 from kvgather.lab.crash import CASES, CrashError, Outcome
 
 pytestmark = pytest.mark.triton
@@ -81,8 +80,8 @@ def test_the_expected_kinds_of_each_case():
 
 
 def fake_run(code: int, stdout: str = "", stderr: str = "") -> object:
-    """A stand-in for `subprocess.run` whose child ends with these results."""
-    return lambda *_, **__: SimpleNamespace(returncode=code, stdout=stdout, stderr=stderr)
+    """A stand-in for `run_module` whose child ends with these results."""
+    return lambda *_, **__: Ended(code, stdout, stderr)
 
 
 NO_OBJECT, NO_KEY = ", which is no JSON object", "; accepted: kind, relative_error, "
@@ -114,7 +113,7 @@ ENDINGS = {  # exit code, stdout, stderr; the outcome's kind, and the beginning 
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_the_outcome_of_each_ending_of_a_child(monkeypatch, ending):
     code, stdout, stderr, kind, text = ENDINGS[ending]
-    monkeypatch.setattr(crash.subprocess, "run", fake_run(code, stdout, stderr))
+    monkeypatch.setattr(crash, "run_module", fake_run(code, stdout, stderr))
     outcome = crash.run("before/guarded/cpu")
     assert (outcome.case, outcome.kind, outcome.exit_code) == ("before/guarded/cpu", kind, code)
     assert str(outcome).startswith(text)
@@ -124,7 +123,7 @@ def test_any_module_can_be_run_in_a_child(monkeypatch):
     outcome = crash.run_child("kvgather.lab.planted", "cu_seqlens_ptr", "before")
     assert (outcome.kind, outcome.exit_code, outcome.case) == ("segfault", -11, "kvgather.lab.planted")
     assert outcome.source == "start = tl.load(cu_seqlens_ptr + i - 1, mask=inside, other=0)"
-    monkeypatch.setattr(crash.subprocess, "run", fake_run(0))
+    monkeypatch.setattr(crash, "run_module", fake_run(0))
     assert crash.run_child("any_module", name="a name").kind == "ok"
 
 

@@ -42,13 +42,17 @@ ENDING = """## What you know now
 **Next:** [01 Next](01_next.ipynb)"""
 
 
+COMING = {"09", "10"}
+"""Chapters that may be missing."""
+
+
 def test_chapters_are_numbered_without_a_gap() -> None:
     numbers = [Notebook.read(path).number for path in CHAPTERS]
     whole = [number for number in numbers if number.isdigit()]
-    assert whole == [f"{i:02}" for i in range(len(whole))]
+    assert len(numbers) == len(set(numbers))
+    assert set(whole) | COMING == {f"{i:02}" for i in range(12)}
     halves = [(before, number) for before, number in itertools.pairwise(numbers) if not number.isdigit()]
     assert all(number == f"{before}b" for before, number in halves)
-    assert len(whole) >= 7
 
 
 KEPT = [
@@ -203,6 +207,8 @@ BROKEN: list[tuple[str, str, Callable[[Any], None]]] = [
     ("pictures_have_alt_texts", "cell 1", lambda nb: nb.cells[1].outputs[0].metadata.clear()),
     ("pictures_have_alt_texts", "cell 3 has an image", set_source(TASK, "![](../picture.png)")),
     ("cells_are_short", "cell 2 has 30 lines", set_source(TIMED, "\n" * 29)),
+    ("cells_are_short", "cell 5 has 30 lines", replace(HINT, "a = 1", "a = 1" + "\n" * 29)),
+    ("cells_are_short", "cell 5 has 30 lines", replace(HINT, "look", "look" + "\n" * 29)),
     ("links_resolve", "07_gone.ipynb", set_source(TASK, "see [this](07_gone.ipynb)")),
     ("links_resolve", "../kvgather/gone.py", replace(-1, "cache.py", "gone.py")),
     ("few_outputs_are_ignored", "2 of 7", set_tags(PICTURE, "nbval-ignore-output")),
@@ -261,6 +267,6 @@ def test_every_rule_is_tested() -> None:
     assert {name for name, _, _ in BROKEN} == set(RULES)
 
 
-def test_the_folder_holds_nothing_but_chapters() -> None:
+def test_the_folder_holds_nothing_but_chapters_and_the_glossary() -> None:
     found = {path.name for path in FOLDER.iterdir() if not path.name.startswith(".") and path.name != "__pycache__"}
-    assert found == {path.name for path in CHAPTERS}
+    assert found == {path.name for path in CHAPTERS} | {"glossary.md"}

@@ -35,6 +35,13 @@ def test_a_request_that_never_fits_is_refused_and_harms_nobody() -> None:
     assert tokens(wait(manager, names)) == expected("tiny", prompts(), 8)
 
 
+def test_a_request_is_checked_before_the_engine_starts() -> None:
+    manager = engine(num_blocks=10)
+    with pytest.raises(RequestRefused, match="the prompt has 400 tokens"):
+        manager.add_request([5] * 400, max_new_tokens=2)
+    assert tokens(answers(manager, prompts()[:2], 8)) == expected("tiny", prompts(), 8)[:2]
+
+
 def test_the_largest_request_completes() -> None:
     manager = engine(num_blocks=10, max_batch_tokens=33)
     ids = list(prompts(1, 140, (10, 10))[0])

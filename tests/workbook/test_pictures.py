@@ -49,3 +49,14 @@ def test_outcome_picture_has_a_cell_for_each_case() -> None:
 def test_outcome_picture_refuses_an_unknown_word() -> None:
     with pytest.raises(ValueError, match="outcomes has 'fine'; accepted: exact, wrong values, outside, refused"):
         outcome_picture({("before", "a", "NHD"): "fine"}, ["before"], ["a"], ["NHD"])
+
+
+def test_the_picture_of_the_hunt_has_a_dot_for_each_bug_and_tool():
+    from kvgather.workbook.hunt_picture import hunt_picture
+
+    said = {"slots": {"oracle": "", "report": "element 21"}, "write": {"oracle": "pool[15]", "report": ""}}
+    (axes,) = hunt_picture(said).axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["oracle\n1 of 2", "report\n1 of 2"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["1  slots", "2  write"]
+    sizes = {tuple(dots.get_offsets()[0]): dots.get_sizes()[0] for dots in axes.collections}
+    assert sizes[0, 0] < sizes[1, 0] == sizes[0, 1] and sizes[1, 1] == sizes[0, 0]

@@ -28,6 +28,14 @@ def test_gathered_picture_puts_positions_into_their_slots() -> None:
     assert colors == [to_rgba(CACHED)] * 4 + [to_rgba(NEW)] * 2
 
 
+def test_gathered_picture_wraps_a_long_sequence() -> None:
+    table = torch.tensor([[2, 0, 1]], dtype=torch.int32)
+    batch = PrefixBatch.build(table, cu_seqlens([2]), cu_seqlens([10]), page_size=4, num_blocks=3)
+    pool, below = gathered_picture(batch, columns=8).axes
+    assert [text.get_text() for text in below.texts if text.get_text().isdigit()] == [str(i) for i in range(10)]
+    assert [round(axes.get_ylim()[0]) for axes in (pool, below)] == [2, 2]
+
+
 def test_mask_picture_colours_what_has_weight() -> None:
     weights = torch.tensor([[0.5, 0.5, 0.0], [0.2, 0.3, 0.5]])
     axes = mask_picture({"two of three": weights}).axes[0]

@@ -53,3 +53,10 @@ def test_roofline_picture_has_the_points_under_the_best_roof() -> None:
     assert list(map(float, np.asarray(points.get_ydata()))) == [20.0, 90.0]
     assert len(np.asarray(drawing.axes[1].lines[0].get_xdata())) == 2
     assert png(drawing).startswith(b"\x89PNG")
+
+
+def test_roofline_picture_draws_the_spread() -> None:
+    row = replace(ROWS[0], implementation="kvgather", bytes=1000, p20_us=0.1, p50_us=0.2, p80_us=0.5)
+    points, bar, *_ = roofline_picture({"here": [row]}, spread=True).axes[0].lines
+    assert list(map(float, np.asarray(points.get_ydata()))) == [5.0]
+    assert list(map(float, np.asarray(bar.get_ydata()))) == [2.0, 10.0]

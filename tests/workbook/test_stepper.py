@@ -220,7 +220,7 @@ def test_source_that_is_not_there():
 def test_a_static_picture_says_what_it_shows(monkeypatch):
     shown = []
     monkeypatch.setattr(pictures, "show", lambda drawing, alt: shown.append((png(drawing), alt)))
-    show_steps(THREE, [0, 2, 99])
+    show_steps(THREE, [0, 2, 2, 99])
     show_steps(THREE, [7])
     assert all(data.startswith(b"\x89PNG") for data, _ in shown)
     assert shown[0][1] == describe([THREE.accesses[0], THREE.accesses[2]])

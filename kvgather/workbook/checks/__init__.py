@@ -24,7 +24,7 @@ from kvgather.workbook.checks.compare import first_difference
 from kvgather.workbook.kernel_errors import kernel_error
 from kvgather.workbook.progress import note_solved
 
-__all__ = ["NotYet", "Wrong", "check", "exercise", "exercises", "expect", "first_difference"]
+__all__ = ["Correct", "NotYet", "Wrong", "check", "exercise", "exercises", "expect", "first_difference"]
 
 
 class NotYet(Exception):
@@ -33,6 +33,10 @@ class NotYet(Exception):
 
 class Wrong(Exception):
     """The reader's answer is wrong; the message names the difference."""
+
+
+class Correct(Exception):
+    """The reader's answer is right, and the message says more than the exercise's own."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,8 @@ def exercises(chapter: str) -> list[str]:
     except ModuleNotFoundError as error:
         if error.name != module:
             raise
-    return sorted(name for name in _REGISTRY if name.startswith(f"{chapter}."))
+    found = (name for name in _REGISTRY if name.startswith(f"{chapter}."))
+    return sorted(found, key=lambda name: int(name.partition(".")[2]))
 
 
 def check(name: str, *answers: Any) -> None:
@@ -120,6 +125,8 @@ def _verdict(entry: _Exercise, answers: tuple[Any, ...]) -> str:
         return f"not yet: {str(verdict) or entry.not_yet}"
     except Wrong as verdict:
         return f"wrong: {verdict}"
+    except Correct as verdict:
+        return f"correct: {verdict}"
     except Exception as error:
         return f"wrong: {_one_line(error)}"
     return f"correct: {entry.correct}" if complaint is None else f"wrong: {complaint}"

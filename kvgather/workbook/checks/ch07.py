@@ -41,24 +41,24 @@ def in_flight(answer: Callable[..., Any]) -> None:
         expect(expected, answer(codes, warps), f"programs of {warps} warps that load {codes} bytes each")
 
 
-@exercise("07.3", correct="32 lanes, one sector: neighbouring lanes read neighbouring slots")
+@exercise("07.3", correct="32 lanes, one sector: neighbouring lanes read neighbouring tokens")
 def place(answer: Callable[..., Any]) -> None:
     pool = torch.empty(value_shape("SHUFFLE", 1, PAGE, 1, 64, 1), dtype=torch.uint8)
     for lane in range(32):
         got = answer(lane)
         if not isinstance(got, tuple | list) or len(got) != 2 or not all(isinstance(n, int) for n in got):
             expect((0, 0), got, f"lane {lane}")
-            raise Wrong(f"lane {lane}: expected two ints, slot and dim, got {got!r:.60}")
-        slot, dim = got
-        if not (0 <= slot < PAGE and 0 <= dim < 64):
-            raise Wrong(f"lane {lane}: slot {slot}, dim {dim} is not in a page of {PAGE} slots and 64 dims")
-        expect(lane, byte_offset(pool, "SHUFFLE", "value", 0, 0, slot, dim), f"the byte that lane {lane} reads")
+            raise Wrong(f"lane {lane}: expected two ints, page_offset and dim, got {got!r:.60}")
+        page_offset, dim = got
+        if not (0 <= page_offset < PAGE and 0 <= dim < 64):
+            raise Wrong(f"lane {lane}: page_offset {page_offset}, dim {dim} is not in a page of {PAGE}, 64 dims")
+        expect(lane, byte_offset(pool, "SHUFFLE", "value", 0, 0, page_offset, dim), f"the byte that lane {lane} reads")
 
 
 @exercise(
     "07.4",
     correct="the same bytes, in loads of 16",
-    not_yet="right values, in loads of one byte; give head and dim an axis each",
+    not_yet="right values, in loads of one byte",
 )
 def copy_page_kernel(kernel: Any) -> None:
     if not hasattr(kernel, "fn"):
@@ -70,7 +70,7 @@ def copy_page_kernel(kernel: Any) -> None:
         kernel[(1,)](out, pool, 1, HEADS=heads, PAGE=PAGE, DIM=dim)
     if t.violations:
         raise Wrong(f"an access outside a tensor: {t.violations[0].argument}, element {t.violations[0].element}")
-    expect(as_nhd(pool, "SHUFFLE", "key")[1], out, "the page [slot, head, dim]")
+    expect(as_nhd(pool, "SHUFFLE", "key")[1], out, "the page [page_offset, head, dim]")
     case = Case(layout="SHUFFLE", num_heads=8, k_dim=64, v_dim=64, lengths=(PAGE,), starts=(), num_blocks=4)
     (compiled,) = compile_steps([(inspect.getsource(kernel.fn), case, "cuda:90")])
     if compiled.error:

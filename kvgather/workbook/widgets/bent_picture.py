@@ -41,8 +41,7 @@ class Bend:
             table, ends, page_size=cache.geometry.page_size, num_blocks=cache.geometry.num_blocks
         )
         pools = cache.key_cache, cache.value_cache
-        scales = {"k_scale": scale, "v_scale": scale}
-        keys, _ = kg.gather(*pools, plan, layout=cache.layout, **scales, out_dtype=torch.float32)
+        keys, _ = kg.gather(*pools, plan, layout=cache.layout, k_scale=scale, v_scale=scale, out_dtype=torch.float32)
         try:
             plan.check()
         except PlanError as error:

@@ -35,8 +35,8 @@ STYLE = f"""<style>
 .kvgather-step .inside {{background:{GOOD}}} .kvgather-step .exists {{background:{EMPTY}; border:1px solid #CFCEC6}}
 .kvgather-step .outside {{background:{BAD}}} .kvgather-step .off {{border:1px dashed {INK}; color:{INK}}}
 .kvgather-step .legend {{margin-top:8px; font-size:12px}} .kvgather-step .legend i {{margin:2px 3px 0 10px}}
-.kvgather-step .whole {{position:relative; height:14px; margin:4px 0 8px 64px; width:{COLUMNS * 16}px}}
-.kvgather-step .whole b {{position:absolute; left:-64px; width:58px; text-align:right; font:11px monospace}}
+.kvgather-step .whole {{position:relative; height:14px; margin:4px 0 8px 70px; width:{COLUMNS * 16}px}}
+.kvgather-step .whole b {{position:absolute; left:-70px; width:64px; text-align:right; font:11px monospace}}
 .kvgather-step .whole span {{position:absolute; top:0; height:100%; min-width:2px}}
 </style>"""
 LEGEND = (

@@ -14,10 +14,10 @@ PLACE = """def place(lane):
 
 COPY = """@triton.jit
 def copy_page_kernel(out_ptr, k_ptr, block, HEADS: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr):
-    slot = tl.arange(0, PAGE)[:, None, None]
+    page_offset = tl.arange(0, PAGE)[:, None, None]
     head = tl.arange(0, HEADS)[None, :, None]
     dim = {dim}
-    at = (block * HEADS + head) * (PAGE * DIM) + (dim // 16) * (PAGE * 16) + slot * 16 + dim % 16
+    at = (block * HEADS + head) * (PAGE * DIM) + (dim // 16) * (PAGE * 16) + page_offset * 16 + dim % 16
     codes = tl.load(k_ptr + at)
     tl.store(out_ptr + {to}, codes)
 """
@@ -50,23 +50,25 @@ WRONG = {
         (PLACE.format(answer="0, lane"), "the byte that lane 1 reads: expected 1, got 16"),
         # the right numbers, the wrong way round
         (PLACE.format(answer="lane // 16, lane % 16"), "the byte that lane 1 reads: expected 1, got 16"),
-        # a page of 32 slots
-        (PLACE.format(answer="lane, 0"), "lane 16: slot 16, dim 0 is not in a page of 16 slots"),
+        # a page of 32 tokens
+        (PLACE.format(answer="lane, 0"), "lane 16: page_offset 16, dim 0 is not in a page of 16, 64 dims"),
     ],
     "07.4": [
         # rows without their heads
         (
-            COPY.format(dim="tl.arange(0, DIM)[None, None, :]", to="slot * DIM + head * DIM + dim"),
-            "the page [slot, head, dim]",
+            COPY.format(dim="tl.arange(0, DIM)[None, None, :]", to="page_offset * DIM + head * DIM + dim"),
+            "the page [page_offset, head, dim]",
         ),
-        # heads outside slots
+        # heads outside tokens
         (
-            COPY.format(dim="tl.arange(0, DIM)[None, None, :]", to="(head * PAGE + slot) * DIM + dim"),
-            "the page [slot, head, dim]",
+            COPY.format(dim="tl.arange(0, DIM)[None, None, :]", to="(head * PAGE + page_offset) * DIM + dim"),
+            "the page [page_offset, head, dim]",
         ),
         # dims from the last to the first: the right values, and no run of bytes
         (
-            COPY.format(dim="DIM - 1 - tl.arange(0, DIM)[None, None, :]", to="(slot * HEADS + head) * DIM + dim"),
+            COPY.format(
+                dim="DIM - 1 - tl.arange(0, DIM)[None, None, :]", to="(page_offset * HEADS + head) * DIM + dim"
+            ),
             "right values, but",
         ),
         # the decorator lost

@@ -1,8 +1,6 @@
 """Plausible wrong answers of chapter 08, and what the check must say to each."""
 
 MASK = "def visible(len_q, len_k, window=None):\n"
-MERGE = "def merge(out_a, lse_a, out_b, lse_b):\n"
-FINISH = "def finish(parts, sinks):\n"
 WINDOW = "def window_gather(lens_q, lens_k, window):\n"
 
 WRONG = {
@@ -39,80 +37,6 @@ WRONG = {
         ),
     ],
     "08.2": [
-        # the plain mean
-        (
-            MERGE + "    return (out_a + out_b) / 2, torch.logaddexp(lse_a, lse_b)\n",
-            "out, lse 1 and 2: answer[0, 0",
-        ),
-        # the formula as it stands
-        (
-            MERGE
-            + "    a, b = lse_a.exp(), lse_b.exp()\n"
-            + "    out = (a[..., None] * out_a + b[..., None] * out_b) / (a + b)[..., None]\n"
-            + "    return out, torch.log(a + b)\n",
-            "out, lse 200 and 199: answer[0, 0, 0]",
-        ),
-        # stable, but 0 times NaN is NaN
-        (
-            MERGE
-            + "    lse = torch.logaddexp(lse_a, lse_b)\n"
-            + "    a, b = (lse_a - lse).exp(), (lse_b - lse).exp()\n"
-            + "    return a[..., None] * out_a + b[..., None] * out_b, lse\n",
-            "out, lse 3 and -inf: answer[0, 0, 0]",
-        ),
-        # each side alone is right, both empty is not
-        (
-            MERGE
-            + "    lse = torch.logaddexp(lse_a, lse_b)\n"
-            + "    a, b = (lse_a - lse).exp(), (lse_b - lse).exp()\n"
-            + "    out = a[..., None] * out_a + b[..., None] * out_b\n"
-            + "    out = torch.where((lse_a == -math.inf)[..., None], out_b, out)\n"
-            + "    return torch.where((lse_b == -math.inf)[..., None], out_a, out), lse\n",
-            "out, lse -inf and -inf: answer[0, 0, 0]",
-        ),
-    ],
-    "08.3": [
-        # every part brings the sink
-        (
-            FINISH
-            + "    out, lse = None, None\n"
-            + "    for part, part_lse in parts:\n"
-            + "        with_sink = torch.logaddexp(part_lse, sinks.expand_as(part_lse))\n"
-            + "        part = part * (part_lse - with_sink).exp()[..., None]\n"
-            + "        state = part, with_sink\n"
-            + "        out, lse = state if out is None else kg.merge_states(out, lse, *state)\n"
-            + "    return out, lse\n",
-            "out, three parts: answer[0, 0",
-        ),
-        # never
-        (
-            FINISH
-            + "    out, lse = parts[0]\n"
-            + "    for part in parts[1:]:\n"
-            + "        out, lse = kg.merge_states(out, lse, *part)\n"
-            + "    return out, lse\n",
-            "out, one part: answer[0, 0",
-        ),
-        # in the log-sum-exp alone
-        (
-            FINISH
-            + "    out, lse = parts[0]\n"
-            + "    for part in parts[1:]:\n"
-            + "        out, lse = kg.merge_states(out, lse, *part)\n"
-            + "    return out, torch.logaddexp(lse, sinks.expand_as(lse))\n",
-            "out, one part: answer[0, 0",
-        ),
-        # in the output alone
-        (
-            FINISH
-            + "    out, lse = parts[0]\n"
-            + "    for part in parts[1:]:\n"
-            + "        out, lse = kg.merge_states(out, lse, *part)\n"
-            + "    return out * torch.sigmoid(lse - sinks)[..., None], lse\n",
-            "lse, one part: answer[0, 0",
-        ),
-    ],
-    "08.4": [
         # the window of the last new token
         (
             WINDOW

@@ -1,0 +1,1 @@
+"""The answers: what each bug is, where it is, and what the tools say. A reader who hunts does not open this folder."""
