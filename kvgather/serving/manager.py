@@ -110,6 +110,8 @@ class EngineManager(CountingManager):
         if max_new_tokens is None:
             max_new_tokens = self.generation_config.max_new_tokens
         try:
+            if self.is_tp_driver and self.background_thread_status.can_accept_new_requests() is not None:
+                raise self._stopped()
             largest = self._existing_cache().largest_request
             max_new_tokens = _checked_limit(len(input_ids), max_new_tokens, largest)
             added = super().add_request(
@@ -117,12 +119,15 @@ class EngineManager(CountingManager):
                 **logit_processor_kwargs,
             )  # fmt: skip
             if added is None and self.is_tp_driver:
-                reason = self.background_thread_status.fatal_error or "it is stopping"
-                raise EngineStopped(f"the engine takes no requests: {reason}")
+                raise self._stopped()
         except (RequestRefused, EngineStopped):
             self.output_router.result_handlers.pop(request_id or "", None)
             raise
         return added
+
+    def _stopped(self) -> EngineStopped:
+        reason = self.background_thread_status.fatal_error or "it has stopped, or is stopping"
+        return EngineStopped(f"the engine takes no requests: {reason}")
 
     def _existing_cache(self) -> PoolCache:
         """The cache, created if there is none: a request is checked against it, also before the engine starts."""

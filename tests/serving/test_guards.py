@@ -68,6 +68,18 @@ def test_after_the_end_requests_are_refused_with_the_reason() -> None:
         manager.add_request([1, 2, 3], max_new_tokens=1)
 
 
+def test_a_stopped_engine_refuses_and_can_start_again() -> None:
+    manager = engine()
+    first = tokens(answers(manager, prompts()[:2], 4))
+    manager.stop(timeout=10)
+    with pytest.raises(EngineStopped, match="takes no requests: it has stopped, or is stopping"):
+        manager.add_request([1, 2, 3], max_new_tokens=1)
+    assert manager.cache is None
+    manager.switch_to_cb_friendly_attn(manager.model)
+    manager.start()
+    assert tokens(answers(manager, prompts()[:2], 4)) == first
+
+
 def test_cancelled_requests_free_their_blocks_and_get_a_result() -> None:
     manager = engine()
     manager.start()
