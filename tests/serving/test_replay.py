@@ -99,6 +99,10 @@ def test_a_model_of_a_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path)
         ),
         (["serve", "--random-weights", "--guard", "--cache-dtype", "float32"], "--guard with a scale of kind per-t"),
         (["serve", "--random-weights", "--config", "30b"], "config is '30b'; accepted: tiny, 20b, llama"),
+        (
+            ["serve", "--random-weights", "--gather", "before", "--layout", "HND"],
+            "--gather before with --layout HND; accepted: NHD, SHUFFLE",
+        ),
         (["serve", "--random-weights", "--layout", "DHN"], "layout is 'DHN'; accepted: NHD, HND, SHUFFLE"),
     ],
 )  # fmt: skip
