@@ -34,6 +34,9 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+# Outside of a kernel a progress bar is text on stderr. tqdm reads this when it is imported, and torch imports tqdm.
+os.environ["TQDM_DISABLE"] = "1"
+
 from tests.notebooks.exercise_cells import exercises_of  # noqa: E402
 from tests.notebooks.hygiene import CHAPTERS, Notebook  # noqa: E402
 from tests.notebooks.pokes import Refused, Source  # noqa: E402
@@ -412,7 +415,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = [notebook for notebook in notebooks if not options.chapters or notebook.number in options.chapters]
     if unknown := set(options.chapters) - {notebook.number for notebook in notebooks}:
         parser.error(f"chapters are {', '.join(sorted(unknown))}; accepted: {', '.join(n.number for n in notebooks)}")
-    os.environ["TQDM_DISABLE"] = "1"  # outside of a kernel a progress bar is text on stderr
     if _start_method() == "fork":
         for name in HEAVY:
             if importlib.util.find_spec(name.partition(".")[0]):
