@@ -122,7 +122,7 @@ class PrefixBatch(CheckedBatch):
             _inputs=tensors.given,
         )
         for window in window_list:
-            result.plan_window(window)
+            result._plan_window(window)
         return result
 
     def prepare(

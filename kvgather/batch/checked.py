@@ -90,10 +90,10 @@ class CheckedBatch:
             return self.everything
         if window not in self.windows:
             check_may_create(self.device, self.built_in_capture, f"the plan of window {window}")
-            self.plan_window(window)
+            self._plan_window(window)
         return self.windows[window]
 
-    def plan_window(self, window: int) -> None:
+    def _plan_window(self, window: int) -> None:
         """Plan what a layer with this window gathers; the caller may create tensors now."""
         capacity = min(self.total_k, self.total_q + self.num_sequences * (window - 1))
         cu_k, starts = window_offsets(self.cu_seqlens_q, self.cu_seqlens_k, self.max_q, window, capacity)

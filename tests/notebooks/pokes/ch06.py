@@ -1,8 +1,10 @@
 """Chapter 06: the sizes of the pool."""
 
+from tests.notebooks.pokes import Refused
+
 POKES = {
-    "BLOCKS": (8, 4),
-    "PAGE": (32, 8),
+    "BLOCKS": (8, 12),
+    "PAGE": (32, 48, Refused(8, "accepted in SHUFFLE")),
     "HEADS": (4, 3),
     "DIM": (32, 64),
     "TOKENS": (3, 1),

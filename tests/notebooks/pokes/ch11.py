@@ -1,0 +1,3 @@
+"""Chapter 11: the kernel that the toolbox's cell runs."""
+
+POKES = {"NAME": ("rows", "merge")}
