@@ -61,9 +61,10 @@ class CountingManager(engine.ContinuousBatchingManager):
     def _handle_critical_error(self, error: Exception, batch_processor: Any) -> None:
         """Record the error before the requests fail: whoever sees one fail can then tell that the engine died.
 
-        The message is made one line without quotes: the stock server writes it into JSON as it is.
+        The reason is the message's first line, without quotes: the stock server writes it into JSON as it is, and the
+        lines after a CUDA error are advice. The engine's log has all of it.
         """
-        reason = EngineStopped(" ".join(str(error).split()).replace('"', "'"))
+        reason = EngineStopped((str(error).strip() or type(error).__name__).splitlines()[0].replace('"', "'"))
         reason.__cause__ = error
         self.background_thread_status.record_fatal_error(reason)
         super()._handle_critical_error(reason, batch_processor)

@@ -59,7 +59,7 @@ def test_no_limit_means_what_fits() -> None:
 
 def test_after_the_end_requests_are_refused_with_the_reason() -> None:
     def broken(*_: object) -> tuple[torch.Tensor, torch.Tensor]:
-        raise RuntimeError('an "illegal memory access"\nwas encountered')
+        raise RuntimeError('an "illegal memory access" was encountered\nmore may be reported later')
 
     manager = engine(options=Options(gather=broken))
     results = answers(manager, prompts(), 4)
