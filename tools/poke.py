@@ -39,6 +39,9 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+# Outside of a kernel a progress bar is text on stderr. tqdm reads this when it is imported, and torch imports tqdm.
+os.environ["TQDM_DISABLE"] = "1"
+
 from kvgather.lab import crash, crash_map  # noqa: E402
 from kvgather.workbook import figures  # noqa: E402
 from tests.notebooks.exercise_cells import exercises_of  # noqa: E402

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..batch.capture import capturing, check_may_create
-from ..batch.checked import CheckedBatch
+from ..batch.checked import CheckedBatch, window_piece
 from ..batch.contents import Sizes
 from ..batch.lengths import check_fit, check_lengths, check_offsets, check_row, longest_of, total_of
 from ..batch.reference import batch_tensors
@@ -122,7 +122,7 @@ class PrefixBatch(CheckedBatch):
             _inputs=tensors.given,
         )
         for window in window_list:
-            result.plan_window(window)
+            result.windows[window] = window_piece(result, window)
         return result
 
     def prepare(

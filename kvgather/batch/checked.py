@@ -90,20 +90,8 @@ class CheckedBatch:
             return self.everything
         if window not in self.windows:
             check_may_create(self.device, self.built_in_capture, f"the plan of window {window}")
-            self.plan_window(window)
+            self.windows[window] = window_piece(self, window)
         return self.windows[window]
-
-    def plan_window(self, window: int) -> None:
-        """Plan what a layer with this window gathers; the caller may create tensors now."""
-        capacity = min(self.total_k, self.total_q + self.num_sequences * (window - 1))
-        cu_k, starts = window_offsets(self.cu_seqlens_q, self.cu_seqlens_k, self.max_q, window, capacity)
-        causal = self.max_q > 1  # a single row sees all gathered keys
-        attend = Attend(
-            slice(0, self.total_q), self.cu_seqlens_q, cu_k, self.max_q, min(self.max_k, self.max_q + window - 1),
-            causal=causal, window=window if causal else None, seqlens_q=self.seqlens_q,
-            seqlens_k=self.visible_lens_on_host(window),
-        )  # fmt: skip
-        self.windows[window] = Piece(self.plan_of(cu_k, capacity, starts), (attend,))
 
     def visible_lens_on_host(self, window: int | None) -> tuple[int, ...] | None:
         """Return how many tokens at the end of each sequence its new tokens see; None if the lengths are unknown."""
@@ -160,3 +148,16 @@ class CheckedBatch:
         if result is None:
             result = self._host_decisions[key] = decide()
         return result
+
+
+def window_piece(batch: CheckedBatch, window: int) -> Piece:
+    """Plan what a layer with this window gathers. The caller has checked that tensors may be created now."""
+    capacity = min(batch.total_k, batch.total_q + batch.num_sequences * (window - 1))
+    cu_k, starts = window_offsets(batch.cu_seqlens_q, batch.cu_seqlens_k, batch.max_q, window, capacity)
+    causal = batch.max_q > 1  # a single row sees all gathered keys
+    attend = Attend(
+        slice(0, batch.total_q), batch.cu_seqlens_q, cu_k, batch.max_q, min(batch.max_k, batch.max_q + window - 1),
+        causal=causal, window=window if causal else None, seqlens_q=batch.seqlens_q,
+        seqlens_k=batch.visible_lens_on_host(window),
+    )  # fmt: skip
+    return Piece(batch.plan_of(cu_k, capacity, starts), (attend,))

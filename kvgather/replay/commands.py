@@ -55,6 +55,8 @@ def _options(arguments: argparse.Namespace, source: Any, sizes: Any) -> Any:
     k_scale = v_scale = None
     dtype = _dtype(arguments.cache_dtype, "--cache-dtype", torch.float8_e4m3fn)
     asked = f"--gather {arguments.gather}" if arguments.gather != "after" else "--guard" if arguments.guard else ""
+    if arguments.gather != "after" and arguments.layout == "HND":
+        raise ValueError(f"{asked} with --layout HND; accepted: NHD, SHUFFLE, which are upstream's layouts")
     if dtype.itemsize == 1 and arguments.scale == "per-tensor":
         furthest = 1
         if arguments.gather != "after":

@@ -68,6 +68,10 @@ HOOKS = (
         "checks nothing about the length, and returns None once the engine stops",
     ),
     Hook(
+        f"{_BATCHING}.continuous_api", "BackgroundThreadStatus.can_accept_new_requests", ("self",),
+        "why requests are refused, or None",
+    ),
+    Hook(
         f"{_BATCHING}.continuous_api", "ContinuousMixin.init_continuous_batching",
         ("self", "generation_config", "continuous_batching_config"), "takes the manager that install has left there",
         '"_cached_continuous_batching_manager"',

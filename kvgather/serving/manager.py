@@ -39,12 +39,9 @@ class CountingManager(engine.ContinuousBatchingManager):
         super().__init__(*args, **kwargs)
 
     def start(self) -> None:
-        """Start the engine, unless it runs. The cache exists when this returns, so that requests can be checked."""
-        if self.is_running():
-            return
-        if self.batch_processor is None:
-            self.batch_processor = self._create_batch_processor()
-        super().start()
+        """Start the engine, unless it runs."""
+        if not self.is_running():
+            super().start()
 
     def _generation_step(self) -> None:
         begin = time.perf_counter()
@@ -64,9 +61,10 @@ class CountingManager(engine.ContinuousBatchingManager):
     def _handle_critical_error(self, error: Exception, batch_processor: Any) -> None:
         """Record the error before the requests fail: whoever sees one fail can then tell that the engine died.
 
-        The message is made one line without quotes: the stock server writes it into JSON as it is.
+        The reason is the message's first line, without quotes: the stock server writes it into JSON as it is, and the
+        lines after a CUDA error are advice. The engine's log has all of it.
         """
-        reason = EngineStopped(" ".join(str(error).split()).replace('"', "'"))
+        reason = EngineStopped((str(error).strip() or type(error).__name__).splitlines()[0].replace('"', "'"))
         reason.__cause__ = error
         self.background_thread_status.record_fatal_error(reason)
         super()._handle_critical_error(reason, batch_processor)
@@ -83,8 +81,13 @@ class EngineManager(CountingManager):
 
     @property
     def cache(self) -> PoolCache | None:
-        """The cache, once the engine has started."""
+        """The cache, which the first request creates, or the start; None before, and after the engine has stopped."""
         return None if self.batch_processor is None else cast(PoolCache, self.batch_processor.cache)
+
+    def start(self) -> None:
+        """Start the engine, unless it runs."""
+        self._existing_cache()
+        super().start()
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
         """Switch to our attention; `stop` restores the model's own."""
@@ -108,19 +111,30 @@ class EngineManager(CountingManager):
         if max_new_tokens is None:
             max_new_tokens = self.generation_config.max_new_tokens
         try:
-            if self.cache is not None:
-                max_new_tokens = _checked_limit(len(input_ids), max_new_tokens, self.cache.largest_request)
+            if self.is_tp_driver and self.background_thread_status.can_accept_new_requests() is not None:
+                raise self._stopped()
+            largest = self._existing_cache().largest_request
+            max_new_tokens = _checked_limit(len(input_ids), max_new_tokens, largest)
             added = super().add_request(
                 input_ids, request_id, max_new_tokens, streaming, record_timestamps, eos_token_id,
                 **logit_processor_kwargs,
             )  # fmt: skip
             if added is None and self.is_tp_driver:
-                reason = self.background_thread_status.fatal_error or "it is stopping"
-                raise EngineStopped(f"the engine takes no requests: {reason}")
+                raise self._stopped()
         except (RequestRefused, EngineStopped):
             self.output_router.result_handlers.pop(request_id or "", None)
             raise
         return added
+
+    def _stopped(self) -> EngineStopped:
+        reason = self.background_thread_status.fatal_error or "it has stopped, or is stopping"
+        return EngineStopped(f"the engine takes no requests: {reason}")
+
+    def _existing_cache(self) -> PoolCache:
+        """The cache, created if there is none: a request is checked against it, also before the engine starts."""
+        if self.batch_processor is None:
+            self.batch_processor = self._create_batch_processor()
+        return cast(PoolCache, self.batch_processor.cache)
 
     def _create_batch_processor(self) -> Any:
         with patch.object(engine, "PagedAttentionCache", cache_of(self.options)):

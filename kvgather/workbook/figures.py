@@ -1,4 +1,4 @@
-"""House style of the workbook's figures and tables: PNG with an alt text, readable without color."""
+"""House style of the workbook's figures: PNG with an alt text, readable without color."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from tqdm.auto import tqdm
 
-from kvgather.workbook.tables import table_text
-
 __all__ = [
     "BAD",
     "EMPTY",
@@ -34,7 +32,6 @@ __all__ = [
     "png",
     "progress",
     "show",
-    "table",
     "text_color",
 ]
 
@@ -114,11 +111,6 @@ def show(drawing: Figure, alt: str) -> None:
     width = round(drawing.get_figwidth() * 96)
     display(data, metadata={"image/png": {"alt": alt, "width": width}}, raw=True)
     _close(drawing)
-
-
-def table(rows: Iterable[Sequence[Any]], headers: Sequence[str]) -> str:
-    """The plain text of a table, for chapters that print it; new cells call `kvgather.workbook.tables.table`."""
-    return table_text(rows, headers)
 
 
 def boxes(

@@ -363,8 +363,3 @@ def links_to_the_next_chapter(notebook: Notebook) -> list[str]:
     wanted = f"**Next:** [{Notebook.read(following[0]).title.replace(' · ', ' ')}]({following[0].name})"
     last = notebook.cells[-1].source.split("\n")[-1]
     return [] if last == wanted else [f"the last line is {last!r}, not {wanted!r}"]
-
-
-# New rules, and the chapters that are not converted yet. Empty it when the last one is.
-CONVERSION = {"tables_are_html", "drawing_cells_are_folded", "links_to_the_next_chapter"}
-UNCONVERTED: set[str] = {"04"}

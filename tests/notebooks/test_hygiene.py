@@ -14,7 +14,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from kvgather.workbook.tables import table_html, table_text
 from tests.notebooks import exercise_cells
-from tests.notebooks.hygiene import CHAPTERS, CONVERSION, FOLDER, RULES, UNCONVERTED, Notebook, complaints
+from tests.notebooks.hygiene import CHAPTERS, FOLDER, RULES, Notebook, complaints
 
 BANNER = """# 00 · Start here
 > **5 minutes** · runs on any machine, no GPU needed
@@ -55,22 +55,10 @@ def test_chapters_are_numbered_without_a_gap() -> None:
     assert all(number == f"{before}b" for before, number in halves)
 
 
-KEPT = [
-    pytest.param(path, name, id=f"{path.stem}-{name}")
-    for path in CHAPTERS
-    for name in RULES
-    if not (name in CONVERSION and Notebook.read(path).number in UNCONVERTED)
-]
-
-
-@pytest.mark.parametrize(("path", "name"), KEPT)
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 def test_chapter_keeps_the_rule(path: Path, name: str) -> None:
     assert complaints(Notebook.read(path), name) == []
-
-
-def test_chapters_that_are_not_converted_exist() -> None:
-    assert {Notebook.read(path).number for path in CHAPTERS} >= UNCONVERTED
-    assert set(RULES) >= CONVERSION
 
 
 def exercise(number: int) -> list[Any]:

@@ -45,9 +45,12 @@ def engine(name: str = "tiny", options: Options = FP32, **sizes: Any) -> EngineM
 
 
 def answers(manager: EngineManager, of: Sequence[Sequence[int]], new: int, timeout: float = 60.0) -> list[Any]:
-    """Start the engine if it does not run, and wait for the results of all prompts, in their order."""
-    manager.start()
+    """Start the engine if it does not run, and wait for the results of all prompts, in their order.
+
+    They are queued before the start, so that the first step finds all of them.
+    """
     names = [manager.add_request(list(prompt), max_new_tokens=new) for prompt in of]
+    manager.start()
     return wait(manager, names, timeout)
 
 

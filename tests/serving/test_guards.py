@@ -35,6 +35,13 @@ def test_a_request_that_never_fits_is_refused_and_harms_nobody() -> None:
     assert tokens(wait(manager, names)) == expected("tiny", prompts(), 8)
 
 
+def test_a_request_is_checked_before_the_engine_starts() -> None:
+    manager = engine(num_blocks=10)
+    with pytest.raises(RequestRefused, match="the prompt has 400 tokens"):
+        manager.add_request([5] * 400, max_new_tokens=2)
+    assert tokens(answers(manager, prompts()[:2], 8)) == expected("tiny", prompts(), 8)[:2]
+
+
 def test_the_largest_request_completes() -> None:
     manager = engine(num_blocks=10, max_batch_tokens=33)
     ids = list(prompts(1, 140, (10, 10))[0])
@@ -52,13 +59,25 @@ def test_no_limit_means_what_fits() -> None:
 
 def test_after_the_end_requests_are_refused_with_the_reason() -> None:
     def broken(*_: object) -> tuple[torch.Tensor, torch.Tensor]:
-        raise RuntimeError('an "illegal memory access"\nwas encountered')
+        raise RuntimeError('an "illegal memory access" was encountered\nmore may be reported later')
 
     manager = engine(options=Options(gather=broken))
     results = answers(manager, prompts(), 4)
     assert {result.error for result in results} == {"an 'illegal memory access' was encountered"}
     with pytest.raises(EngineStopped, match="takes no requests: an 'illegal memory access' was encountered"):
         manager.add_request([1, 2, 3], max_new_tokens=1)
+
+
+def test_a_stopped_engine_refuses_and_can_start_again() -> None:
+    manager = engine()
+    first = tokens(answers(manager, prompts()[:2], 4))
+    manager.stop(timeout=10)
+    with pytest.raises(EngineStopped, match="takes no requests: it has stopped, or is stopping"):
+        manager.add_request([1, 2, 3], max_new_tokens=1)
+    assert manager.cache is None
+    manager.switch_to_cb_friendly_attn(manager.model)
+    manager.start()
+    assert tokens(answers(manager, prompts()[:2], 4)) == first
 
 
 def test_cancelled_requests_free_their_blocks_and_get_a_result() -> None:

@@ -7,8 +7,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from kvgather import cli
+from kvgather.serving.characters import character_tokenizer
+from kvgather.serving.models import random_model
 
 REPLAY = ["replay", "--device", "cpu", "--commit", "abc"]
 
@@ -71,6 +74,16 @@ def test_stock(capsys: pytest.CaptureFixture[str]) -> None:
     assert int(figure(text, "prefill").split()[0]) > 5 * 48
 
 
+def test_a_model_of_a_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Saved weights with a tokenizer, as a downloaded model is; prompts have about four characters per token."""
+    random_model("qwen3", device=torch.device("cpu"), dtype=torch.float32).save_pretrained(tmp_path)
+    character_tokenizer(128).save_pretrained(tmp_path)
+    status, text = run(capsys, str(tmp_path), "--requests", "4", "--shared", "8", "--own", "4", "--num-blocks", "128")
+    assert status == cli.OK, text
+    assert (figure(text, "completed"), figure(text, "engine")) == ("4", "alive")
+    assert re.match(r"[1-3] of 4 prompts, (32|64|96) of ", figure(text, "prefix found"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -86,6 +99,10 @@ def test_stock(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (["serve", "--random-weights", "--guard", "--cache-dtype", "float32"], "--guard with a scale of kind per-t"),
         (["serve", "--random-weights", "--config", "30b"], "config is '30b'; accepted: tiny, 20b, llama"),
+        (
+            ["serve", "--random-weights", "--gather", "before", "--layout", "HND"],
+            "--gather before with --layout HND; accepted: NHD, SHUFFLE",
+        ),
         (["serve", "--random-weights", "--layout", "DHN"], "layout is 'DHN'; accepted: NHD, HND, SHUFFLE"),
     ],
 )  # fmt: skip

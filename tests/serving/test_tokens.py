@@ -23,13 +23,13 @@ def test_budgets_and_sharing(budget: int, sharing: bool) -> None:
     assert (cache.hits > 0) is (sharing and budget < 4096), "in one large step nothing is cached before"
 
 
-@pytest.mark.parametrize("blocks", [24, 12, 10])
+@pytest.mark.parametrize("blocks", [20, 12, 10])
 def test_preemption(blocks: int) -> None:
     """The requests do not fit together: some are put back, and compute their tokens again."""
     manager = engine(num_blocks=blocks)
     assert tokens(answers(manager, prompts(), 8)) == expected("tiny", prompts(), 8)
     cache = manager.cache
-    assert cache is not None and (cache.lookups > len(prompts())) is (blocks < 24)
+    assert cache is not None and cache.lookups > len(prompts()), "a preempted request looks its prompt up again"
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mistral"])

@@ -1,4 +1,4 @@
-"""Figures reach the notebook as PNGs with an alt text, and tables as aligned text."""
+"""Figures reach the notebook as PNGs with an alt text."""
 
 from __future__ import annotations
 
@@ -50,13 +50,6 @@ def test_show_closes_a_figure_of_pyplot(displayed):
 def test_the_same_figure_is_the_same_bytes():
     first, second = (figures.png(figures.grid_of_bytes(["K", None])) for _ in range(2))
     assert first == second
-
-
-def test_a_table_aligns_numbers_to_the_right():
-    assert figures.table([("a", 1, 0.123456), ("long", 100, None)], ["name", "n", "error"]) == (
-        "name      n    error\n------  ---  -------\na         1   0.1235\nlong    100        –"
-    )
-    assert figures.table([], ["a", "bc"]) == "a    bc\n---  ----"
 
 
 def test_boxes_are_colored_by_owner_and_marked():

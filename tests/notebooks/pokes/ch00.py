@@ -5,7 +5,7 @@ from tests.notebooks.pokes import Refused
 POKES = {
     "LAYOUT": ("HND", Refused("SHUFFLE", "accepted in SHUFFLE"), Refused("NDH", "accepted")),
     "SCALE": (2.0, 0.125, Refused(0.0, "accepted")),
-    "SIZE": (Refused(48, "accepted: equal numbers"), Refused(128, "accepted: equal numbers")),
-    "PAGE, SIZE": ((16, 128), (4, 32)),
+    "SIZE": (Refused(48, "accepted: equal numbers"), Refused(256, "accepted: equal numbers")),
+    "PAGE, SIZE": ((8, 64), (4, 32)),
     "BLOCKS": (20, Refused(8, "accepted")),
 }
