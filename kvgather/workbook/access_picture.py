@@ -39,12 +39,18 @@ def page_picture(
         program: the program whose loads are drawn; they are in one page.
         page_bytes: bytes of a page, all heads.
         columns: bytes in a row of the picture.
+
+    Raises:
+        ValueError: the program loads nothing.
     """
     rows = page_bytes // columns
     drawing, grid = figure(10.5, 0.9 + len(traces) * (0.75 + 0.15 * rows), len(traces), len(POOLS), squeeze=False)
     for (layout, trace), line in zip(traces.items(), grid, strict=True):
         for (argument, pool), axes in zip(POOLS.items(), line, strict=True):
             touched = trace.bytes_touched(argument, program, "load")
+            if not len(touched):
+                grids = sorted({launch.grid for launch in trace.launches})
+                raise ValueError(f"program is {program}, which loads nothing; accepted: programs of the grid {grids}")
             page = int(touched[0]) // page_bytes
             draw_bytes(axes, touched - page * page_bytes, rows, columns)
             axes.set_ylabel("byte of the page", fontsize=8)

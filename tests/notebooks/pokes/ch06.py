@@ -3,7 +3,7 @@
 from tests.notebooks.pokes import Refused
 
 POKES = {
-    "BLOCKS": (8, 12),
+    "BLOCKS": (8, 12, Refused(4, "accepted: 5 or more")),
     "PAGE": (32, 48, Refused(8, "accepted in SHUFFLE")),
     "HEADS": (4, 3),
     "DIM": (32, 64),
