@@ -1,4 +1,4 @@
-"""`make lab` as a reader meets it: the page is up, every chapter opens and runs, a widget answers."""
+"""`make lab` as a reader meets it: the page is up, every chapter opens and runs."""
 
 from __future__ import annotations
 
@@ -10,29 +10,13 @@ import pytest
 from selenium.webdriver.common.by import By
 
 from tests.browser.conftest import ROOT, Lab, wait_for
+from tests.browser.lab_page import end_kernel, open_notebook, run_cells, show_cell
 
 CHAPTERS = [path.name for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))]
 
-# What the page knows about the open notebook, once its kernel is there: its name, its cells' errors, its widgets.
-NOTEBOOK = """
-const panel = window.jupyterapp && window.jupyterapp.shell.currentWidget;
-if (!panel || !panel.content || !panel.content.widgets || !panel.sessionContext) return null;
-if (!panel.sessionContext.isReady || !panel.sessionContext.session) return null;
-const outputs = panel.content.widgets.map(cell => cell.model.outputs ? cell.model.outputs.toJSON() : []);
-return {
-    path: panel.context.path,
-    errors: outputs.flat().filter(output => output.output_type === 'error').map(output => output.evalue),
-    widget: outputs.findIndex(some => some.some(
-        output => output.data && 'application/vnd.jupyter.widget-view+json' in output.data)),
-};
-"""
 WITH_OUTPUT = """
 return window.jupyterapp.shell.currentWidget.content.widgets.findIndex(cell =>
     cell.model.outputs && cell.model.outputs.toJSON().some(output => output.data && arguments[0] in output.data));
-"""
-RUN_ALL = """
-const done = arguments[arguments.length - 1];
-window.jupyterapp.commands.execute('notebook:run-all-cells').then(() => done('ran'), error => done(String(error)));
 """
 FILE_PANEL = """
 const shell = window.jupyterapp.shell;
@@ -55,21 +39,6 @@ return [...document.querySelectorAll('.jp-OutputArea-output div.kvgather-table')
     fits: frame.getBoundingClientRect().right <= document.documentElement.clientWidth,
 }));
 """
-SHOW_CELL = "window.jupyterapp.shell.currentWidget.content.scrollToItem(arguments[0], 'start');"
-END_KERNEL = """
-const done = arguments[arguments.length - 1];
-window.jupyterapp.shell.currentWidget.sessionContext.shutdown().then(() => done(), () => done());
-"""
-
-
-def open_notebook(browser: Any, address: str, path: str) -> None:
-    browser.get(address)
-
-    def is_open() -> bool:
-        notebook = browser.execute_script(NOTEBOOK)
-        return notebook is not None and notebook["path"] == path
-
-    wait_for(f"{path} and its kernel", is_open)
 
 
 def test_lab_says_what_the_machine_can_do_and_where_it_is(lab: Lab, first_chapter: str) -> None:
@@ -98,7 +67,7 @@ def test_lab_opens_on_the_first_chapter(lab: Lab, browser: Any, first_chapter: s
     assert browser.execute_script(FILE_PANEL) == {"collapsed": True, "width": 0}
     config = json.loads(browser.execute_script("return document.getElementById('jupyter-config-data').textContent"))
     assert "@jupyterlab/apputils-extension:announcements" in config["disabledExtensions"]
-    browser.execute_async_script(END_KERNEL)
+    end_kernel(browser)
 
 
 def test_code_that_draws_is_folded_and_tables_scroll(lab: Lab, browser: Any) -> None:
@@ -110,14 +79,14 @@ def test_code_that_draws_is_folded_and_tables_scroll(lab: Lab, browser: Any) -> 
         cells = wait_for("its cells", lambda: browser.execute_script(FOLDED))
         assert any(folded for folded, _ in cells) and not all(folded for folded, _ in cells)
         assert [shown for _, shown in cells] == [folded for folded, _ in cells]
-        browser.execute_script(SHOW_CELL, first_cell_with(browser, "text/html"))
+        show_cell(browser, first_cell_with(browser, "text/html"))
         tables = wait_for("a table", lambda: browser.execute_script(TABLES))
         for table in tables:
             assert table["overflow"] == "auto" and table["fits"]
             assert set(table["wrapping"]) == {"nowrap"}
     finally:
         browser.set_window_size(size["width"], size["height"])
-    browser.execute_async_script(END_KERNEL)
+    end_kernel(browser)
 
 
 def first_cell_with(browser: Any, kind: str) -> int:
@@ -140,22 +109,5 @@ def test_glossary_opens_as_a_page_with_anchors(lab: Lab, browser: Any) -> None:
 def test_every_cell_of_a_chapter_runs(lab: Lab, browser: Any, chapter: str) -> None:
     path = f"my-notebooks/{chapter}"
     open_notebook(browser, lab.open(path), path)
-    browser.set_script_timeout(150)
-    assert browser.execute_async_script(RUN_ALL) == "ran"
-    notebook = browser.execute_script(NOTEBOOK)
-    assert notebook["errors"] == []
-    if chapter.startswith("01"):
-        assert_widget_answers(browser, notebook["widget"])
-    browser.execute_async_script(END_KERNEL)
-
-
-def assert_widget_answers(browser: Any, cell: int) -> None:
-    """Press `run` of the pool's widget: the kernel draws the pool anew, and the page shows it."""
-    assert cell >= 0, "no cell of this chapter shows a widget"
-    browser.execute_script(SHOW_CELL, cell)
-    picture = wait_for("the widget", lambda: browser.find_elements(By.CSS_SELECTOR, "img.jupyter-widgets"))[0]
-    button = browser.find_elements(By.CSS_SELECTOR, "button.jupyter-widgets.jupyter-button")[0]
-    assert button.text == "run"
-    before = picture.get_attribute("src")
-    browser.execute_script("arguments[0].click()", button)
-    wait_for("the widget's answer", lambda: picture.get_attribute("src") != before)
+    run_cells(browser)
+    end_kernel(browser)

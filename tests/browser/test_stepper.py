@@ -9,7 +9,7 @@ from typing import Any
 from selenium.webdriver.common.by import By
 
 from tests.browser.conftest import Lab, wait_for
-from tests.browser.test_lab import END_KERNEL, NOTEBOOK, RUN_ALL, SHOW_CELL, open_notebook
+from tests.browser.lab_page import end_kernel, open_notebook, run_cells, show_cell, widget_cell
 
 CHAPTER = "my-notebooks/04_first_gather.ipynb"
 
@@ -39,11 +39,8 @@ def button_of(widget: Any, name: str) -> Any:
 
 def test_the_stepper_of_chapter_04(lab: Lab, browser: Any, tmp_path: Path) -> None:
     open_notebook(browser, lab.open(CHAPTER), CHAPTER)
-    browser.set_script_timeout(150)
-    assert browser.execute_async_script(RUN_ALL) == "ran"
-    notebook = browser.execute_script(NOTEBOOK)
-    assert notebook["errors"] == [] and notebook["widget"] >= 0
-    browser.execute_script(SHOW_CELL, notebook["widget"])
+    run_cells(browser)
+    show_cell(browser, widget_cell(browser, "stepper("))
     widget = wait_for("the stepper", lambda: browser.find_elements(By.CSS_SELECTOR, ".kvgather-stepper"))[0]
     wait_for("its first step", lambda: widget.find_elements(By.CSS_SELECTOR, ".kvgather-step"))
     assert step_of(widget) == 0
@@ -70,4 +67,4 @@ def test_the_stepper_of_chapter_04(lab: Lab, browser: Any, tmp_path: Path) -> No
     browser.execute_script("arguments[0].click()", play)
     wait_for("the last step, by playing", lambda: step_of(widget) == 5, 20)
     assert browser.save_screenshot(str(tmp_path / "stepper.png"))
-    browser.execute_async_script(END_KERNEL)
+    end_kernel(browser)

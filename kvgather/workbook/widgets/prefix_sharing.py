@@ -120,7 +120,9 @@ def prefix_sharing(num_blocks: int = 10, page_size: int = 4) -> ipywidgets.Widge
         return ipywidgets.HBox([box, run, free])
 
     redraw("an empty pool: run A, then B")
-    return ipywidgets.VBox([*(row(name) for name in PROMPTS), picture])
+    widget = ipywidgets.VBox([*(row(name) for name in PROMPTS), picture])
+    widget.add_class("kvgather-prefix-sharing")
+    return widget
 
 
 def _draw_block(axes: Axes, story: Story, block_id: int) -> None:
