@@ -29,18 +29,11 @@ class Machine(TypedDict):
     date: str
 
 
-@functools.cache
 def machine(device_type: str) -> Machine:
     """The machine, the versions, the commit and the date of a measurement."""
     import importlib.metadata
 
-    if device_type == "cuda":
-        name, driver = (
-            torch.cuda.get_device_name(),
-            _line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        )
-    else:
-        name, driver = f"{_cpu_name()}, {torch.get_num_threads()} threads", ""
+    name, driver = _hardware(device_type)
     return {
         "device": name,
         "driver": driver,
@@ -51,6 +44,20 @@ def machine(device_type: str) -> Machine:
     }
 
 
+@functools.cache
+def _hardware(device_type: str) -> tuple[str, str]:
+    """The name of the device, and the version of its driver."""
+    if device_type == "cuda":
+        name, driver = (
+            torch.cuda.get_device_name(),
+            _line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        )
+    else:
+        name, driver = f"{_cpu_name()}, {torch.get_num_threads()} threads", ""
+    return name, driver
+
+
+@functools.cache
 def _commit_of(file: Path) -> str:
     """The commit of the clone of this repository that contains a file of the package; empty without a clone.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 
 import hypothesis.strategies as st
 import pytest
@@ -24,7 +23,7 @@ PADS = st.sampled_from([16, 32, 64, 128, 256])
 def test_only_tiles_that_are_read_from_shared_memory_are_widened() -> None:
     small, large = Tile(16, 32, 2, 3, 4, 128), Tile(64, 32, 4, 3, 1)
     assert alike_operands(small, 16, 32) == (small, 16, 32)
-    assert alike_operands(large, 16, 32) == (replace(large, n=64), 64, 64)
+    assert alike_operands(large, 16, 32) == (large._replace(n=64), 64, 64)
     for tile in (Tile(64, 128, 4, 3, 1), Tile(128, 64, 4, 3, 2), Tile(64, 64, 8, 2, 1)):
         for pads in ((64, 64), (64, 128), (128, 128), (256, 128)):
             assert alike_operands(tile, *pads) == (tile, *pads), "heads of 64 and 128 are compiled as before"

@@ -1,5 +1,7 @@
 """The hunt: ten kernels, each with one bug that nobody points at, as engines and kernel libraries had them.
 
+A bug runs under each tool of the lab:
+
     from kvgather.lab import hunt
 
     bug = hunt.BUGS["slots"]
