@@ -87,11 +87,11 @@ def figure(
     return drawing, drawing.subplots(rows, columns, **options)
 
 
-def png(drawing: Figure) -> bytes:
-    """The figure as the bytes of a PNG file."""
+def png(drawing: Figure, dpi: int = DPI) -> bytes:
+    """The figure as the bytes of a PNG file. A widget that redraws takes fewer dots per inch, which is faster."""
     buffer = io.BytesIO()
     # Without the software's name and version in the file, the same figure gives the same bytes everywhere.
-    drawing.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    drawing.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
     return buffer.getvalue()
 
 

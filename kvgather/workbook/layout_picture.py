@@ -242,15 +242,15 @@ def _draw_loads(axes: Axes, place: Place) -> None:
         same = (block, head, page_offset) == (place.block, place.head, place.page_offset)
         kind = f"strong{head}" if same else f"weak{head}"
         owners.append("element" if first + number == place.byte else kind)
-        labels.append(f"offset {page_offset}\ndim {dim}")
+        labels.append(f"{page_offset}, {dim}")
     colors = {f"weak{h}": WEAK[h % len(WEAK)] for h in range(place.sizes.heads)} | {"element": BAD}
     colors |= {f"strong{h}": STRONG[h % len(STRONG)] for h in range(place.sizes.heads)}
     names = [f"bytes {at}–{at + LOAD - 1}" for at in range(first, first + len(shown), LOAD)]
-    boxes(axes, owners, columns=LOAD, labels=labels, colors=colors, row_labels=names, label_size=6.0)
+    boxes(axes, owners, columns=LOAD, labels=labels, colors=colors, row_labels=names, label_size=7.0)
     row = (place.load - first) // LOAD
     axes.add_patch(Rectangle((0, row), LOAD, 1, fill=False, edgecolor=INK, linewidth=2.0, zorder=3))
     axes.set_xlim(-3.3, LOAD + 0.1)
-    axes.set_title("its 16-byte load (outlined), the one before and the one after", pad=6)
+    axes.set_title("its 16-byte load (outlined), and its two neighbours: page_offset, dim of each byte", pad=6)
 
 
 def _span(name: str, values: list[int]) -> str:

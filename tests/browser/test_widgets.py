@@ -15,6 +15,7 @@ from selenium.webdriver.common.keys import Keys
 from kvgather.workbook.figures import figure, png
 from kvgather.workbook.layout_picture import PoolSizes, locate, place_picture
 from kvgather.workbook.widgets.fp8_bits import bits_picture
+from kvgather.workbook.widgets.layout_explorer import WIDGET_DPI
 from kvgather.workbook.widgets.prefix_sharing import PROMPTS, Story
 from kvgather.workbook.widgets.prefix_sharing import draw as draw_pool
 from tests.browser.conftest import Lab, wait_for
@@ -174,7 +175,7 @@ def test_layout_explorer(show: Callable[[str, str], Shown]) -> None:
 def assert_place(widget: Shown, layout: str, which: Any, element: dict[str, int]) -> None:
     place = locate(layout, which, **element, sizes=PoolSizes(3, 16, 2, 32))
     assert widget.sentence == str(place)
-    assert widget.png == png(place_picture(place))
+    assert widget.png == png(place_picture(place), WIDGET_DPI)
 
 
 def test_far_read(show: Callable[[str, str], Shown]) -> None:

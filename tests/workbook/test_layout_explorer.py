@@ -63,7 +63,7 @@ def test_the_picture_marks_the_element_its_token_and_its_load():
     marked = [to_hex(patch.get_facecolor()).upper() for patch in loads.patches if patch.get_fill()]
     assert len(marked) == 48 and marked[16 + 5] == BAD and marked.count(BAD) == 1
     assert [i for i, color in enumerate(marked) if color == STRONG[1]] == [5, 37]
-    assert loads.texts[16 + 5].get_text() == "offset 5\ndim 20"
+    assert loads.texts[16 + 5].get_text() == "5, 20"
     outline = next(patch for patch in page.patches if not patch.get_fill())
     assert (outline.get_x(), outline.get_y(), outline.get_width()) == (0, (1856 - 1024) // 64, 16)
 

@@ -8,7 +8,10 @@ from kvgather.formats.layout import LAYOUTS
 from kvgather.workbook.figures import png
 from kvgather.workbook.layout_picture import SMALL, PoolSizes, locate, place_picture
 
-__all__ = ["layout_explorer"]
+__all__ = ["WIDGET_DPI", "layout_explorer"]
+
+WIDGET_DPI = 100
+"""Dots per inch: at 140 a redraw takes more than 200 ms on one core."""
 
 
 def layout_explorer(
@@ -52,7 +55,7 @@ def layout_explorer(
         chosen = {name: slider.value for name, slider in sliders.items()}
         place = locate(layouts.value, pools.value, **chosen, sizes=sizes)
         sentence.value = str(place)
-        picture.value = png(place_picture(place))
+        picture.value = png(place_picture(place), dpi=WIDGET_DPI)
 
     for control in (layouts, pools, *sliders.values()):
         control.observe(redraw, names="value")
