@@ -30,7 +30,7 @@ def timeline_picture(steps: Sequence[Step]) -> Figure:
     tokens.bar(at, prefill, color=PALETTE[4], label="prompt tokens computed", **style)
     tokens.bar(at, decodes, bottom=prefill, color=PALETTE[5], label="decoded tokens", **style)
     computed = [a + b for a, b in zip(prefill, decodes, strict=True)]
-    tokens.bar(at, cached, bottom=computed, color=GOOD, label="prompt tokens found in the cache", **style)
+    tokens.bar(at, cached, bottom=computed, color=GOOD, label="prompt tokens already in the cache", **style)
     tokens.set(ylabel="tokens")
     tokens.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, facecolor=EMPTY)
     requests.bar(at, prefills, color=PALETTE[4], **style)
