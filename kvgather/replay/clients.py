@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +61,13 @@ def ask_all(
         death: how the server's process has ended, or "" while it runs: the reason of a broken connection.
         tell: called with each answer when it is complete.
     """
-    return asyncio.run(_ask_all(url, workload, death, tell))
+    work = _ask_all(url, workload, death, tell)
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    with ThreadPoolExecutor(1) as other:  # a notebook's cells run in a loop, which cannot run another one
+        return other.submit(asyncio.run, work).result()
 
 
 async def _ask_all(

@@ -24,18 +24,29 @@ def gather_named(name: str) -> Gather | None:
         return None
     from ..lab import before_fix  # imports triton, which may be missing
 
-    call = before_fix.cp_mha_gather_cache if name == "before" else before_fix.cp_mha_gather_cache_shipped_fix
+    return gather_calling(
+        before_fix.cp_mha_gather_cache if name == "before" else before_fix.cp_mha_gather_cache_shipped_fix
+    )
+
+
+def gather_calling(call: Callable[..., None]) -> Gather:
+    """A gather that calls a function with the first 13 arguments of `before_fix.cp_mha_gather_cache`.
+
+    The flag `per_token_quant` is not among them: the function's default decides.
+    """
 
     def gather(pool: PagedKVCache, batch: PrefixBatch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return _as_engine(call, before_fix.token_to_batch(batch.cu_seqlens_k), pool, batch, dtype)
+        return call_as_engine(call, pool, batch, dtype)
 
     return gather
 
 
-def _as_engine(
-    call: Callable[..., None], token_to_batch: Tensor, pool: PagedKVCache, batch: PrefixBatch, dtype: torch.dtype
+def call_as_engine(
+    call: Callable[..., None], pool: PagedKVCache, batch: PrefixBatch, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Call a gather as engines do: **the flag is left at its default, and the scale has one element.**"""
+    from ..lab.before_fix import token_to_batch
+
     g = pool.geometry
     key, value = (
         torch.empty(batch.total_k, g.num_kv_heads, dim, dtype=dtype, device=g.device)
@@ -45,8 +56,8 @@ def _as_engine(
     v_pages, _ = contiguous_pages(pool.value_cache)
     call(
         k_pages, v_pages, key, value, batch.block_table.clamp(min=0) * stride, pool.k_scale, pool.v_scale,
-        batch.cu_seqlens_k, token_to_batch, torch.zeros_like(batch.cu_seqlens_k[1:]), pool.k_kind != "none", g.layout,
-        batch.total_k,
+        batch.cu_seqlens_k, token_to_batch(batch.cu_seqlens_k), torch.zeros_like(batch.cu_seqlens_k[1:]),
+        pool.k_kind != "none", g.layout, batch.total_k,
     )  # fmt: skip
     return key, value
 

@@ -42,7 +42,7 @@ ENDING = """## What you know now
 **Next:** [01 Next](01_next.ipynb)"""
 
 
-COMING = {"09", "10"}
+COMING = {"10"}
 """Chapters that may be missing."""
 
 
