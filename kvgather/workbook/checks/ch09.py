@@ -56,9 +56,12 @@ def _in_an_engine(answer: Callable[..., Any]) -> str | None:
     """Three requests, of which two find the first one's blocks, with the reader's flag in the caller."""
     from kvgather.lab.before_fix import cp_mha_gather_cache
 
+    before: Callable[..., None] = cp_mha_gather_cache
+
     def call(*arguments: Any) -> None:
         pool, k_scale, v_scale = arguments[0], *arguments[5:7]
-        cp_mha_gather_cache(*arguments, answer(k_scale, v_scale, pool.shape[0] * pool.shape[1]))
+        flag = answer(k_scale, v_scale, pool.shape[0] * pool.shape[1])
+        before(*arguments, per_token_quant=flag)
 
     chance = random.Random(0)
     prefix = [chance.randrange(3, 96) for _ in range(16)]
