@@ -58,7 +58,8 @@ def _in_an_engine(answer: Callable[..., Any]) -> str | None:
 
     def call(*arguments: Any) -> None:
         pool, k_scale, v_scale = arguments[0], *arguments[5:7]
-        cp_mha_gather_cache(*arguments, answer(k_scale, v_scale, pool.shape[0] * pool.shape[1]))
+        flag = answer(k_scale, v_scale, pool.shape[0] * pool.shape[1])
+        cp_mha_gather_cache(*(*arguments, flag))
 
     chance = random.Random(0)
     prefix = [chance.randrange(3, 96) for _ in range(16)]
