@@ -21,7 +21,7 @@ def inner_extent(tensor: Tensor) -> int:
 
 
 @functools.cache
-def _patch_interpreter() -> None:
+def patch_interpreter() -> None:
     """Make Triton 3.6's interpreter accept one of its scalars as a loop's end, as 3.7's does; NumPy 2.4 broke this."""
     from triton.runtime import interpreter
 
@@ -49,7 +49,7 @@ def launching(tensor: Tensor, interpreted: bool) -> Iterator[None]:
 
         import numpy as np
 
-        _patch_interpreter()
+        patch_interpreter()
         with np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "All-NaN", RuntimeWarning)  # np.nanmax warns; a GPU does not
             yield
