@@ -187,7 +187,7 @@ class Measured:
     @staticmethod
     def run(device, *, only, seconds, progress, keep):
         assert [case.name for case in progress([SimpleNamespace(name="a case")])] == ["a case"]
-        where = machine.machine.__wrapped__(device.type)
+        where = machine.machine(device.type)
         rows = [report.Row("steps", f"a{only}", "kvgather", 1, 2, 3, 5, 10, 1, 1, 0, 0, **where)]
         keep(rows)
         return rows

@@ -57,7 +57,6 @@ def _hardware(device_type: str) -> tuple[str, str]:
     return name, driver
 
 
-@functools.cache
 def _commit_of(file: Path) -> str:
     """The commit of the clone of this repository that contains a file of the package; empty without a clone.
 
