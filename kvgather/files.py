@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> str:
+    """The text of a CSV file with a header and these rows; values under names that are no columns are left out."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, columns, lineterminator="\n", extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -160,10 +160,10 @@ def direct_attention(
         want_lse: whether the caller reads the log-sum-exp; False saves an allocation where keys are split.
 
     Returns:
-        out `[n, q_heads, v_head_dim]` in q's dtype and its natural log-sum-exp `[n, q_heads]` in FP32, or None for the
-        latter if it is not wanted and its memory belongs to the parts. Rows that
-        belong to no sequence are 0, and −inf or the sink; rows that see a key in a bad block are NaN, and so are those
-        of a sequence with more new tokens than `batch.max_q`.
+        out `[n, q_heads, v_head_dim]` in q's dtype and its natural log-sum-exp `[n, q_heads]` in FP32; None in place
+        of the log-sum-exp if it is not wanted and keys are split. Rows that belong to no sequence are 0, and −inf or
+        the sink; rows that see a key in a bad block are NaN, and so are those of a sequence with more new tokens than
+        `batch.max_q`.
     """
     if sinks is not None and not sinks.is_contiguous():
         sinks = sinks.contiguous()

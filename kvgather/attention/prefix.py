@@ -116,6 +116,7 @@ def prefix_attention(
     if k_new is not None and v_new is not None:
         _write(cache, k_new, v_new, batch, arguments)
 
+    lse: Tensor | None
     if call.has_no_keys:
         out, lse = _without_keys(q, batch, call, sinks)
     elif call.route.path == "direct":
@@ -124,7 +125,10 @@ def prefix_attention(
         out, lse = _gather(q, cache, batch, call, sinks)
     else:
         out, lse = _hybrid(q, cache, batch, call, sinks)
-    return (out, lse) if return_lse else out
+    if not return_lse:
+        return out
+    assert lse is not None
+    return out, lse
 
 
 class _Call(NamedTuple):
@@ -268,8 +272,8 @@ def _without_keys(q: Tensor, batch: PrefixBatch, call: _Call, sinks: Tensor | No
 
 def _direct(
     q: Tensor, cache: PagedKVCache, batch: PrefixBatch, call: _Call, sinks: Tensor | None, want_lse: bool
-) -> tuple[Tensor, Tensor]:
-    """Attend directly from the pages."""
+) -> tuple[Tensor, Tensor | None]:
+    """Attend directly from the pages. The log-sum-exp may be None if it is not wanted."""
     return _direct_attention()(
         _contiguous_dims(q), cache, batch, softmax_scale=call.scale, sinks=sinks, window=call.window,
         likeness=call.likeness, want_lse=want_lse,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-import io
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import groupby
 from pathlib import Path
 
-from ..files import replace_text
+from ..files import csv_text, replace_text
 from .tables import text_table
 
 
@@ -80,11 +79,7 @@ def write(rows: Iterable[Row], path: Path) -> None:
 def as_csv(rows: Sequence[Row]) -> str:
     """Rows as the text of a CSV file."""
     columns = _COLUMNS if any(row.launches for row in rows) else _ALWAYS
-    file = io.StringIO()
-    writer = csv.DictWriter(file, columns, lineterminator="\n", extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
-    return file.getvalue()
+    return csv_text(columns, map(asdict, rows))
 
 
 def read(path: Path) -> list[Row]:

@@ -76,13 +76,14 @@ class Ended:
     stderr: str = ""
 
 
-def run_module(module: str, *arguments: str, device: str, timeout: float) -> Ended:
+def run_module(module: str, *arguments: str, device: str, timeout: float, **variables: str) -> Ended:
     """Run a module in a child process. Its output goes to files: a grandchild could keep pipes open.
 
     Args:
         module, arguments: the module to run and its command-line arguments.
         device: "cpu" hides every GPU and enables Triton's interpreter; "cuda" changes neither.
         timeout: seconds after which the child is killed.
+        variables: further variables of the child's environment.
 
     Raises:
         TypeError, ValueError: `timeout` is not a positive number of seconds, or exceeds 1e6 seconds; `device` is none
@@ -95,7 +96,7 @@ def run_module(module: str, *arguments: str, device: str, timeout: float) -> End
         try:
             child = subprocess.run(
                 command(module, *arguments, seconds=timeout, options=("-X", "faulthandler")),
-                env=_environment(device),
+                env=_environment(device) | variables,
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,

@@ -8,16 +8,15 @@ block id runs in a child process of its own; on a GPU once as it is and once wit
 from __future__ import annotations
 
 import csv
-import io
 import os
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .child import AnswerError, answers, check_seconds, command, environment
+from ..files import csv_text
+from .child import AnswerError, answers, check_seconds, run_module
 from .faults import diagnosis, died
 
 HEADS, PAGE_SIZE, SCALE_BYTES = 8, 16, 4
@@ -109,48 +108,31 @@ def _run_one(
     block_id: int, blocking: int, num_blocks: int, device: str, machine: Mapping[str, Any], timeout: float
 ) -> Point:
     found: dict[str, Any] = {"outcome": "failed", "raised_by": "", "scales_used": "", "place": "", "message": ""}
-    try:
-        child = subprocess.run(
-            command(
-                "kvgather.lab._crash_map_child", str(block_id), str(num_blocks), device,
-                seconds=timeout, options=("-X", "faulthandler"),
-            ),
-            env=_environment(device, blocking), stdin=subprocess.DEVNULL, capture_output=True,
-            encoding="utf-8", errors="replace", timeout=timeout,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
+    blocking_variables = {"CUDA_LAUNCH_BLOCKING": str(blocking), "AMD_SERIALIZE_KERNEL": str(3 * blocking)}
+    end = run_module(
+        "kvgather.lab._crash_map_child", str(block_id), str(num_blocks), device, device=device, timeout=timeout,
+        **blocking_variables,
+    )  # fmt: skip
+    if end.code is None:
         found |= {"outcome": "timeout", "message": f"no answer in {timeout:g} s"}
     else:
         answer: dict[str, object] = {"outcome": ""}
         try:
-            for line in answers(iter(child.stdout.splitlines())):
+            for line in answers(iter(end.stdout.splitlines())):
                 answer |= line
         except AnswerError as error:
             answer["message"] = str(error)
         found |= {name: str(value) for name, value in answer.items() if name in found}
-        if died(child.returncode) or not found["outcome"]:
-            cause = diagnosis(child.returncode, child.stderr)
+        if died(end.code) or not found["outcome"]:
+            cause = diagnosis(end.code, end.stderr)
             found |= {"outcome": str(cause["kind"]), "message": str(cause.get("message", cause.get("source", "")))}
     where: dict[str, Any] = {"block_id": block_id, "bytes_behind": bytes_behind(block_id), "launch_blocking": blocking}
     return Point(**where, num_blocks=num_blocks, **found, **machine)
 
 
-def _environment(device: str, blocking: int) -> dict[str, str]:
-    variables = environment(CUDA_LAUNCH_BLOCKING=str(blocking), AMD_SERIALIZE_KERNEL=str(3 * blocking))
-    variables.pop("TRITON_INTERPRET", None)
-    if device == "cpu":
-        variables |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "-1"}
-        variables.setdefault("OMP_NUM_THREADS", "1")
-    return variables
-
-
 def as_csv(points: Sequence[Point]) -> str:
     """Points as the text of a CSV file that `read_map` reads."""
-    file = io.StringIO()
-    writer = csv.DictWriter(file, [field.name for field in fields(Point)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(point) for point in points)
-    return file.getvalue()
+    return csv_text([field.name for field in fields(Point)], map(asdict, points))
 
 
 def read_map(path: Path) -> list[Point]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import csv
-import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..files import replace_text
+from ..files import csv_text, replace_text
 from .run import Outcome
 
 
@@ -159,11 +158,7 @@ def write(row: Row, path: Path) -> None:
 
 def as_csv(rows: Sequence[dict[str, str]]) -> str:
     """Rows as the text of a CSV file."""
-    file = io.StringIO()
-    writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return file.getvalue()
+    return csv_text(COLUMNS, rows)
 
 
 def read(path: Path) -> list[dict[str, str]]:

@@ -13,7 +13,6 @@ import pytest
 
 from kvgather import cli
 from kvgather.device import triton_available
-from kvgather.lab import crash_map
 from kvgather.lab.crash_map import BLOCK_IDS, Point, as_csv, bytes_behind, read_map, run_map
 
 pytestmark = pytest.mark.triton
@@ -25,11 +24,13 @@ def plant(monkeypatch, returncode=0, stdout="", stderr=""):
     """Replace the children; returns the list of their (command, environment)."""
     started = []
 
-    def start(command, env, **_):
+    def start(command, env, **streams):
         started.append((command, env))
-        return SimpleNamespace(returncode=returncode, stdout=stdout, stderr=stderr)
+        streams["stdout"].write(stdout.encode())
+        streams["stderr"].write(stderr.encode())
+        return SimpleNamespace(returncode=returncode)
 
-    monkeypatch.setattr(crash_map.subprocess, "run", start)
+    monkeypatch.setattr(subprocess, "run", start)
     return started
 
 
@@ -82,7 +83,7 @@ def test_a_child_that_hangs_is_a_timeout(monkeypatch):
     def hang(*_, timeout, **__):
         raise subprocess.TimeoutExpired("child", timeout)
 
-    monkeypatch.setattr(crash_map.subprocess, "run", hang)
+    monkeypatch.setattr(subprocess, "run", hang)
     (point,) = run_map("cpu", MACHINE, (1,), timeout=3)
     assert (point.outcome, point.message) == ("timeout", "no answer in 3 s")
     with pytest.raises(ValueError, match="timeout"):
