@@ -82,7 +82,7 @@ def _list_cases(device: str) -> int:
 
 def _crash_map(arguments: argparse.Namespace) -> int:
     """Gather with an ordinary scalar for each of a series of block ids, print the points, and write them to a file."""
-    from .bench.machine import COMMIT, machine
+    from .bench.machine import COMMIT, default_csv, machine
     from .device import has_gpu
     from .files import check_replaceable, replace_text
     from .lab import crash as lab
@@ -95,7 +95,7 @@ def _crash_map(arguments: argparse.Namespace) -> int:
     device = "cuda" if arguments.device != "cpu" and has_gpu() else "cpu"
     if arguments.commit:
         os.environ[COMMIT] = arguments.commit
-    path = None if arguments.csv is None else Path(arguments.csv or _default_csv("crash_map", device))
+    path = None if arguments.csv is None else Path(arguments.csv or default_csv("crash_map", device))
     to_stdout = path == Path(STDOUT)
     if path is not None and not to_stdout:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +137,7 @@ def trace(arguments: argparse.Namespace) -> int:
 def bench(arguments: argparse.Namespace) -> int:
     """Run a benchmark, print the rows of each case as soon as they are measured, and write them to a CSV file."""
     from .bench.keep import RowWriter
-    from .bench.machine import COMMIT
+    from .bench.machine import COMMIT, default_csv
     from .bench.progress import Progress
     from .device import resolve_device
 
@@ -145,21 +145,12 @@ def bench(arguments: argparse.Namespace) -> int:
     if arguments.commit:
         os.environ[COMMIT] = arguments.commit
     benchmark = importlib.import_module(f".bench.{arguments.what}", __package__)
-    path = None if arguments.csv is None else Path(arguments.csv or _default_csv(arguments.what, device.type))
+    path = None if arguments.csv is None else Path(arguments.csv or default_csv(arguments.what, device.type))
     with Progress() as progress, RowWriter(path, progress) as keep:
         rows = benchmark.run(device, only=arguments.case, seconds=arguments.seconds, progress=progress, keep=keep)
         if hasattr(benchmark, "summary") and (summary := benchmark.summary(rows)):
             keep.say(f"\n{summary}")
     return OK
-
-
-def _default_csv(benchmark: str, device_type: str) -> Path:
-    from .bench.machine import machine
-    from .bench.report import slug
-    from .bench.results import RESULTS
-
-    device = "cpu" if device_type == "cpu" else slug(machine(device_type)["device"])
-    return RESULTS / f"{benchmark}_{device}.csv"
 
 
 def progress(arguments: argparse.Namespace) -> int:

@@ -13,6 +13,8 @@ from typing import TypedDict
 import torch
 
 from ..device import triton_available
+from .report import slug
+from .results import RESULTS
 
 COMMIT = "KVGATHER_COMMIT"
 """The environment variable that names the commit where git does not know it."""
@@ -42,6 +44,16 @@ def machine(device_type: str) -> Machine:
         "commit": os.environ.get(COMMIT) or _commit_of(Path(__file__).resolve()),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def default_csv(name: str, device_type: str) -> Path:
+    """Where a command keeps its rows by default: `NAME_DEVICE.csv` in the folder of results.
+
+    Args:
+        name: what was measured.
+        device_type: "cpu", or "cuda" for the current GPU.
+    """
+    return RESULTS / f"{name}_{'cpu' if device_type == 'cpu' else slug(machine(device_type)['device'])}.csv"
 
 
 @functools.cache

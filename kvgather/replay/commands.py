@@ -80,6 +80,8 @@ def replay(arguments: argparse.Namespace) -> int:
     """Replay, print the outcome, compare the texts, and keep a row."""
     if importlib.util.find_spec("openai") is None:  # the server's process checks the other modules
         raise ValueError("openai is not installed; accepted: kvgather with its extra, kvgather[serving]")
+    from ..bench.machine import default_csv
+    from ..device import resolve_device
     from . import run, table
     from .process import ServerError
 
@@ -90,7 +92,9 @@ def replay(arguments: argparse.Namespace) -> int:
     if arguments.num_blocks is None:
         tokens = arguments.shared + arguments.own * 5 // 4 + arguments.new
         arguments.num_blocks = max(128, arguments.requests * (tokens // arguments.page_size + 2) * 5 // 4)
-    path = None if arguments.csv is None else Path(arguments.csv) if arguments.csv else _default_csv(arguments)
+    path = None
+    if arguments.csv is not None:
+        path = Path(arguments.csv or default_csv("serving", resolve_device(arguments.device, "--device").type))
     words = engine_arguments(arguments)
     try:
         with _Bar(arguments.requests) as bar:
@@ -154,16 +158,6 @@ def _row(arguments: argparse.Namespace, measured: dict[str, object]) -> Any:
         "transformers": importlib.metadata.version("transformers"),
     }
     return Row(**columns)
-
-
-def _default_csv(arguments: argparse.Namespace) -> Path:
-    from ..bench.machine import machine
-    from ..bench.report import slug
-    from ..bench.results import RESULTS
-    from ..device import resolve_device
-
-    kind = resolve_device(arguments.device, "--device").type
-    return RESULTS / f"serving_{'cpu' if kind == 'cpu' else slug(machine(kind)['device'])}.csv"
 
 
 class _Bar:
