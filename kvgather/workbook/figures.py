@@ -90,8 +90,10 @@ def figure(
 def png(drawing: Figure, dpi: int = DPI) -> bytes:
     """The figure as the bytes of a PNG file. A widget that redraws takes fewer dots per inch, which is faster."""
     buffer = io.BytesIO()
+    drawing.set_dpi(dpi)
+    # `savefig` draws twice, the first time for the layout alone, which this call does before it draws.
     # Without the software's name and version in the file, the same figure gives the same bytes everywhere.
-    drawing.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    FigureCanvasAgg(drawing).print_png(buffer, metadata={"Software": None})
     return buffer.getvalue()
 
 
@@ -153,7 +155,9 @@ def boxes(
             )
             axes.add_patch(inner)
         if labels is not None and labels[index]:
+            # A label is inside its box, so that the layout need not measure it, which takes a quarter of the time.
             style: Any = {"ha": "center", "va": "center", "fontsize": label_size, "color": text_color(color)}
+            style["in_layout"] = False
             axes.text(column + 0.5, row + 0.5, labels[index], **style)
     rows = -(-len(owners) // columns)
     for row, text in enumerate(row_labels or ()):

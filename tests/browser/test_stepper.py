@@ -29,7 +29,8 @@ button.click();
 
 
 def step_of(widget: Any) -> int:
-    return int(widget.find_element(By.CSS_SELECTOR, ".kvgather-step").get_attribute("data-step"))
+    """The step on the page, read in one call: a redraw between two calls would make an element stale."""
+    return int(widget.parent.execute_script("return arguments[0].querySelector('.kvgather-step').dataset.step", widget))
 
 
 def button_of(widget: Any, name: str) -> Any:
