@@ -14,6 +14,7 @@ from .capture import check_may_create
 from .lengths import STEP
 from .pieces import Attend, Piece
 from .reference import window_lengths, window_offsets
+from .share import Share
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +35,7 @@ class CheckedBatch:
     slots: Tensor
     windows: dict[int, Piece]
     built_in_capture: bool = field(repr=False)
+    share: Share | None
     _inputs: Callable[[], tuple[Tensor, Tensor, Tensor]] = field(repr=False)  # block table and offsets, unchecked
     _device_objects: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
     _host_decisions: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
@@ -56,6 +58,8 @@ class CheckedBatch:
         return self.once("everything", self._everything, "the plan of all tokens")
 
     def _everything(self) -> Piece:
+        if self.share is not None:
+            raise ValueError("the batch has a share: its rank has no plan of all tokens, which are in several pools")
         plan = GatherPlan.of_checked(
             self.block_table, self.cu_seqlens_k, None, self.page_size, self.num_blocks, self.total_k
         )
@@ -112,12 +116,16 @@ class CheckedBatch:
 
     @property
     def common_cached(self) -> int:
-        """Tokens that are cached at the beginning of every sequence with new tokens, rounded down to a multiple of
-        `STEP`; 0 if the host does not know the lengths."""
+        """Tokens that are cached at the beginning of every sequence with new tokens, and are in this pool, rounded down
+        to a multiple of `STEP`; 0 if the host does not know the lengths."""
         if self.seqlens_q is None or self.seqlens_k is None:
             return 0
         cached = (tokens - new for new, tokens in zip(self.seqlens_q, self.seqlens_k, strict=True) if new)
-        return min(cached, default=0) // STEP * STEP
+        return self.held(min(cached, default=0)) // STEP * STEP
+
+    def held(self, tokens: int) -> int:
+        """How many of a sequence's first `tokens` tokens are in this pool: all of them without a share."""
+        return tokens if self.share is None else self.share.held(tokens, self.page_size)
 
     def once(self, key: object, make: Callable[[], Any], what: str) -> Any:
         """Return the result of `make`, which creates tensors on the device and is called at the first use of a key.
