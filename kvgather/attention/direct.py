@@ -241,7 +241,8 @@ class DirectCall(NamedTuple):
         """
         q, state = self.q, self.state
         return (
-            self.tile, self.window, self.batch.share, self.interpreted, self.likeness, q.dtype, q.device, q.shape[1], q.stride(),
+            self.tile, self.window, self.batch.share, self.interpreted, self.likeness, q.dtype, q.device, q.shape[1],
+            q.stride(),
             tuple([address & 15 for address in addresses[:8]]), self.begin is None, tiles == 1, tiles & 15 == 0,
             None if state is None else state[0].dtype, None if self.sinks is None else self.sinks.dtype,
         )  # fmt: skip

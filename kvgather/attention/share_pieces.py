@@ -144,7 +144,8 @@ class _Pages:
 
     def _piece(self, start: int, end: int, attend: Attend) -> Piece:
         """Keys at the positions [start, end), which are in one page."""
-        held = self.share.held(start, self.batch.page_size)
-        cu_k, starts = (torch.tensor(n, dtype=torch.int32, device=self.batch.device) for n in ([0, end - start], [held]))
+        held, device = self.share.held(start, self.batch.page_size), self.batch.device
+        cu_k = torch.tensor([0, end - start], dtype=torch.int32, device=device)
+        starts = torch.tensor([held], dtype=torch.int32, device=device)
         sequences = slice(self.sequence, self.sequence + 1)
         return Piece(self.batch.plan_of(cu_k, end - start, starts, sequences), (attend,))

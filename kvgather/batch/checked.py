@@ -84,6 +84,19 @@ class CheckedBatch:
         """Cached + new tokens of each sequence, `[batch]` int32 on the device."""
         return self.cu_seqlens_k.diff()
 
+    @property
+    def writers(self) -> Tensor:
+        """The rank that writes each new token, `[total_q]` int64: 0 without a share; −1 in rows of no sequence."""
+        row = torch.arange(self.total_q, device=self.device)
+        if self.num_sequences == 0:
+            return torch.full_like(row, -1)
+        sequence = torch.searchsorted(self.cu_seqlens_q[1:].contiguous(), row.int(), right=True)
+        in_use = sequence < self.num_sequences
+        sequence = sequence.clamp(max=self.num_sequences - 1)
+        position = (self.lens_k - self.cu_seqlens_q[1:])[sequence] + row
+        ranks = 1 if self.share is None else self.share.ranks
+        return torch.where(in_use & (position >= 0), position // self.page_size % ranks, -1)
+
     def for_window(self, window: int | None) -> Piece:
         """Return what a layer gathers, as one piece: all tokens, or the last tokens that are visible in a window.
 

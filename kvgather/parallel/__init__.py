@@ -1,0 +1,7 @@
+"""Several GPUs: a context, or heads, distributed over the ranks of a `torch.distributed` group."""
+
+from ..batch.share import Share
+from .context import ContextParallel
+from .ranks import RankError
+
+__all__ = ["ContextParallel", "RankError", "Share"]

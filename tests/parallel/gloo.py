@@ -1,0 +1,82 @@
+"""Ranks as child processes: a module of the tests runs in each of them, and says what came out."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class Rank:
+    """How a rank ended.
+
+    Attributes:
+        code: its exit status; negative for a signal.
+        said: what it left as JSON, or None.
+        text: its output and errors.
+    """
+
+    code: int
+    said: Any
+    text: str
+
+
+def run_ranks(module: str, size: int, folder: Path, seconds: float, **settings: str) -> list[Rank]:
+    """Run `python -m module FOLDER RANK SIZE` for each rank, with one thread each, and wait for all.
+
+    A module calls `join` and leaves its result with `leave`.
+
+    Args:
+        module: to run.
+        size: how many ranks.
+        folder: for the store and the results.
+        seconds: after which all that still run are killed.
+        settings: further variables of the environment.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", **settings}
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-W", "error", "-m", module, str(folder), str(rank), str(size)],
+            cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        )
+        for rank in range(size)
+    ]  # fmt: skip
+    ranks = []
+    try:
+        for rank, child in enumerate(children):
+            text, _ = child.communicate(timeout=seconds)
+            file = folder / f"{rank}.json"
+            ranks.append(Rank(child.returncode, json.loads(file.read_text()) if file.exists() else None, text))
+    finally:
+        for child in children:
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)
+                child.communicate()
+    return ranks
+
+
+def join(seconds: float = 60.0) -> tuple[Path, int, int]:
+    """Join the group of the ranks that `run_ranks` started; the folder, this rank, and how many there are."""
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    folder, rank, size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    dist.init_process_group(
+        "gloo", init_method=(folder / "store").as_uri(), rank=rank, world_size=size, timeout=timedelta(seconds=seconds)
+    )
+    return folder, rank, size
+
+
+def leave(folder: Path, rank: int, said: Any) -> None:
+    """Leave a result for `run_ranks`."""
+    (folder / f"{rank}.json").write_text(json.dumps(said))
