@@ -97,17 +97,18 @@ class Expected(NamedTuple):
     Attributes:
         rows: indices of the rows, `[n]`.
         out: `[n, q_heads, head_dim]` float64.
+        shape: the shape of an output of all rows.
     """
 
     rows: Tensor
     out: Tensor
+    shape: torch.Size
 
     def error(self, actual: Tensor) -> float:
-        """The relative error of an output of all rows; infinite if its shape is wrong or one of its rows is NaN."""
-        chosen = actual[self.rows].double() if actual.ndim == 3 and len(actual) > int(self.rows.max()) else actual
-        if chosen.shape != self.out.shape or not bool(actual.isfinite().all()):
+        """The relative error of an output; infinite if its shape is wrong or any of its rows is not finite."""
+        if actual.shape != self.shape or not bool(actual.isfinite().all()):
             return float("inf")
-        return float((chosen - self.out).norm() / self.out.norm())
+        return float((actual[self.rows].double() - self.out).norm() / self.out.norm())
 
 
 def expected_of(built: BuiltPrefix) -> Expected:
@@ -131,7 +132,7 @@ def expected_of(built: BuiltPrefix) -> Expected:
         reference_attention(q[:, head * group : (head + 1) * group], k[:, head, None], v[:, head, None], cu_q, cu_k)[0]
         for head in range(case.kv_heads)
     ]
-    return Expected(rows, torch.cat(outs, 1))
+    return Expected(rows, torch.cat(outs, 1), built.q.shape)
 
 
 def measure(case: PrefixCase, device: torch.device, *, seconds: float = 0.2, peers: Peers | None = None) -> list[Row]:
@@ -204,7 +205,8 @@ def checked_calls(
     if device.type == "cuda" and error <= PEER_TOLERANCE:
         torch.cuda.synchronize(device)  # an asynchronous error is this peer's, and not the next call's
         outs: list[Tensor] = []
-        replay = captured([lambda: outs.append(calls[0]())])
+        with torch.cuda.stream(torch.cuda.current_stream(device)):  # a failed capture leaves its stream current
+            replay = captured([lambda: outs.append(calls[0]())])
         outs[0].fill_(float("nan"))
         replay()
         error = expected.error(outs[0])
