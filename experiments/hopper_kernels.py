@@ -145,10 +145,11 @@ def _softmax(s, row_scale, top, total, position, first, MASKED: gl.constexpr, N:
 
 
 @gluon.jit
-def _consume(q_ptr, out_ptr, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turn, steps, first_row, rows,
+def _attend(q_ptr, out_ptr, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turn, steps, first_row, rows,
              first_q, len_k, v_scale, scale_log2, head,
              WHICH: gl.constexpr, CONSUMERS: gl.constexpr, D: gl.constexpr, N: gl.constexpr, HEADS: gl.constexpr,
-             GROUP: gl.constexpr, STAGES: gl.constexpr, PINGPONG: gl.constexpr, OVERLAP: gl.constexpr, POLY: gl.constexpr):  # fmt: skip
+             GROUP: gl.constexpr, STAGES: gl.constexpr, PINGPONG: gl.constexpr, OVERLAP: gl.constexpr, POLY: gl.constexpr, CARRY: gl.constexpr,
+             Q_IN_REGISTERS: gl.constexpr):  # fmt: skip
     """Attend 64 rows, from `first_row + 64 · WHICH` on, to all keys."""
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
@@ -171,6 +172,8 @@ def _consume(q_ptr, out_ptr, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_
     mine.store(q.to(gl.float16))
     fence_async_shared()
     gl.thread_barrier()
+    if Q_IN_REGISTERS:
+        mine = mine.load(gl.DotOperandLayout(operand_index=0, parent=S, k_width=2))
     row_scale = gl.convert_layout(power, gl.SliceLayout(1, S))
 
     row = begin + gl.arange(0, 64, gl.SliceLayout(1, S))
@@ -201,6 +204,8 @@ def _consume(q_ptr, out_ptr, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_
         for i in range(begin_step, end_step):
             a = i % STAGES
             b = (i - 1) % STAGES
+            if CARRY:  # p itself, carried around the loop, is taken to pieces: 2 PRMT for each register
+                p = gl.convert_layout(w.to(gl.float16), P)
             mbarrier.wait(k_full.index(a), (i // STAGES) & 1)
             if PINGPONG:
                 mbarrier.wait(turn.index(WHICH), i & 1)
@@ -223,10 +228,13 @@ def _consume(q_ptr, out_ptr, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_
                 acc, p, w, total = warpgroup_mma_wait(0, deps=[o, p, w, total])
                 mbarrier.arrive(v_empty.index(b), count=1)
             acc = acc * gl.convert_layout(kept, gl.SliceLayout(1, O))[:, None]
-            p = gl.convert_layout(w.to(gl.float16), P)
+            if not CARRY:
+                p = gl.convert_layout(w.to(gl.float16), P)
 
     b = (steps - 1) % STAGES
     mbarrier.wait(v_full.index(b), ((steps - 1) // STAGES) & 1)
+    if CARRY:
+        p = gl.convert_layout(w.to(gl.float16), P)
     o = warpgroup_mma(p, v_smem.index(b), acc, is_async=True)
     acc, p = warpgroup_mma_wait(0, deps=[o, p])
     inverse = v_scale / total
@@ -237,12 +245,41 @@ def _consume(q_ptr, out_ptr, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_
     gl.store(out_ptr + out_row[:, None] + dim[None, :], acc.to(gl.bfloat16), mask=(row < rows)[:, None])
 
 
+@gluon.jit
+def _consume(q_ptr, out_ptr, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turn, steps, first_row, rows,
+             first_q, len_k, v_scale, scale_log2, head,
+             WHICH: gl.constexpr, CONSUMERS: gl.constexpr, D: gl.constexpr, N: gl.constexpr, HEADS: gl.constexpr,
+             GROUP: gl.constexpr, STAGES: gl.constexpr, PINGPONG: gl.constexpr, OVERLAP: gl.constexpr, POLY: gl.constexpr, CARRY: gl.constexpr,
+             Q_IN_REGISTERS: gl.constexpr):  # fmt: skip
+    """Attend 64 rows if there are any, else only give the tiles back."""
+    if WHICH == 0:
+        _attend(q_ptr, out_ptr, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turn, steps, first_row, rows,
+                first_q, len_k, v_scale, scale_log2, head, WHICH, CONSUMERS, D, N, HEADS, GROUP, STAGES, PINGPONG,
+                OVERLAP, POLY, CARRY, Q_IN_REGISTERS)  # fmt: skip
+    elif first_row + WHICH * 64 < rows:
+        _attend(q_ptr, out_ptr, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turn, steps, first_row, rows,
+                first_q, len_k, v_scale, scale_log2, head, WHICH, CONSUMERS, D, N, HEADS, GROUP, STAGES, PINGPONG,
+                OVERLAP, POLY, CARRY, Q_IN_REGISTERS)  # fmt: skip
+    else:
+        for i in range(steps):
+            s = i % STAGES
+            phase = (i // STAGES) & 1
+            if PINGPONG:
+                mbarrier.wait(turn.index(WHICH), i & 1)
+                mbarrier.arrive(turn.index((WHICH + 1) % CONSUMERS), count=1)
+            mbarrier.wait(k_full.index(s), phase)
+            mbarrier.arrive(k_empty.index(s), count=1)
+            mbarrier.wait(v_full.index(s), phase)
+            gl.thread_barrier()  # no warp may be left behind: a barrier's phases are told apart by one bit
+            mbarrier.arrive(v_empty.index(s), count=1)
+
+
 @gluon.jit(do_not_specialize=["columns", "tiles"])
 def hopper_kernel(q_ptr, k_ptr, v_ptr, table_ptr, cu_q_ptr, cu_k_ptr, out_ptr, k_scale_ptr, v_scale_ptr,
                   scale_log2, columns, tiles,
                   D: gl.constexpr, N: gl.constexpr, PAGE: gl.constexpr, HEADS: gl.constexpr, GROUP: gl.constexpr,
                   CONSUMERS: gl.constexpr, PRODUCERS: gl.constexpr, STAGES: gl.constexpr, PINGPONG: gl.constexpr,
-                  OVERLAP: gl.constexpr, POLY: gl.constexpr,
+                  OVERLAP: gl.constexpr, POLY: gl.constexpr, CARRY: gl.constexpr, Q_IN_REGISTERS: gl.constexpr,
                   DEPTH: gl.constexpr, C_REGS: gl.constexpr, P_REGS: gl.constexpr):  # fmt: skip
     M: gl.constexpr = 64 * CONSUMERS
     program = gl.program_id(0)
@@ -286,9 +323,9 @@ def hopper_kernel(q_ptr, k_ptr, v_ptr, table_ptr, cu_q_ptr, cu_k_ptr, out_ptr, k
             gl.warp_specialize(
                 [
                     (_consume, (q_ptr, out_ptr, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turn, steps, first_row,
-                       rows, first_q, len_k, v_scale, scale, head, 0, CONSUMERS, D, N, HEADS, GROUP, STAGES, PINGPONG, OVERLAP, POLY)),
+                       rows, first_q, len_k, v_scale, scale, head, 0, CONSUMERS, D, N, HEADS, GROUP, STAGES, PINGPONG, OVERLAP, POLY, CARRY, Q_IN_REGISTERS)),
                     (_consume, (q_ptr, out_ptr, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turn, steps, first_row,
-                       rows, first_q, len_k, v_scale, scale, head, 1, CONSUMERS, D, N, HEADS, GROUP, STAGES, PINGPONG, OVERLAP, POLY)),
+                       rows, first_q, len_k, v_scale, scale, head, 1, CONSUMERS, D, N, HEADS, GROUP, STAGES, PINGPONG, OVERLAP, POLY, CARRY, Q_IN_REGISTERS)),
                     (_produce_both, (k_ptr, v_ptr, table_ptr, k_smem, v_smem, k_full, k_empty, v_full, v_empty, steps, end, head,
                              D, N, PAGE, HEADS, STAGES)),
                 ],
@@ -298,11 +335,11 @@ def hopper_kernel(q_ptr, k_ptr, v_ptr, table_ptr, cu_q_ptr, cu_k_ptr, out_ptr, k
             gl.warp_specialize(
                 [
                     (_consume, (q_ptr, out_ptr, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turn, steps, first_row,
-                       rows, first_q, len_k, v_scale, scale, head, 0, CONSUMERS, D, N, HEADS, GROUP, STAGES, PINGPONG, OVERLAP, POLY)),
+                       rows, first_q, len_k, v_scale, scale, head, 0, CONSUMERS, D, N, HEADS, GROUP, STAGES, PINGPONG, OVERLAP, POLY, CARRY, Q_IN_REGISTERS)),
                     (_consume, (q_ptr, out_ptr, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turn, steps, first_row,
-                       rows, first_q, len_k, v_scale, scale, head, 1, CONSUMERS, D, N, HEADS, GROUP, STAGES, PINGPONG, OVERLAP, POLY)),
+                       rows, first_q, len_k, v_scale, scale, head, 1, CONSUMERS, D, N, HEADS, GROUP, STAGES, PINGPONG, OVERLAP, POLY, CARRY, Q_IN_REGISTERS)),
                     (_consume, (q_ptr, out_ptr, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turn, steps, first_row,
-                       rows, first_q, len_k, v_scale, scale, head, 2, CONSUMERS, D, N, HEADS, GROUP, STAGES, PINGPONG, OVERLAP, POLY)),
+                       rows, first_q, len_k, v_scale, scale, head, 2, CONSUMERS, D, N, HEADS, GROUP, STAGES, PINGPONG, OVERLAP, POLY, CARRY, Q_IN_REGISTERS)),
                     (_produce_both, (k_ptr, v_ptr, table_ptr, k_smem, v_smem, k_full, k_empty, v_full, v_empty, steps, end, head,
                              D, N, PAGE, HEADS, STAGES)),
                 ],
@@ -312,9 +349,9 @@ def hopper_kernel(q_ptr, k_ptr, v_ptr, table_ptr, cu_q_ptr, cu_k_ptr, out_ptr, k
             gl.warp_specialize(
                 [
                     (_consume, (q_ptr, out_ptr, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turn, steps, first_row,
-                       rows, first_q, len_k, v_scale, scale, head, 0, CONSUMERS, D, N, HEADS, GROUP, STAGES, PINGPONG, OVERLAP, POLY)),
+                       rows, first_q, len_k, v_scale, scale, head, 0, CONSUMERS, D, N, HEADS, GROUP, STAGES, PINGPONG, OVERLAP, POLY, CARRY, Q_IN_REGISTERS)),
                     (_consume, (q_ptr, out_ptr, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turn, steps, first_row,
-                       rows, first_q, len_k, v_scale, scale, head, 1, CONSUMERS, D, N, HEADS, GROUP, STAGES, PINGPONG, OVERLAP, POLY)),
+                       rows, first_q, len_k, v_scale, scale, head, 1, CONSUMERS, D, N, HEADS, GROUP, STAGES, PINGPONG, OVERLAP, POLY, CARRY, Q_IN_REGISTERS)),
                     (_produce, (k_ptr, table_ptr, k_smem, k_full, k_empty, steps, end, head, D, N, PAGE, HEADS, STAGES, DEPTH)),
                     (_produce, (v_ptr, table_ptr, v_smem, v_full, v_empty, steps, end, head, D, N, PAGE, HEADS, STAGES, DEPTH)),
                 ],
@@ -324,11 +361,11 @@ def hopper_kernel(q_ptr, k_ptr, v_ptr, table_ptr, cu_q_ptr, cu_k_ptr, out_ptr, k
             gl.warp_specialize(
                 [
                     (_consume, (q_ptr, out_ptr, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turn, steps, first_row,
-                       rows, first_q, len_k, v_scale, scale, head, 0, CONSUMERS, D, N, HEADS, GROUP, STAGES, PINGPONG, OVERLAP, POLY)),
+                       rows, first_q, len_k, v_scale, scale, head, 0, CONSUMERS, D, N, HEADS, GROUP, STAGES, PINGPONG, OVERLAP, POLY, CARRY, Q_IN_REGISTERS)),
                     (_consume, (q_ptr, out_ptr, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turn, steps, first_row,
-                       rows, first_q, len_k, v_scale, scale, head, 1, CONSUMERS, D, N, HEADS, GROUP, STAGES, PINGPONG, OVERLAP, POLY)),
+                       rows, first_q, len_k, v_scale, scale, head, 1, CONSUMERS, D, N, HEADS, GROUP, STAGES, PINGPONG, OVERLAP, POLY, CARRY, Q_IN_REGISTERS)),
                     (_consume, (q_ptr, out_ptr, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turn, steps, first_row,
-                       rows, first_q, len_k, v_scale, scale, head, 2, CONSUMERS, D, N, HEADS, GROUP, STAGES, PINGPONG, OVERLAP, POLY)),
+                       rows, first_q, len_k, v_scale, scale, head, 2, CONSUMERS, D, N, HEADS, GROUP, STAGES, PINGPONG, OVERLAP, POLY, CARRY, Q_IN_REGISTERS)),
                     (_produce, (k_ptr, table_ptr, k_smem, k_full, k_empty, steps, end, head, D, N, PAGE, HEADS, STAGES, DEPTH)),
                     (_produce, (v_ptr, table_ptr, v_smem, v_full, v_empty, steps, end, head, D, N, PAGE, HEADS, STAGES, DEPTH)),
                 ],
@@ -338,7 +375,7 @@ def hopper_kernel(q_ptr, k_ptr, v_ptr, table_ptr, cu_q_ptr, cu_k_ptr, out_ptr, k
             gl.warp_specialize(
                 [
                     (_consume, (q_ptr, out_ptr, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turn, steps, first_row,
-                       rows, first_q, len_k, v_scale, scale, head, 0, CONSUMERS, D, N, HEADS, GROUP, STAGES, PINGPONG, OVERLAP, POLY)),
+                       rows, first_q, len_k, v_scale, scale, head, 0, CONSUMERS, D, N, HEADS, GROUP, STAGES, PINGPONG, OVERLAP, POLY, CARRY, Q_IN_REGISTERS)),
                     (_produce_both, (k_ptr, v_ptr, table_ptr, k_smem, v_smem, k_full, k_empty, v_full, v_empty, steps, end, head,
                              D, N, PAGE, HEADS, STAGES)),
                 ],
@@ -348,7 +385,7 @@ def hopper_kernel(q_ptr, k_ptr, v_ptr, table_ptr, cu_q_ptr, cu_k_ptr, out_ptr, k
             gl.warp_specialize(
                 [
                     (_consume, (q_ptr, out_ptr, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turn, steps, first_row,
-                       rows, first_q, len_k, v_scale, scale, head, 0, CONSUMERS, D, N, HEADS, GROUP, STAGES, PINGPONG, OVERLAP, POLY)),
+                       rows, first_q, len_k, v_scale, scale, head, 0, CONSUMERS, D, N, HEADS, GROUP, STAGES, PINGPONG, OVERLAP, POLY, CARRY, Q_IN_REGISTERS)),
                     (_produce, (k_ptr, table_ptr, k_smem, k_full, k_empty, steps, end, head, D, N, PAGE, HEADS, STAGES, DEPTH)),
                     (_produce, (v_ptr, table_ptr, v_smem, v_full, v_empty, steps, end, head, D, N, PAGE, HEADS, STAGES, DEPTH)),
                 ],

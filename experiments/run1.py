@@ -70,12 +70,12 @@ def hopper_call(built, v):
     return run
 
 
-def prepared(dim: int):
+def prepared(dim: int, new: int):
     """What is timed, by name: functions from a built case to a call."""
     from functools import partial
 
     import torch
-    from variants import HOPPER, TILES
+    from variants import HOPPER, TILES, fits
 
     from kvgather.attention.direct import Tile, direct_attention
     from kvgather.attention.prefix import prefix_attention
@@ -94,7 +94,7 @@ def prepared(dim: int):
     found = {f"ships: {path}": by_path(path) for path in ("auto", "direct")}
     found |= {f"direct {tile}": by_tile(tile) for tile in TILES[dim]}
     if torch.cuda.is_available():
-        found |= {v.name: (lambda built, v=v: hopper_call(built, v)) for v in HOPPER[dim]}
+        found |= {v.name: (lambda built, v=v: hopper_call(built, v)) for v in HOPPER[dim] if fits(v, new * 512 // dim)}
     return found
 
 
@@ -151,7 +151,7 @@ def run_case(dim: int, new: int, skip: list[str], seconds: float) -> None:
     expected = expected_of(smalls[0], range(5)), expected_of(builts[0], (0, len(big.new) - 1))
     say(ready=torch.cuda.get_device_name() if device.type == "cuda" else "cpu", copies=copies)
     calls = {}
-    for name, prepare in prepared(dim).items():
+    for name, prepare in prepared(dim, new).items():
         if name in skip:
             continue
         say(trying=name)
@@ -173,6 +173,19 @@ def run_case(dim: int, new: int, skip: list[str], seconds: float) -> None:
     for name, timing in time_in_turns(calls, device, seconds=seconds).items():
         say(timed=name, us=timing.p50)
     say(done=True)
+
+
+def once(dim: int, new: int, index: int) -> None:
+    import torch
+    from variants import HOPPER
+
+    from kvgather.cases.prefix import build_prefix
+
+    built = build_prefix(case_of(dim, (new,) * 16, (8192,) * 16), torch.device("cuda"), 0)
+    call = hopper_call(built, HOPPER[dim][index])
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
 
 
 def child(arguments: list[str], handle) -> str:
@@ -269,5 +282,7 @@ if __name__ == "__main__":
         compile_only(int(sys.argv[2]), int(sys.argv[3]))
     elif sys.argv[1:2] == ["case"]:
         run_case(int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4]) if len(sys.argv) > 4 else [], 0.15)
+    elif sys.argv[1:2] == ["once"]:  # head dim, new tokens, index of a variant: three launches, for a profiler
+        once(*map(int, sys.argv[2:5]))
     else:
         main()
