@@ -37,8 +37,7 @@ def heads_of(num_kv_heads: int, rank: int, ranks: int) -> range:
     n = check_int(ranks, "ranks", minimum=1)
     r = check_int(rank, "rank", maximum=n - 1)
     if heads % n:
-        divisors = ", ".join(str(d) for d in range(1, heads + 1) if heads % d == 0)
-        raise ValueError(f"num_kv_heads is {heads}, which {n} ranks do not divide; accepted: {divisors} ranks")
+        raise ValueError(f"num_kv_heads is {heads}; accepted for {n} ranks: a multiple of {n}")
     return range(r * heads // n, (r + 1) * heads // n)
 
 

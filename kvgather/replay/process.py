@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import re
@@ -105,6 +106,12 @@ class ServerProcess:
             return f"died of {signal.Signals(-code).name}{rank}"
         return f"ended with status {code}{rank}"
 
+    def wait_for_death(self, seconds: float = SHUTDOWN + 2.0) -> str:
+        """`death` of a child that has stopped to answer, and may be about to end; empty if it still runs then."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(seconds)
+        return self.death()
+
     def _text(self) -> str:
         """What the child has printed until now."""
         self._output.seek(0)
@@ -130,7 +137,7 @@ class ServerProcess:
         if self.process.poll() is None:
             self.process.terminate()
             try:
-                self.process.wait(5)
+                self.process.wait(5 if self._ranks == 1 else 40)  # a torchrun that knows no SHUTDOWN waits 30 s
             except subprocess.TimeoutExpired:
                 self.process.kill()
         self.process.wait()

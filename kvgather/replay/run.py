@@ -102,7 +102,7 @@ def replay(
         answers = ask_all(server.url, workload, server.death, tell)
         seconds = time.perf_counter() - start
         status = _since(server.status(), before)
-        death = server.death()
+        death = server.death() if status else server.wait_for_death()
         if death:
             death = f"the process {death}"
         elif status.get("error"):

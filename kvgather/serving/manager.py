@@ -15,6 +15,7 @@ from transformers.generation.continuous_batching import continuous_api as engine
 from .attention import NAME, register
 from .cache import PoolCache, cache_of
 from .counters import Counters, Step
+from .missing import missing_ranks
 from .options import Options
 
 
@@ -76,25 +77,14 @@ class CountingManager(engine.ContinuousBatchingManager):
 
         The reason is the message's first line, without quotes: the stock server writes it into JSON as it is, and the
         lines after a CUDA error are advice. The engine's log has all of it. An exchange that failed because a rank died
-        says so in words of its transport: the reason then begins with the rank.
+        says so in words of its transport: the reason then names the rank.
         """
         text = (str(error).strip() or type(error).__name__).splitlines()[0].replace('"', "'")
-        reason = EngineStopped(self._missing_ranks() + text)
+        reason = EngineStopped(missing_ranks(self.processes, self.distributed_helper.global_rank, text) or text)
         reason.__cause__ = error
         self.background_thread_status.record_fatal_error(reason)
         with contextlib.suppress(RuntimeError) if len(self.processes) > 1 else contextlib.nullcontext():
             super()._handle_critical_error(reason, batch_processor)  # at its end it tells the other ranks, if they live
-
-    def _missing_ranks(self, seconds: float = 1.0) -> str:
-        """Which ranks have died, as the beginning of a reason; torchrun clears a dead process away within 0.1 s."""
-        if len(self.processes) == 1 or os.name != "posix":  # elsewhere, signal 0 is not a question
-            return ""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            if dead := [f"rank {rank}" for rank, process in enumerate(self.processes) if not _alive(process)]:
-                return f"{' and '.join(dead)} died: "
-            time.sleep(0.02)
-        return ""
 
 
 class EngineManager(CountingManager):
@@ -169,14 +159,6 @@ class EngineManager(CountingManager):
         if not getattr(processor.scheduler, "answers_cancelled", False):
             _answer_cancelled(processor)
         return processor
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def _checked_limit(prompt: int, new: int | None, largest: int) -> int:
