@@ -50,8 +50,8 @@ def add_replay(commands: Any, run: Run) -> None:
     )
     parser.add_argument("--limit", type=_seconds, default=900.0, metavar="SECONDS", help="of the server; default: 900")
     parser.add_argument(
-        "--ranks", type=_count, default=1, metavar="N", help="processes that hold the model's heads together, one a GPU; "
-        "N divides the KV heads; default: 1",
+        "--ranks", type=_count, default=1, metavar="N", help="processes that share the heads, one a GPU; N divides the "
+        "KV heads; default: 1",
     )  # fmt: skip
     parser.add_argument("--warm-up", type=int, default=0, metavar="N", help="requests before, with another prefix")
     parser.add_argument(

@@ -138,8 +138,9 @@ def load(architecture: Any, folder: str, dtype: torch.dtype, config: Any, ranks:
 
 
 def _mesh(plan: DistributedConfig, device: str) -> TransformersDeviceMesh:
+    ranks, ranks_of_experts = plan.tp_size or 1, plan.ep_size or 1
     dense, experts = ("pp", "dp_replicate", "fsdp", "tp"), ("pp", "dp_replicate", "efsdp", "ep")
     return TransformersDeviceMesh(
-        init_device_mesh(device, (1, 1, 1, plan.tp_size), mesh_dim_names=dense),
-        init_device_mesh(device, (1, 1, plan.efsdp_size, plan.ep_size), mesh_dim_names=experts),
+        init_device_mesh(device, (1, 1, 1, ranks), mesh_dim_names=dense),
+        init_device_mesh(device, (1, 1, plan.efsdp_size, ranks_of_experts), mesh_dim_names=experts),
     )
