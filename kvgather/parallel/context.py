@@ -17,6 +17,7 @@ from ..formats.fp8 import FLOATS
 from .ranks import Ranks
 from .states import StateForm, least_bytes, merged, packed
 
+WHAT = "the all-gather of attention states"
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 """From torch 2.13 on the first name; the second one then warns."""
 
@@ -142,8 +143,13 @@ class ContextParallel:
         """The states of all ranks, `[ranks, nbytes]` uint8."""
         ranks = self.share.ranks
         states = state.new_empty((ranks, form.nbytes))
-        with self._ranks.collective("the all-gather of attention states"):
-            all_gather(states, state, group=self.group)
+        with self._ranks.collective(WHAT):
+            if state.is_cuda and not torch.cuda.is_current_stream_capturing():
+                work = all_gather(states, state, group=self.group, async_op=True)
+                work.wait()  # the stream waits, the host does not
+                self._ranks.started(work, WHAT)
+            else:
+                all_gather(states, state, group=self.group)
         self.calls += 1
         self.bytes_received += (ranks - 1) * form.nbytes
         self.bytes_least += least_bytes(form, ranks)
