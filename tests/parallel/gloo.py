@@ -1,4 +1,4 @@
-"""Ranks as child processes, with gloo on a CPU or NCCL on GPUs: a module of the tests runs in each of them, and says what came out."""
+"""Ranks as child processes, with gloo on a CPU or NCCL on GPUs: a module of the tests runs in each, and reports."""
 
 from __future__ import annotations
 
@@ -88,12 +88,9 @@ def join(seconds: float = 60.0) -> tuple[Path, int, int]:
     if DEVICE == "cuda":
         torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo" if DEVICE == "cpu" else "nccl",
-        init_method=(folder / "store").as_uri(),
-        rank=rank,
-        world_size=size,
+        "gloo" if DEVICE == "cpu" else "nccl", init_method=(folder / "store").as_uri(), rank=rank, world_size=size,
         timeout=timedelta(seconds=seconds),
-    )
+    )  # fmt: skip
     return folder, rank, size
 
 
