@@ -252,9 +252,7 @@ def command(arguments: Namespace) -> int:
     if arguments.commit:
         os.environ[COMMIT] = arguments.commit
     with joined(arguments.device) as device:
-        measuring = partial(
-            run, device, contexts=contexts, new=new, only=arguments.case, seconds=arguments.seconds
-        )  # fmt: skip
+        measuring = partial(run, device, contexts=contexts, new=new, only=arguments.case, seconds=arguments.seconds)
         if dist.get_rank() > 0:
             measuring()
             return 0

@@ -35,10 +35,8 @@ class Times:
     no_graph: str
 
 
-def time_on_ranks(
-    ways: Mapping[str, Sequence[Call]], device: torch.device, *, seconds: float
-) -> dict[str, Times]:  # fmt: skip
-    """Time one call of each way, in turns, eagerly and in CUDA graphs.
+def time_on_ranks(ways: Mapping[str, Sequence[Call]], device: torch.device, *, seconds: float) -> dict[str, Times]:
+    """Time one call of each way, in turns: all eagerly, then all in CUDA graphs.
 
     All ranks of the default group pass the same ways in the same order, and those that run a way equally many calls.
 
@@ -151,8 +149,8 @@ def largest(values: Sequence[float], device: torch.device) -> list[float]:
     """The largest of all ranks' values, one by one."""
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(tensor, dist.ReduceOp.MAX)
-    largest: list[float] = tensor.tolist()
-    return largest
+    numbers: list[float] = tensor.tolist()
+    return numbers
 
 
 def _synchronize(device: torch.device) -> None:
