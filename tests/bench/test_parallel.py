@@ -130,7 +130,8 @@ def test_ways_take_turns_and_the_slowest_rank_counts(ended: list[Rank]) -> None:
         (["parallel", "--contexts", "5,0"], "--contexts is '5,0'; accepted: numbers from 1"),
         (["parallel", "--contexts", "2000000000"], "--contexts is '2000000000'; accepted: numbers from 1"),
         (["parallel", "--new", "1,,2"], "--new is '1,,2'; accepted: numbers from 1 to 1,073,741,824, such as 1,16,512"),
-        (["gather", "--new", "1"], "--contexts or --new with gather; accepted: with parallel alone"),
+        (["gather", "--new", "1"], "--contexts or --new with gather; accepted: kvgather bench parallel"),
+        (["parallel", "--peers"], "--peers with parallel; accepted: kvgather bench prefix --peers"),
     ],
 )
 def test_wrong_arguments(
