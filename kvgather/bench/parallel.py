@@ -5,7 +5,7 @@ case is one layer of one sequence with a long cached context, whose pages are di
 
     one GPU             `prefix_attention` on rank 0 alone, with the whole context; the other ranks wait
     context parallel    `ContextParallel` on all ranks
-    its parts, alone    local attention, packing, the all-gather, the merge
+    its parts, alone    local attention, the all-gather, the merge
 
 A time is that of the slowest rank. The ideal is one GPU's time over the number of ranks.
 """
@@ -26,20 +26,21 @@ from torch import Tensor
 
 from ..attention.batch import PrefixBatch
 from ..attention.choose import Layer, route_of
-from ..attention.prefix import prefix_attention
+from ..attention.prefix import partial_state, prefix_attention
+from ..batch.share import Share
 from ..blocks import cu_seqlens
 from ..cache import PagedKVCache
 from ..cases.context import CONTEXTS, NEW, ContextCase
 from ..parallel import ContextParallel
-from ..parallel.context import all_gather
-from ..parallel.states import StateForm, merged, packed
+from ..parallel.exchange import Exchange, all_gather
+from ..parallel.states import merged
 from .keep import RowWriter
 from .machine import COMMIT, default_csv, machine
 from .progress import Progress
 from .ranks import rows as rows_of_ranks
 from .ranks.group import joined, link, nccl_version
 from .ranks.inputs import Pools, build_pools, check_memory, new_rows
-from .ranks.rows import GATHER, LOCAL, MERGE, ONE, PACKING, TOGETHER, Row, rows_of
+from .ranks.rows import GATHER, LOCAL, MERGE, ONE, TOGETHER, Row, rows_of
 from .ranks.targets import summary
 from .ranks.turns import largest, time_on_ranks
 from .runner import Call
@@ -140,7 +141,7 @@ def measure(
     batch, path = built(attend.batch, pools.table, pools.own[0])
     paths |= {TOGETHER: path, LOCAL: path}
     together: list[Attending] = [partial(attend, q, k_new, v_new, pool, batch) for pool in pools.own]
-    local = [partial(prefix_attention, q, k_new, v_new, pool, batch, return_lse=True) for pool in pools.own]
+    local = [partial(_local, q, k_new, v_new, pool, batch, attend.share) for pool in pools.own]
 
     before = attend.calls, attend.bytes_received, attend.bytes_least
     for at, call in enumerate(together):
@@ -149,21 +150,25 @@ def measure(
     calls, received, least = (
         now - then for now, then in zip((attend.calls, attend.bytes_received, attend.bytes_least), before, strict=True)
     )
-    out, lse = local[0]()
-    form = StateForm(out.shape[0], out.shape[1], out.shape[2], out.dtype)
-    state = packed(out, lse, form)
-    states = state.new_empty((attend.share.ranks, form.nbytes))
-    gather = partial(all_gather, states, state, group=attend.group)
+    buffers, form, ranks = (exchange := local[0]()).buffers, exchange.form, attend.share.ranks
+    gather = partial(all_gather, buffers[:ranks], buffers[ranks:], group=attend.group)
     gather()
     ways: dict[str, Sequence[Call]] = {
-        ONE: alone, TOGETHER: together, LOCAL: local, PACKING: [partial(packed, out, lse, form)], GATHER: [gather],
-        MERGE: [partial(merged, states, form, None)],
+        ONE: alone, TOGETHER: together, LOCAL: local, GATHER: [gather],
+        MERGE: [partial(merged, buffers, form, ranks, None)],
     }  # fmt: skip
     times = time_on_ranks(ways, device, seconds=seconds)
     if attend.share.rank > 0:
         return []
     where = {"link": link(device), "nccl": nccl_version(device), **machine(device.type)}
     return rows_of(case, times, paths, attend.share.ranks, (received // calls, least // calls), where)
+
+
+def _local(q: Tensor, k_new: Tensor, v_new: Tensor, pool: PagedKVCache, batch: PrefixBatch, share: Share) -> Exchange:
+    """A rank's part of a call: it writes, and attends to its own pages."""
+    exchange = Exchange(share, q.device)
+    partial_state(q, k_new, v_new, pool, batch, None, None, None, "auto", exchange.own)
+    return exchange
 
 
 def check(case: ContextCase, actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor] | None) -> None:

@@ -23,7 +23,7 @@ class Row:
         case: its name.
         what: "one GPU": rank 0 alone, with the whole context. "ideal": one GPU's time over the number of ranks.
             "context parallel": the call on all ranks. Its parts, each alone: "local attention" (the write of new tokens
-            included), "packing", "all-gather", "merge". "sum of parts".
+            included), "all-gather", "merge". "sum of parts".
         ranks, context, new: numbers of ranks, cached tokens and new tokens.
         path: the path of `prefix_attention` that `auto` takes.
         graph_us, graph_p20_us, graph_p80_us: median and percentiles of one call in a CUDA graph.
@@ -69,7 +69,7 @@ class Row:
 
 
 ONE, IDEAL, TOGETHER, SUM = "one GPU", "ideal", "context parallel", "sum of parts"
-LOCAL, PACKING, GATHER, MERGE = PARTS = ("local attention", "packing", "all-gather", "merge")
+LOCAL, GATHER, MERGE = PARTS = ("local attention", "all-gather", "merge")
 COLUMNS = tuple(field.name for field in fields(Row))
 
 Pair = tuple[float | None, float | None]
