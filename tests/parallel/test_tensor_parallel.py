@@ -97,6 +97,12 @@ def test_a_rank_keeps_its_part_of_the_attention_and_no_more(
         assert on_ranks[0][name]["elements"][experts][0] * 2 == whole[experts][0]
 
 
+def test_a_part_that_is_a_view_gets_memory_of_its_own(on_ranks: Results) -> None:
+    part = 12 // len(on_ranks)
+    for results in on_ranks:
+        assert results["views"] == ({"first": (part, part)}, True, True)
+
+
 def test_a_rank_that_hangs_is_named_to_the_clients_and_to_the_other_ranks(on_ranks: Results) -> None:
     if len(on_ranks) == 2:
         assert "hang" not in on_ranks[0]
@@ -140,16 +146,21 @@ def test_a_killed_rank_ends_the_server_and_every_client_knows_why(
         def kill(self) -> None:
             while (status := self.status()).get("num_steps", 0) < 10:
                 time.sleep(0.02)
+            environment = Path(f"/proc/{status['processes'][rank]}/environ")  # of Linux
+            seen.append(environment.read_text() if environment.is_file() else "NCCL_NVLS_ENABLE=0")
             os.kill(status["processes"][rank], signal.SIGKILL)
             killed.append(time.monotonic())
 
     killed: list[float] = []
+    seen: list[str] = []
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", "0")  # of machines whose multicast must stay off
     monkeypatch.setattr(replay, "ServerProcess", Killed)
     status = cli.main([*REPLAY, "--config", "tiny-6", "--new", "300", "--limit", "100"])
     seconds = time.monotonic() - killed[0]
     text = capsys.readouterr().out
     assert status == cli.NOT_AS_EXPECTED and seconds < 20, (seconds, text)
     assert [figure(text, name) for name in ("completed", "failed", "timed out")] == ["0", "65", "0"]
+    assert "NCCL_NVLS_ENABLE=0" in seen[0]
     assert figure(text, "engine") in (f"died: the process died of SIGKILL (rank {rank})", f"died: rank {rank} died")
     reasons = {f"the engine's process died of SIGKILL (rank {rank})", f"rank {rank} died"}
     assert set(re.findall(r"^\d+ × +(.*)$", text, re.MULTILINE)) <= reasons
