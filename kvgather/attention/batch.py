@@ -18,6 +18,7 @@ from ..batch.checked import CheckedBatch, window_piece
 from ..batch.contents import Sizes
 from ..batch.lengths import check_fit, check_lengths, check_offsets, check_row, longest_of, total_of
 from ..batch.reference import batch_tensors
+from ..batch.share import Share, check_share
 from ..cache import PagedKVCache
 from ..formats.checks import check_choice, check_int, check_tensor, check_window, described
 from ..gather.dispatch import check_made_for
@@ -42,6 +43,9 @@ class PrefixBatch(CheckedBatch):
         everything: all tokens as one piece, whose `plan` gathers cached + new tokens. Planned at first use.
         windows: window → the piece that gathers only the tokens that a layer with this window sees.
         built_in_capture: whether the batch was built during a CUDA graph's capture, and is valid only in that graph.
+        share: which pages are in the pool, if it is that of one of several ranks; None for all. With a share,
+            `block_table` has only this rank's columns, and `slots` is also −1 for tokens that another rank writes.
+            Offsets, totals and lengths are those of whole sequences.
     """
 
     @classmethod
@@ -60,6 +64,7 @@ class PrefixBatch(CheckedBatch):
         seqlens_q: Sequence[int] | None = None,
         seqlens_k: Sequence[int] | None = None,
         windows: Iterable[int] = (),
+        share: Share | None = None,
     ) -> PrefixBatch:
         """Check one batch and plan what its layers gather, on its device.
 
@@ -79,6 +84,10 @@ class PrefixBatch(CheckedBatch):
                 faster kernels and smaller workspaces. Do not pass them for a CUDA graph that is replayed with other
                 lengths: if the lengths on the device differ, rows may be wrong, and `check()` raises.
             windows: sliding windows to plan now. A window that is not listed is planned at first use.
+            share: of the rank whose pool this is, where pages are distributed; None means all pages are in this pool.
+                All ranks pass the same block table, in which column c is a block id of the pool of rank c % ranks, and
+                the same offsets. `prefix_attention` then attends to this rank's keys, and with `return_lse=True` gives
+                the rank's partial state: `kvgather.parallel.ContextParallel` merges those of all ranks.
 
         Returns:
             A batch. Bad contents do not raise here: an id outside the pool becomes −1 and its keys are NaN; all keys of
@@ -96,6 +105,7 @@ class PrefixBatch(CheckedBatch):
         seqlens_q = check_lengths(seqlens_q, "seqlens_q", batch)
         seqlens_k = check_lengths(seqlens_k, "seqlens_k", batch)
         window_list = _check_windows(windows)
+        share = check_share(share)
         capacity = block_table.numel() * page_size
         total_q = total_of(total_q, "q", seqlens_q, cu_seqlens_q, capacity)
         total_k = total_of(total_k, "k", seqlens_k, cu_seqlens_k, capacity)
@@ -103,9 +113,11 @@ class PrefixBatch(CheckedBatch):
         check_fit(seqlens_q, seqlens_k, row_tokens)
         bounds = _check_bounds(max_q, max_k, seqlens_q, seqlens_k, total_q, total_k, max(row_tokens, page_size))
         sizes = Sizes(page_size, num_blocks, total_q, total_k, bounds.max_q, bounds.max_tokens)
-        tensors = batch_tensors(block_table, cu_seqlens_q, cu_seqlens_k, sizes)
+        # Other ranks' columns count as bad blocks: no slot is in them, and they are then left out.
+        given = block_table if share is None else share.others_masked(block_table)
+        tensors = batch_tensors(given, cu_seqlens_q, cu_seqlens_k, sizes)
         result = cls(
-            block_table=tensors.table,
+            block_table=tensors.table if share is None else share.own_columns(tensors.table),
             cu_seqlens_q=tensors.cu_q,
             cu_seqlens_k=tensors.cu_k,
             total_q=total_q,
@@ -119,9 +131,10 @@ class PrefixBatch(CheckedBatch):
             slots=tensors.slots,
             windows={},
             built_in_capture=capturing(block_table.device),
+            share=share,
             _inputs=tensors.given,
         )
-        for window in window_list:
+        for window in window_list if share is None else ():
             result.windows[window] = window_piece(result, window)
         return result
 
@@ -195,7 +208,7 @@ class PrefixBatch(CheckedBatch):
                     f"sequence {sequence} has {new} new tokens among {tokens}; accepted: cu_seqlens_k counts both"
                 )
             first = 0 if window is None else max(0, tokens - new - window + 1)
-            check_row(table[sequence], sequence, first, tokens, self.page_size, self.num_blocks)
+            check_row(table[sequence], sequence, first, tokens, self.page_size, self.num_blocks, self.share)
             for name, length, bound in (("max_q", new, self.max_q), ("max_k", tokens, self.max_k)):
                 if length > bound:
                     raise PlanError(f"sequence {sequence} has {length} tokens; accepted: at most {name}, {bound}")

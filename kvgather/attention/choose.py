@@ -19,6 +19,7 @@ from torch import Tensor
 from ..batch.checked import CheckedBatch
 from ..batch.lengths import STEP
 from ..batch.pieces import Piece, Pieces
+from ..batch.share_pieces import pieces_of_share
 from ..cache import PagedKVCache
 from ..device import triton_available
 from ..formats.checks import check_int, check_window, described, dtype_name
@@ -304,7 +305,8 @@ def _build_route(batch: CheckedBatch, cache: PagedKVCache, layer: Layer) -> Rout
     if path == "auto":
         path = choose(facts_of(batch, cache, layer.q_heads, layer.dtype, layer.window, layer.workspace_tokens)).path
     if path == "gather":
-        return Route("gather", pieces=in_pieces(batch, layer.window, layer.workspace_tokens))
+        cut = in_pieces if batch.share is None else pieces_of_share
+        return Route("gather", pieces=cut(batch, layer.window, layer.workspace_tokens))
     if path == "hybrid" and (length := common_length(batch, layer.window, layer.workspace_tokens)) > 0:
         return Route("hybrid", common=common_of(batch, length))
     return Route("direct")  # also for a hybrid path without a common part
@@ -348,10 +350,12 @@ def facts_of(
         TypeError, ValueError: an argument is wrong.
     """
     if batch.seqlens_q is not None and batch.seqlens_k is not None:
-        lengths = tuple(zip(batch.seqlens_q, batch.seqlens_k, strict=True))
+        pairs = zip(batch.seqlens_q, batch.seqlens_k, strict=True)
+        lengths = tuple([(new, batch.held(tokens)) for new, tokens in pairs])
     else:
         batch_size = max(batch.num_sequences, 1)
-        average = min(batch.max_q, -(-batch.total_q // batch_size)), min(batch.max_k, -(-batch.total_k // batch_size))
-        lengths = (average,) * batch.num_sequences
+        new = min(batch.max_q, -(-batch.total_q // batch_size))
+        tokens = min(batch.max_k, -(-batch.total_k // batch_size))
+        lengths = ((new, batch.held(tokens)),) * batch.num_sequences
     common = common_length(batch, window, workspace_tokens)
     return check_facts(cache, lengths, common, num_q_heads, dtype, window)

@@ -196,7 +196,7 @@ def tile_of(
     def choose() -> Tile:
         g = cache.geometry
         processors = 1 if interpreted else torch.cuda.get_device_properties(q.device).multi_processor_count
-        keys = batch.max_k if window is None else min(batch.max_k, window + batch.max_q)
+        keys = batch.held(batch.max_k if window is None else min(batch.max_k, window + batch.max_q))
         rows = min(batch.max_q, n) * (q_heads // g.num_kv_heads)
         operand_bytes = 4 if torch.float32 in (q.dtype, g.dtype) else 2
         programs = batch.num_sequences * g.num_kv_heads
@@ -241,7 +241,8 @@ class DirectCall(NamedTuple):
         """
         q, state = self.q, self.state
         return (
-            self.tile, self.window, self.interpreted, self.likeness, q.dtype, q.device, q.shape[1], q.stride(),
+            self.tile, self.window, self.batch.share, self.interpreted, self.likeness, q.dtype, q.device, q.shape[1],
+            q.stride(),
             tuple([address & 15 for address in addresses[:8]]), self.begin is None, tiles == 1, tiles & 15 == 0,
             None if state is None else state[0].dtype, None if self.sinks is None else self.sinks.dtype,
         )  # fmt: skip
@@ -270,6 +271,8 @@ class DirectLaunch:
         layer = LayerForm(
             group=call.q.shape[1] // g.num_kv_heads,
             window=call.window or 0,
+            rank=call.batch.share.rank if call.batch.share else 0,
+            ranks=call.batch.share.ranks if call.batch.share else 1,
             begins=call.begin is not None,
             state=call.state is not None,
             sinks=call.sinks is not None and tile.splits == 1,

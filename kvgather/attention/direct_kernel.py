@@ -27,6 +27,7 @@ class LayerForm:
     Attributes:
         group: query heads of a KV head.
         window: keys that a query sees at most, itself included; 0 is all.
+        rank, ranks: which pages of a sequence are in the pool, see `batch.share`; 0 and 1 are all.
         begins: whether sequences begin at a position of their own.
         state: whether rows go on from a partial state.
         sinks: whether a head has a sink that enters here; where keys are split it enters when parts are merged.
@@ -37,6 +38,8 @@ class LayerForm:
 
     group: int
     window: int
+    rank: int
+    ranks: int
     begins: bool
     state: bool
     sinks: bool
@@ -127,12 +130,20 @@ def direct_kernel(
     q_head = kv_head * GROUP + row % GROUP
     in_use = row < rows
     position = len_k - rows // GROUP + token  # [M]: a query sees keys up to its own position
+    lowest = position  # and with a window from this one on, where it is not computed from `position`
 
     first_position = len_k - rows // GROUP + (tile * M) // GROUP
     last_position = len_k - rows // GROUP + (tl.minimum(tile * M + M, rows) - 1) // GROUP
+    lowest_of_all = first_position - LAYER.window + 1
+    if LAYER.ranks > 1:  # from here on positions count this rank's keys alone
+        lowest = _held(position - LAYER.window + 1, K, LAYER)
+        lowest_of_all = _held(lowest_of_all, K, LAYER)
+        position = _held(position + 1, K, LAYER) - 1
+        first_position = _held(first_position + 1, K, LAYER) - 1
+        last_position = _held(last_position + 1, K, LAYER) - 1
     start, full, end, past_table = _visible_keys(
-        begin_ptr, sequence, first_position, last_position, len_k, columns, K, LAYER
-    )
+        begin_ptr, sequence, first_position, last_position, lowest_of_all, len_k, columns, K, LAYER
+    )  # fmt: skip
     low, end = _keys_of_split(start, end, split, splits, TILE)
 
     q_row = (first_q + token).to(tl.int64) * q_strides[0] + q_head.to(tl.int64) * q_strides[1]
@@ -147,7 +158,7 @@ def direct_kernel(
     k_pool = _head_of_pool(k_ptr, k_scale_ptr, k_strides, k_scale_strides, kv_head, K)
     v_pool = _head_of_pool(v_ptr, v_scale_ptr, v_strides, v_scale_strides, kv_head, V)
     table_ptr += sequence.to(tl.int64) * columns
-    keys, queries, state = (table_ptr, start, end), (q, row_scale, position), (top, total, acc, worst)
+    keys, queries, state = (table_ptr, start, end), (q, row_scale, position, lowest), (top, total, acc, worst)
     whole = _end_of_whole_steps(low, start, full, end, LAYER, TILE)
     # First the steps in which every row sees every key, then those with a mask.
     for MASKED in tl.static_range(1 if LAYER.window > 0 else 0, 2):
@@ -160,7 +171,7 @@ def direct_kernel(
     acc *= v_scale
 
     if past_table | (tl.min(worst, 0) < 0):  # a key in no block: whoever sees it is NaN
-        bad = _sees_bad_block(keys, position, low, columns, K, LAYER, TILE)
+        bad = _sees_bad_block(keys, position, lowest, low, columns, K, LAYER, TILE)
         total = tl.where(bad > 0, float("nan"), total)
     out, lse = _finish(sink_ptr, q_head, in_use, top, total, acc, LAYER)
     if TILE.split:
@@ -170,9 +181,12 @@ def direct_kernel(
 
 @triton.jit
 def _visible_keys(
-    begin_ptr, sequence, first_position, last_position, len_k, columns, POOL: tl.constexpr, LAYER: tl.constexpr
+    begin_ptr, sequence, first_position, last_position, lowest, len_k, columns,
+    POOL: tl.constexpr, LAYER: tl.constexpr,
 ):  # fmt: skip
     """The keys that the rows of a tile see, whose tokens have the positions from the first to the last.
+
+    `lowest` is the first key in the window of the first row.
 
     Returns:
         start, full, end: some row sees a key in [start, end); every row sees all in [start, full).
@@ -186,9 +200,27 @@ def _visible_keys(
         start = tl.load(begin_ptr + sequence)
     full = tl.minimum(first_position + 1, end)
     if LAYER.window > 0:
-        start = tl.maximum(start, first_position - LAYER.window + 1)
+        start = tl.maximum(start, lowest)
         full = start
     return start, full, end, past_table
+
+
+@triton.jit
+def _held(tokens, POOL: tl.constexpr, LAYER: tl.constexpr):
+    """How many of a sequence's first tokens are in this rank's pool; the twin of `batch.share.Share.held`."""
+    PAGE: tl.constexpr = POOL.page_size
+    tokens = tl.maximum(tokens, 0)
+    rest = tokens % (PAGE * LAYER.ranks) - LAYER.rank * PAGE
+    return tokens // (PAGE * LAYER.ranks) * PAGE + tl.minimum(tl.maximum(rest, 0), PAGE)
+
+
+@triton.jit
+def _sees(key, position, lowest, present, LAYER: tl.constexpr):
+    """Which of N keys each of M rows sees, `[M, N]`."""
+    if LAYER.ranks > 1 and LAYER.window > 0:
+        return visible(key, position, present, 0) & (key[None, :] >= lowest[:, None])
+    else:
+        return visible(key, position, present, LAYER.window)
 
 
 @triton.jit
@@ -295,7 +327,7 @@ def _attend(
 
     Args:
         state: top `[M]`, total `[M]`, acc `[M, V_DIM]`; worst `[N]`, the least block id so far.
-        queries: q `[M, K_DIM]`, the scale of scores `[M]`, positions `[M]`.
+        queries: q `[M, K_DIM]`, the scale of scores `[M]`, positions `[M]`, and with ranks the windows' first `[M]`.
         first_key: a multiple of N.
         keys: the table's row of the sequence, start and end of the keys that some row sees.
         k_pool, v_pool: pointer, scale's pointer, strides and scale's strides of a head.
@@ -305,7 +337,7 @@ def _attend(
         The state with these keys.
     """
     top, total, acc, worst = state
-    q, row_scale, position = queries
+    q, row_scale, position, lowest = queries
     table_ptr, start, end = keys
     k_ptr, k_scale_ptr, k_strides, k_scale_strides = k_pool
     v_ptr, v_scale_ptr, v_strides, v_scale_strides = v_pool
@@ -331,7 +363,7 @@ def _attend(
         k_scale = load_key_scale(k_scale_ptr, block_id, page_offset, present, k_scale_strides, K, MASKED)
         scores *= k_scale[None, :]
     if MASKED:
-        scores = tl.where(visible(key, position, present, LAYER.window), scores, float("-inf"))
+        scores = tl.where(_sees(key, position, lowest, present, LAYER), scores, float("-inf"))
     p, kept, top, total = online_softmax_step(scores, row_scale, top, total, MASKED)
     acc = acc * kept[:, None]
 
@@ -350,7 +382,7 @@ def _attend(
 
 @triton.jit
 def _sees_bad_block(
-    keys, position, low, columns, POOL: tl.constexpr, LAYER: tl.constexpr, TILE: tl.constexpr
+    keys, position, lowest, low, columns, POOL: tl.constexpr, LAYER: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
     """Whether each row of a tile sees a key in a bad block, or past the block table: 1 or 0, `[M]`."""
     table_ptr, start, end = keys
@@ -359,7 +391,7 @@ def _sees_bad_block(
         key = step * TILE.n + tl.arange(0, TILE.n)
         present = (key >= start) & (key < end)
         present = present & (load_block_ids(table_ptr, key, present, POOL, True) < 0)
-        bad = tl.maximum(bad, tl.max(visible(key, position, present, LAYER.window).to(tl.int32), 1))
+        bad = tl.maximum(bad, tl.max(_sees(key, position, lowest, present, LAYER).to(tl.int32), 1))
     return bad
 
 

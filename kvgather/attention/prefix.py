@@ -189,9 +189,7 @@ def _check_call(
     g = cache.geometry
     scale = _softmax_scale(softmax_scale, g.head_dim)
     if sinks is not None:
-        check_tensor(sinks, "sinks", ndim=1, dtypes=FLOATS, device=g.device)
-        if sinks.shape[0] != q.shape[1]:
-            raise ValueError(f"sinks has shape {list(sinks.shape)}; accepted for {q.shape[1]} query heads: one each")
+        check_sinks(sinks, q)
     window = check_window(window)
     if workspace_tokens is not None:
         workspace_tokens = check_int(workspace_tokens, "workspace_tokens", minimum=1)
@@ -199,6 +197,18 @@ def _check_call(
     route = route_of(batch, cache, Layer(q.shape[1], q.dtype, window, workspace_tokens, path))
     has_no_keys = batch.num_sequences == 0 or min(batch.max_q, batch.max_k) == 0
     return _Call(g, scale, window, route, has_no_keys, _likeness_of(cache))
+
+
+def check_sinks(sinks: object, q: Tensor) -> None:
+    """Raise unless `sinks` is a tensor with a logit for each query head of `q`, on its device.
+
+    Raises:
+        TypeError, ValueError: it is not.
+    """
+    check_tensor(sinks, "sinks", ndim=1, dtypes=FLOATS, device=q.device)
+    assert isinstance(sinks, Tensor)
+    if sinks.shape[0] != q.shape[1]:
+        raise ValueError(f"sinks has shape {list(sinks.shape)}; accepted for {q.shape[1]} query heads: one each")
 
 
 def _likeness_of(cache: PagedKVCache) -> int:

@@ -14,6 +14,7 @@ from .capture import check_may_create
 from .lengths import STEP
 from .pieces import Attend, Piece
 from .reference import window_lengths, window_offsets
+from .share import Share
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +35,7 @@ class CheckedBatch:
     slots: Tensor
     windows: dict[int, Piece]
     built_in_capture: bool = field(repr=False)
+    share: Share | None
     _inputs: Callable[[], tuple[Tensor, Tensor, Tensor]] = field(repr=False)  # block table and offsets, unchecked
     _device_objects: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
     _host_decisions: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
@@ -56,6 +58,8 @@ class CheckedBatch:
         return self.once("everything", self._everything, "the plan of all tokens")
 
     def _everything(self) -> Piece:
+        if self.share is not None:
+            raise ValueError("the batch has a share: its rank has no plan of all tokens, which are in several pools")
         plan = GatherPlan.of_checked(
             self.block_table, self.cu_seqlens_k, None, self.page_size, self.num_blocks, self.total_k
         )
@@ -79,6 +83,19 @@ class CheckedBatch:
     def lens_k(self) -> Tensor:
         """Cached + new tokens of each sequence, `[batch]` int32 on the device."""
         return self.cu_seqlens_k.diff()
+
+    @property
+    def writers(self) -> Tensor:
+        """The rank that writes each new token, `[total_q]` int64: 0 without a share; −1 in rows of no sequence."""
+        row = torch.arange(self.total_q, device=self.device)
+        if self.num_sequences == 0:
+            return torch.full_like(row, -1)
+        sequence = torch.searchsorted(self.cu_seqlens_q[1:].contiguous(), row.int(), right=True)
+        in_use = sequence < self.num_sequences
+        sequence = sequence.clamp(max=self.num_sequences - 1)
+        position = (self.lens_k - self.cu_seqlens_q[1:])[sequence] + row
+        ranks = 1 if self.share is None else self.share.ranks
+        return torch.where(in_use & (position >= 0), position // self.page_size % ranks, -1)
 
     def for_window(self, window: int | None) -> Piece:
         """Return what a layer gathers, as one piece: all tokens, or the last tokens that are visible in a window.
@@ -112,12 +129,16 @@ class CheckedBatch:
 
     @property
     def common_cached(self) -> int:
-        """Tokens that are cached at the beginning of every sequence with new tokens, rounded down to a multiple of
-        `STEP`; 0 if the host does not know the lengths."""
+        """Tokens that are cached at the beginning of every sequence with new tokens, and are in this pool, rounded down
+        to a multiple of `STEP`; 0 if the host does not know the lengths."""
         if self.seqlens_q is None or self.seqlens_k is None:
             return 0
         cached = (tokens - new for new, tokens in zip(self.seqlens_q, self.seqlens_k, strict=True) if new)
-        return min(cached, default=0) // STEP * STEP
+        return self.held(min(cached, default=0)) // STEP * STEP
+
+    def held(self, tokens: int) -> int:
+        """How many of a sequence's first `tokens` tokens are in this pool: all of them without a share."""
+        return tokens if self.share is None else self.share.held(tokens, self.page_size)
 
     def once(self, key: object, make: Callable[[], Any], what: str) -> Any:
         """Return the result of `make`, which creates tensors on the device and is called at the first use of a key.

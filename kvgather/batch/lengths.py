@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..formats.checks import check_int, described
 from ..plan import PlanError
+from .share import Share
 
 _INT32_MAX = 2**31 - 1
 STEP = 1024
@@ -147,7 +148,9 @@ def check_offsets(offsets: Tensor, which: str, total: int, lengths: tuple[int, .
     return [end - begin for begin, end in pairwise(numbers)]
 
 
-def check_row(row: Tensor, sequence: int, first: int, tokens: int, page_size: int, num_blocks: int) -> None:
+def check_row(
+    row: Tensor, sequence: int, first: int, tokens: int, page_size: int, num_blocks: int, share: Share | None = None
+) -> None:  # fmt: skip
     """Raise unless a row of a block table has a valid block id for each of a sequence's tokens.
 
     Args:
@@ -156,6 +159,7 @@ def check_row(row: Tensor, sequence: int, first: int, tokens: int, page_size: in
         first: the first position to check; blocks before it may have been freed.
         tokens: the sequence's cached + new tokens.
         page_size, num_blocks: of the pool.
+        share: whose columns are checked; None means all.
 
     Raises:
         PlanError: gives the column of the first bad entry.
@@ -163,6 +167,8 @@ def check_row(row: Tensor, sequence: int, first: int, tokens: int, page_size: in
     num_pages = -(-tokens // page_size)
     bad = ((row[:num_pages] < 0) | (row[:num_pages] >= num_blocks)).nonzero()
     bad = bad[bad[:, 0] >= first // page_size]
+    if share is not None:
+        bad = bad[bad[:, 0] % share.ranks == share.rank]
     if len(bad) == 0 and num_pages <= len(row):
         return
     column = int(bad[0]) if len(bad) else len(row)

@@ -3,7 +3,7 @@
 from tests.notebooks.pokes import Refused
 
 POKES = {
-    "LAYOUT": ("HND", Refused("SHUFFLE", "accepted in SHUFFLE"), Refused("NDH", "accepted")),
+    "LAYOUT": ("HND", "SHUFFLE", Refused("NDH", "accepted")),
     "SCALE": (2.0, 0.125, Refused(0.0, "accepted")),
     "SIZE": (Refused(48, "accepted: equal numbers"), Refused(256, "accepted: equal numbers")),
     "PAGE, SIZE": ((8, 64), (4, 32)),

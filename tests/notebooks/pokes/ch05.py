@@ -1,9 +1,7 @@
 """Chapter 05: the pool, the batch, and the cache whose scale is read."""
 
-from tests.notebooks.pokes import Refused
-
 POKES = {
-    "PAGE": (32, 64, Refused(8, "accepted: block ids 0 to 5 in every column")),
+    "PAGE": (32, 64, 8),
     "DIM": (32, 8),
     "BLOCKS": (8, 5),
     "SCALE": (0.25, 2.0),

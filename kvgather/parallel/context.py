@@ -1,0 +1,160 @@
+"""ContextParallel: `prefix_attention` over pages that are distributed over the ranks of a group."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..attention.batch import PrefixBatch
+from ..attention.prefix import check_sinks, prefix_attention
+from ..batch.share import Share
+from ..cache import PagedKVCache
+from ..formats.checks import check_tensor, described
+from ..formats.fp8 import FLOATS
+from .ranks import Ranks
+from .states import StateForm, least_bytes, merged, packed
+
+WHAT = "the all-gather of attention states"
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""From torch 2.13 on the first name; the second one then warns."""
+
+
+class ContextParallel:
+    """Attention over a context whose pages are distributed over the ranks of a group, round robin by block.
+
+    Every rank has all rows of q and the new tokens' K and V, writes the new tokens that belong into its pages, and
+    attends to its own pages with the kernels of `prefix_attention`. One all-gather then moves each rank's output and
+    log-sum-exp to all others, and every rank merges them; the sink enters once, there.
+
+    All ranks make the same calls in the same order, with the same shapes.
+
+    Attributes:
+        group: the group of the ranks.
+        share: this rank's share of every sequence's pages.
+        calls: how many calls used the group.
+        bytes_received: bytes of the other ranks' states that these calls brought here.
+        bytes_least: what they had to bring here at least, see `states.least_bytes`.
+
+    Example, on each of the ranks that `torchrun` started:
+
+        attend = ContextParallel(dist.group.WORLD)
+        batch = attend.batch(block_table, cu_seqlens_q, cu_seqlens_k, page_size=16, num_blocks=1024)
+        out = attend(q, k_new, v_new, cache, batch, sinks=sinks)
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        """Use a group; None means the default group.
+
+        Raises:
+            ValueError: there is no group.
+        """
+        if not dist.is_initialized():
+            raise ValueError("torch.distributed has no group; accepted: after torch.distributed.init_process_group")
+        group = dist.group.WORLD if group is None else group
+        if not isinstance(group, dist.ProcessGroup):
+            raise TypeError(f"group is {described(group)}; accepted: None, or a ProcessGroup that has this process")
+        self.group = group
+        self._ranks = Ranks(group, f"context/{group.group_name}")
+        self.share = Share(self._ranks.rank, self._ranks.size)
+        self.calls = self.bytes_received = self.bytes_least = 0
+
+    def batch(self, block_table: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **sizes: Any) -> PrefixBatch:
+        """`PrefixBatch.build` with this rank's share.
+
+        Args:
+            block_table: `[batch, max_blocks]`, the same on all ranks: column c has block ids of the pool of rank
+                c % ranks.
+            cu_seqlens_q, cu_seqlens_k: offsets of whole sequences, the same on all ranks.
+            sizes: as in `PrefixBatch.build`.
+
+        Returns:
+            A batch whose `slots` are −1 for tokens that another rank writes; `batch.writers` says which rank does.
+        """
+        return PrefixBatch.build(block_table, cu_seqlens_q, cu_seqlens_k, share=self.share, **sizes)
+
+    @overload
+    def __call__(
+        self, q: Tensor, k_new: Tensor | None, v_new: Tensor | None, cache: PagedKVCache, batch: PrefixBatch,
+        softmax_scale: float | None = ..., sinks: Tensor | None = ..., window: int | None = ...,
+        workspace_tokens: int | None = ..., path: str = ..., return_lse: Literal[False] = ...,
+    ) -> Tensor: ...  # fmt: skip
+
+    @overload
+    def __call__(
+        self, q: Tensor, k_new: Tensor | None, v_new: Tensor | None, cache: PagedKVCache, batch: PrefixBatch,
+        softmax_scale: float | None = ..., sinks: Tensor | None = ..., window: int | None = ...,
+        workspace_tokens: int | None = ..., path: str = ..., *, return_lse: Literal[True],
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+    def __call__(
+        self,
+        q: Tensor,
+        k_new: Tensor | None,
+        v_new: Tensor | None,
+        cache: PagedKVCache,
+        batch: PrefixBatch,
+        softmax_scale: float | None = None,
+        sinks: Tensor | None = None,
+        window: int | None = None,
+        workspace_tokens: int | None = None,
+        path: str = "auto",
+        return_lse: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Write this rank's new tokens and attend to all cached and new tokens of all ranks.
+
+        Args:
+            batch: from `batch`, or a batch without a share, for a layer whose tokens are all in every rank's pool,
+                such as one with a short window: it is attended locally, and nothing crosses the wire.
+            q, k_new, v_new, cache, softmax_scale, sinks, window, workspace_tokens, path, return_lse: as in
+                `prefix_attention`; `cache` is this rank's, all others are the same on all ranks.
+
+        Returns:
+            As `prefix_attention`, the same on all ranks. A rank's part is rounded to q's dtype before it is merged.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong; nothing was written, launched or sent.
+            RankError: the collective failed within the group's time-out; names the missing ranks.
+        """
+        if not isinstance(batch, PrefixBatch):
+            raise TypeError(f"batch is {described(batch)}; accepted: a PrefixBatch, from ContextParallel.batch(...)")
+        if batch.share is None or (self.share.ranks == 1 and batch.share == self.share):
+            return prefix_attention(
+                q, k_new, v_new, cache, batch, softmax_scale, sinks, window, workspace_tokens, path, return_lse
+            )
+        if batch.share != self.share:
+            raise ValueError(f"batch has the share {batch.share}; accepted: {self.share}, that of this rank")
+        if sinks is not None:
+            check_tensor(q, "q", ndim=3, dtypes=FLOATS)
+            check_sinks(sinks, q)
+        out, lse = prefix_attention(
+            q, k_new, v_new, cache, batch, softmax_scale, None, window, workspace_tokens, path, return_lse=True
+        )
+        if out.numel() == 0:
+            return (out, lse) if return_lse else out
+        form = StateForm(out.shape[0], out.shape[1], out.shape[2], out.dtype)
+        out, lse = merged(self._gathered(packed(out, lse, form), form), form, sinks)
+        return (out, lse) if return_lse else out
+
+    @torch.no_grad()
+    def _gathered(self, state: Tensor, form: StateForm) -> Tensor:
+        """The states of all ranks, `[ranks, nbytes]` uint8."""
+        ranks = self.share.ranks
+        states = state.new_empty((ranks, form.nbytes))
+        with self._ranks.collective(WHAT):
+            if state.is_cuda and not torch.cuda.is_current_stream_capturing():
+                work = all_gather(states, state, group=self.group, async_op=True)
+                work.wait()  # the stream waits, the host does not
+                self._ranks.started(work, WHAT)
+            else:
+                all_gather(states, state, group=self.group)
+        self.calls += 1
+        self.bytes_received += (ranks - 1) * form.nbytes
+        self.bytes_least += least_bytes(form, ranks)
+        return states
+
+    def close(self) -> None:
+        """Stop the thread that tells the other ranks that this one lives."""
+        self._ranks.close()

@@ -1,0 +1,166 @@
+"""Who is missing: each rank tells the group's store how far it is, so that a collective that fails can name a rank.
+
+The back end notices that a peer has died, or the group's time-out ends its wait, and says so without a rank. Each rank
+therefore has a thread that writes two numbers to the store of the group once in a while: how often it has written, and
+how many collectives it has entered. A rank whose first number stands still is dead; one whose second number is behind
+hangs before the collective.
+
+A collective on a GPU does not raise: it waits there, and the host goes on. The thread therefore also looks whether the
+newest one has finished. If not after most of the time-out, it writes who is missing to stderr, and the next call
+raises; torch's own watchdog ends the process when the time-out is over.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+LATE = 0.7
+"""Share of the time-out after which a collective on a GPU counts as failed: before torch ends the process."""
+BEAT = 0.5
+"""Seconds between two messages of a rank; less for a group with a short time-out."""
+MISSED = 4
+"""Beats without news after which a rank counts as dead."""
+
+
+class RankError(RuntimeError):
+    """A collective failed, because a rank has died, hangs, or does something else.
+
+    Attributes:
+        ranks: the ranks of the group that are missing, as far as the others can tell.
+    """
+
+    def __init__(self, message: str, ranks: tuple[int, ...]) -> None:
+        super().__init__(message)
+        self.ranks = ranks
+
+
+class Ranks:
+    """The ranks of a group, and what is known of each.
+
+    Attributes:
+        group: the group.
+        rank, size: this process in it, and how many there are.
+        entered: collectives that this rank has entered.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, name: str) -> None:
+        self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
+        self.entered = 0
+        self._beats = 0
+        self._timeout = _timeout_of(group)
+        self._seconds = min(BEAT, self._timeout / (8 * MISSED))
+        self._pending: tuple[Any, float, str] | None = None  # the newest collective on a GPU, since when, and its name
+        self._late: RankError | None = None
+        self._ended = threading.Event()
+        if self.size > 1:
+            # A connection of its own: a thread that waits on the store would hold up this one.
+            store: Any = group.get_group_store()
+            self._store = distributed_c10d.PrefixStore(f"kvgather/{name}", store.clone())
+            self._write()
+            self._thread = threading.Thread(target=self._beat, name="kvgather ranks", daemon=True)
+            self._thread.start()
+            atexit.register(self.close)  # a thread that still talks to the store would abort the interpreter's end
+
+    def close(self) -> None:
+        """Stop the thread. The other ranks take this one for dead from then on."""
+        self._ended.set()
+        if self.size > 1:
+            self._thread.join(5)
+            atexit.unregister(self.close)
+
+    @contextlib.contextmanager
+    def collective(self, what: str) -> Iterator[None]:
+        """Run a collective, and turn its failure into an error that names the missing ranks.
+
+        Raises:
+            RankError: the back end raised, or an earlier collective on a GPU has not ended in time.
+        """
+        if self._late is not None:
+            raise self._late
+        self.entered += 1
+        try:
+            yield
+        except RuntimeError as error:
+            raise self._named(what, error) from error
+
+    def started(self, work: Any, what: str) -> None:
+        """Keep an eye on a collective that runs on a GPU."""
+        self._pending = work, time.monotonic(), what
+
+    def _look_at_pending(self) -> None:
+        if self._pending is None:
+            return
+        work, since, what = self._pending
+        if work.is_completed():
+            if self._pending[0] is work:
+                self._pending = None
+        elif time.monotonic() - since > LATE * self._timeout and self._late is None:
+            waited = RuntimeError(f"it has not ended after {time.monotonic() - since:.0f} s")
+            self._late = self._named(what, waited)
+            sys.stderr.write(f"kvgather: {self._late}\n")
+
+    def _named(self, what: str, error: RuntimeError) -> RankError:
+        said = str(error).strip().splitlines()[0]
+        missing = self.missing()
+        if missing:
+            who = "; ".join(f"rank {rank} {state}" for rank, state in missing.items())
+        else:
+            who = "every rank answers, and has entered this collective"
+        return RankError(f"rank {self.rank}: {what} of {self.size} ranks failed: {who}. {said}", tuple(missing))
+
+    def missing(self) -> dict[int, str]:
+        """What is wrong with each rank that is missing; takes a few beats."""
+        try:
+            before = [self._read(rank) for rank in range(self.size)]
+            for _ in range(MISSED):
+                self._write()  # this may be the thread that else does
+                self._ended.wait(self._seconds)
+            after = [self._read(rank) for rank in range(self.size)]
+        except (RuntimeError, dist.DistError):
+            return {0: "does not answer: it, or the process that started the ranks, held the store and has died"}
+        missing = {}
+        for rank, (old, new) in enumerate(zip(before, after, strict=True)):
+            if rank == self.rank:
+                continue
+            if new is None or old == new:
+                missing[rank] = "has died"
+            elif new[1] < self.entered:
+                missing[rank] = f"hangs, or does something else: it has entered {new[1]} of {self.entered} collectives"
+        return missing
+
+    def _read(self, rank: int) -> tuple[int, int] | None:
+        key = str(rank)
+        if not self._store.check([key]):
+            return None
+        beats, entered = self._store.get(key).decode().split()
+        return int(beats), int(entered)
+
+    def _write(self) -> None:
+        self._beats += 1
+        self._store.set(str(self.rank), f"{self._beats} {self.entered}")
+
+    def _beat(self) -> None:
+        while not self._ended.wait(self._seconds):
+            try:
+                self._write()
+                self._look_at_pending()
+            except (RuntimeError, dist.DistError):  # the store has gone: the next collective fails
+                return
+
+
+def _timeout_of(group: dist.ProcessGroup) -> float:
+    """The time-out of a group's collectives, in seconds."""
+    device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+    options: Any = getattr(group._get_backend(device), "options", None)
+    timeout = getattr(options, "_timeout", None)
+    return 600.0 if timeout is None else float(timeout.total_seconds())

@@ -1,0 +1,99 @@
+"""Ranks as child processes, with gloo on a CPU or NCCL on GPUs: a module of the tests runs in each, and reports."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+DEVICE = os.environ.get("RANKS_ON", "cpu")
+"""Of the ranks: "cpu", with gloo, or "cuda", with NCCL and one GPU each."""
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class Rank:
+    """How a rank ended.
+
+    Attributes:
+        code: its exit status; negative for a signal.
+        said: what it left as JSON, or None.
+        text: its output and errors.
+    """
+
+    code: int
+    said: Any
+    text: str
+
+
+def run_ranks(
+    module: str, size: int, folder: Path, seconds: float, waits_for: int | None = None, **settings: str
+) -> list[Rank]:  # fmt: skip
+    """Run `python -m module FOLDER RANK SIZE` for each rank, with one thread each, and wait for all.
+
+    A module calls `join` and leaves its result with `leave`.
+
+    Args:
+        module: to run.
+        size: how many ranks.
+        folder: for the store and the results.
+        seconds: after which all that still run are killed.
+        waits_for: the only rank that is waited for; all others are killed when it has ended. None means all.
+        settings: further variables of the environment.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", **settings}
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-W", "error", "-m", module, str(folder), str(rank), str(size)],
+            cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        )
+        for rank in range(size)
+    ]  # fmt: skip
+    ranks = []
+    try:
+        if waits_for is not None:
+            children[waits_for].wait(seconds)
+            _kill(children)
+        for rank, child in enumerate(children):
+            text, _ = child.communicate(timeout=seconds)
+            file = folder / f"{rank}.json"
+            ranks.append(Rank(child.returncode, json.loads(file.read_text()) if file.exists() else None, text))
+    finally:
+        _kill(children)
+        for child in children:
+            child.communicate()
+    return ranks
+
+
+def _kill(children: list[subprocess.Popen[str]]) -> None:
+    for child in children:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+
+
+def join(seconds: float = 60.0) -> tuple[Path, int, int]:
+    """Join the group of the ranks that `run_ranks` started; the folder, this rank, and how many there are."""
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+
+    folder, rank, size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    if DEVICE == "cuda":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(
+        "gloo" if DEVICE == "cpu" else "nccl", init_method=(folder / "store").as_uri(), rank=rank, world_size=size,
+        timeout=timedelta(seconds=seconds),
+    )  # fmt: skip
+    return folder, rank, size
+
+
+def leave(folder: Path, rank: int, said: Any) -> None:
+    """Leave a result for `run_ranks`."""
+    (folder / f"{rank}.json").write_text(json.dumps(said))
