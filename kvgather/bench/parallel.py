@@ -39,25 +39,20 @@ from .progress import Progress
 from .ranks import rows as rows_of_ranks
 from .ranks.group import joined, link, nccl_version
 from .ranks.inputs import Pools, build_pools, check_memory, new_rows
-from .ranks.rows import Row
+from .ranks.rows import GATHER, LOCAL, MERGE, ONE, PACKING, TOGETHER, Row, rows_of
 from .ranks.targets import summary
-from .ranks.turns import Times, largest, time_on_ranks
+from .ranks.turns import largest, time_on_ranks
 from .runner import Call
 
 __all__ = ["command", "measure", "run", "summary"]
 
 TOLERANCE, LSE_TOLERANCE = 2e-2, 1e-3
 """Of a merged output, relative; of its log-sum-exp, absolute."""
-ONE, IDEAL, TOGETHER, LOCAL, SUM = "one GPU", "ideal", "context parallel", "local attention", "sum of parts"
-PARTS = (LOCAL, "packing", "all-gather", "merge")
 MOST_TOKENS = 2**30
 """Of a sequence; offsets are int32."""
 
 Attending = Callable[..., Any]
 """A call of `prefix_attention` or of `ContextParallel`; it also takes `return_lse`."""
-Pair = tuple[float | None, float | None]
-"""A number for calls in a CUDA graph, and one for eager calls."""
-NOTHING: Pair = None, None
 
 
 def cases(contexts: Sequence[int], new: Sequence[int]) -> list[ContextCase]:
@@ -161,13 +156,14 @@ def measure(
     gather = partial(all_gather, states, state, group=attend.group)
     gather()
     ways: dict[str, Sequence[Call]] = {
-        ONE: alone, TOGETHER: together, LOCAL: local, "packing": [partial(packed, out, lse, form)],
-        "all-gather": [gather], "merge": [partial(merged, states, form, None)],
+        ONE: alone, TOGETHER: together, LOCAL: local, PACKING: [partial(packed, out, lse, form)], GATHER: [gather],
+        MERGE: [partial(merged, states, form, None)],
     }  # fmt: skip
     times = time_on_ranks(ways, device, seconds=seconds)
     if attend.share.rank > 0:
         return []
-    return _rows(case, times, paths, attend.share.ranks, received // calls, least // calls, device)
+    where = {"link": link(device), "nccl": nccl_version(device), **machine(device.type)}
+    return rows_of(case, times, paths, attend.share.ranks, (received // calls, least // calls), where)
 
 
 def check(case: ContextCase, actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor] | None) -> None:
@@ -194,51 +190,6 @@ def check(case: ContextCase, actual: tuple[Tensor, Tensor], expected: tuple[Tens
             f"context parallel is not one GPU's output on {case.name}: error {error:.2g}, accepted {TOLERANCE}; of the "
             f"log-sum-exp {lse_error:.2g}, accepted {LSE_TOLERANCE}"
         )
-
-
-def _rows(
-    case: ContextCase, times: dict[str, Times], paths: dict[str, str], ranks: int, received: int, least: int,
-    device: torch.device,
-) -> list[Row]:  # fmt: skip
-    """The rows of a case; `paths` are those that `auto` takes, `received` and `least` the bytes of one call."""
-    medians: dict[str, Pair] = {
-        what: (each.graph.p50 if each.graph else None, each.eager.p50) for what, each in times.items()
-    }
-    ideal = medians[IDEAL] = _each(lambda one: one / ranks, medians[ONE])
-    medians[SUM] = _each(lambda *parts: sum(parts), *(medians[part] for part in PARTS))
-    columns = machine(device.type)
-    rows = []
-    for what in (ONE, IDEAL, TOGETHER, *PARTS, SUM):
-        above = efficiency = NOTHING
-        if what == TOGETHER:
-            above = _each(lambda time, best: time - best, medians[what], ideal)
-            efficiency = _each(lambda time, best: best / time, medians[what], ideal)
-        measured = times.get(what)
-        graph, eager = (measured.graph, measured.eager) if measured else (None, None)
-        rows.append(
-            Row(
-                case=case.name, what=what, ranks=ranks, context=case.context, new=case.new, path=paths.get(what, ""),
-                graph_us=_rounded(medians[what][0]), graph_p20_us=_rounded(graph.p20 if graph else None),
-                graph_p80_us=_rounded(graph.p80 if graph else None),
-                eager_us=_rounded(medians[what][1]), eager_p20_us=_rounded(eager.p20 if eager else None),
-                eager_p80_us=_rounded(eager.p80 if eager else None), samples=eager.samples if eager else 0,
-                above_ideal_graph_us=_rounded(above[0]), above_ideal_eager_us=_rounded(above[1]),
-                efficiency_graph=_rounded(efficiency[0], 4), efficiency_eager=_rounded(efficiency[1], 4),
-                bytes_received=received if what == TOGETHER else None, bytes_least=least if what == TOGETHER else None,
-                link=link(device), no_graph=measured.no_graph if measured else "", nccl=nccl_version(device), **columns,
-            )
-        )  # fmt: skip
-    return rows
-
-
-def _each(combine: Callable[..., float], *pairs: Pair) -> Pair:
-    """Combine times in a graph with each other, and eager ones likewise; None where one is None."""
-    graph, eager = ([pair[at] for pair in pairs] for at in range(2))
-    return (None if None in graph else combine(*graph)), (None if None in eager else combine(*eager))
-
-
-def _rounded(value: float | None, digits: int = 2) -> float | None:
-    return None if value is None else round(value, digits)
 
 
 def command(arguments: Namespace) -> int:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from ...cases.context import ContextCase
 from ...files import csv_text, replace_text
 from ..tables import text_table
+from .turns import Times
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,67 @@ class Row:
     date: str
 
 
+ONE, IDEAL, TOGETHER, SUM = "one GPU", "ideal", "context parallel", "sum of parts"
+LOCAL, PACKING, GATHER, MERGE = PARTS = ("local attention", "packing", "all-gather", "merge")
 COLUMNS = tuple(field.name for field in fields(Row))
+
+Pair = tuple[float | None, float | None]
+"""A number for calls in a CUDA graph, and one for eager calls."""
+NOTHING: Pair = None, None
+
+
+def rows_of(
+    case: ContextCase, times: Mapping[str, Times], paths: Mapping[str, str], ranks: int, wire: tuple[int, int],
+    where: Mapping[str, Any],
+) -> list[Row]:  # fmt: skip
+    """The rows of a case.
+
+    Args:
+        case: what was measured.
+        times: of `ONE`, `TOGETHER` and all of `PARTS`.
+        paths: those that `auto` takes, by way.
+        ranks: how many there are.
+        wire: bytes that one call of `TOGETHER` receives, and the least possible.
+        where: the columns about the link, the machine and the versions.
+    """
+    medians: dict[str, Pair] = {
+        what: (each.graph.p50 if each.graph else None, each.eager.p50) for what, each in times.items()
+    }
+    ideal = medians[IDEAL] = _each(lambda one: one / ranks, medians[ONE])
+    medians[SUM] = _each(lambda *parts: sum(parts), *(medians[part] for part in PARTS))
+    rows = []
+    for what in (ONE, IDEAL, TOGETHER, *PARTS, SUM):
+        above = efficiency = NOTHING
+        if what == TOGETHER:
+            above = _each(lambda time, best: time - best, medians[what], ideal)
+            efficiency = _each(lambda time, best: best / time, medians[what], ideal)
+        measured = times.get(what)
+        graph, eager = (measured.graph, measured.eager) if measured else (None, None)
+        rows.append(
+            Row(
+                case=case.name, what=what, ranks=ranks, context=case.context, new=case.new, path=paths.get(what, ""),
+                graph_us=_rounded(medians[what][0]), graph_p20_us=_rounded(graph.p20 if graph else None),
+                graph_p80_us=_rounded(graph.p80 if graph else None),
+                eager_us=_rounded(medians[what][1]), eager_p20_us=_rounded(eager.p20 if eager else None),
+                eager_p80_us=_rounded(eager.p80 if eager else None), samples=eager.samples if eager else 0,
+                above_ideal_graph_us=_rounded(above[0]), above_ideal_eager_us=_rounded(above[1]),
+                efficiency_graph=_rounded(efficiency[0], 4), efficiency_eager=_rounded(efficiency[1], 4),
+                bytes_received=wire[0] if what == TOGETHER else None,
+                bytes_least=wire[1] if what == TOGETHER else None, no_graph=measured.no_graph if measured else "",
+                **where,
+            )
+        )  # fmt: skip
+    return rows
+
+
+def _each(combine: Callable[..., float], *pairs: Pair) -> Pair:
+    """Combine times in a graph with each other, and eager ones likewise; None where one is None."""
+    graph, eager = ([pair[at] for pair in pairs] for at in range(2))
+    return (None if None in graph else combine(*graph)), (None if None in eager else combine(*eager))
+
+
+def _rounded(value: float | None, digits: int = 2) -> float | None:
+    return None if value is None else round(value, digits)
 
 
 def write(rows: Iterable[Row], path: Path) -> None:

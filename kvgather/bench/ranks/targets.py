@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from ..tables import text_table
-from .rows import Row
+from .rows import TOGETHER, Row
 
 
 class Target(NamedTuple):
@@ -33,7 +33,7 @@ TARGETS = (
 
 def summary(rows: Sequence[Row]) -> str:
     """A table of the targets and the measurements, in a CUDA graph and eagerly."""
-    calls = {(row.context, row.new): row for row in rows if row.what == "context parallel"}
+    calls = {(row.context, row.new): row for row in rows if row.what == TOGETHER}
     ranks = rows[0].ranks if rows else 0
     cells = [line for target in TARGETS for line in _lines(target, ranks, calls.get((target.context, target.new)))]
     return text_table(cells, ("", "to reach", "in a graph", "", "eager", ""), "llrlrl")
