@@ -66,7 +66,7 @@ def add_replay(commands: Any, run: Run) -> None:
 
 
 ENGINE: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("--config", {"default": "tiny", "help": "with random weights: tiny or 20b (GPT-OSS), llama, qwen3, mistral"}),
+    ("--config", {"default": "tiny", "help": "of random weights: tiny, tiny-6, 20b, llama, llama-6, qwen3 or mistral"}),
     ("--device", {"help": "cpu, cuda or cuda:N; default: the GPU if there is one"}),
     ("--dtype", {"help": "of the weights; default: bfloat16 on a GPU, float32 on a CPU"}),
     ("--seed", {"type": int, "default": 0, "help": "of random weights, and of the prompts; default: 0"}),

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 from transformers import AutoConfig, AutoModelForCausalLM, ContinuousBatchingConfig
 
 from kvgather.serving import EngineManager, Options, install
 from kvgather.serving.models import random_model
-from kvgather.serving.tensor_parallel import Ranks, load, shard
+from kvgather.serving.tensor_parallel import Ranks, load, own_memory, shard
 from tests.serving.engines import CPU, FP32, prompts, wait
 
 CONFIGS = ("tiny-6", "llama-6")
@@ -67,9 +68,19 @@ def elements(of: Any) -> dict[str, tuple[int, int]]:
     return {name: (p.numel(), p.untyped_storage().nbytes() // p.element_size()) for name, p in local.items()}
 
 
+def views(ranks: Ranks) -> tuple[dict[str, tuple[int, int]], bool, bool]:
+    """A part that is a view of the whole parameter, twice in a module: its elements, its values, whether it is tied."""
+    whole, module, mesh = torch.arange(12.0).view(6, 2), torch.nn.Module(), init_device_mesh("cpu", (ranks.count,))
+    rows = 6 // ranks.count
+    mine = whole[ranks.rank * rows :][:rows]
+    module.first = module.second = torch.nn.Parameter(DTensor.from_local(mine, mesh, [Shard(0)]))
+    own_memory(module)
+    return elements(module), bool(module.first.to_local().equal(mine)), module.first is module.second
+
+
 def hang(ranks: Ranks, of: Any) -> list[str]:
     """The last rank stops to take part: what rank 0's clients and the other ranks are told."""
-    last = engine(of, FP32, cpu_group_timeout=3.0)
+    last = engine(of, FP32, cpu_group_timeout=5.0)
     names = [last.add_request(list(prompts()[0]), max_new_tokens=400)]
     last.start()
     if ranks.rank == ranks.count - 1:
@@ -83,7 +94,7 @@ def hang(ranks: Ranks, of: Any) -> list[str]:
 def main(folder: Path) -> None:
     ranks = Ranks.of_torchrun(60)
     ranks.join(CPU)
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = {"views": views(ranks)}
     for name in CONFIGS:
         mine = shard(model(name), ranks)
         results[name] = {"elements": elements(mine), "fp32": run(engine(mine, FP32)), "fp8": run(engine(mine, FP8))}

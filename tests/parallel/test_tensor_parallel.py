@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import csv
-import os
 import re
-import signal
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +14,9 @@ import torch
 from kvgather import cli
 from kvgather.lab.child import run_module
 from kvgather.parallel.heads import heads_of
-from kvgather.replay import run as replay
-from kvgather.replay.process import HOST, ServerProcess, free_port
+from kvgather.replay.process import HOST, free_port
 from tests.parallel import ranks as each
+from tests.parallel.killed import check_replay_with_a_killed_rank, figure
 
 REPLAY = ["replay", "--device", "cpu", "--commit", "abc", "--ranks", "2"]
 Results = list[dict[str, Any]]
@@ -97,16 +93,17 @@ def test_a_rank_keeps_its_part_of_the_attention_and_no_more(
         assert on_ranks[0][name]["elements"][experts][0] * 2 == whole[experts][0]
 
 
+def test_a_part_that_is_a_view_gets_memory_of_its_own(on_ranks: Results) -> None:
+    part = 12 // len(on_ranks)
+    for results in on_ranks:
+        assert results["views"] == ({"first": (part, part)}, True, True)
+
+
 def test_a_rank_that_hangs_is_named_to_the_clients_and_to_the_other_ranks(on_ranks: Results) -> None:
     if len(on_ranks) == 2:
         assert "hang" not in on_ranks[0]
         return
     assert on_ranks[0]["hang"] == ["rank 2 does not answer"] * 2 and on_ranks[1]["hang"] == ["rank 2 does not answer"]
-
-
-def figure(text: str, name: str) -> str:
-    (found,) = re.findall(rf"^{name} +(.*)$", text, re.MULTILINE)
-    return found
 
 
 def test_replay(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -130,26 +127,5 @@ def test_replay_with_heads_that_do_not_divide(capsys: pytest.CaptureFixture[str]
 def test_a_killed_rank_ends_the_server_and_every_client_knows_why(
     rank: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Killed(ServerProcess):
-        """A server that loses a rank in the middle of its answers."""
-
-        def wait_until_ready(self, seconds: float) -> None:
-            super().wait_until_ready(seconds)
-            threading.Thread(target=self.kill).start()
-
-        def kill(self) -> None:
-            while (status := self.status()).get("num_steps", 0) < 10:
-                time.sleep(0.02)
-            os.kill(status["processes"][rank], signal.SIGKILL)
-            killed.append(time.monotonic())
-
-    killed: list[float] = []
-    monkeypatch.setattr(replay, "ServerProcess", Killed)
-    status = cli.main([*REPLAY, "--config", "tiny-6", "--new", "300", "--limit", "100"])
-    seconds = time.monotonic() - killed[0]
-    text = capsys.readouterr().out
-    assert status == cli.NOT_AS_EXPECTED and seconds < 20, (seconds, text)
-    assert [figure(text, name) for name in ("completed", "failed", "timed out")] == ["0", "65", "0"]
-    assert figure(text, "engine") in (f"died: the process died of SIGKILL (rank {rank})", f"died: rank {rank} died")
-    reasons = {f"the engine's process died of SIGKILL (rank {rank})", f"rank {rank} died"}
-    assert set(re.findall(r"^\d+ × +(.*)$", text, re.MULTILINE)) <= reasons
+    arguments = [*REPLAY, "--config", "tiny-6", "--new", "300", "--limit", "100"]
+    check_replay_with_a_killed_rank(rank, arguments, 20, capsys, monkeypatch)
