@@ -10,7 +10,7 @@ dense kernel, and reads the other tokens directly from the pages.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from ..cache import PagedKVCache
 from ..device import triton_available
 from ..formats.checks import check_int, check_window, described, dtype_name
 from ..formats.fp8 import FLOATS
+from ..hopper.plan import chosen_form
 from .pieces import common_piece, in_pieces
 
 PATHS = ("auto", "direct", "gather", "hybrid")
@@ -35,21 +36,23 @@ class Speeds:
 
     Attributes:
         direct: of the direct kernel.
+        hopper: of the Hopper kernel, which attends in its place where `Facts.hopper`; 0 where there is none.
         unmasked: of the dense kernel without a mask, for keys that are cached in all sequences.
         masked: of the dense kernel with a mask.
     """
 
     direct: float
+    hopper: float
     unmasked: float
     masked: float
 
 
 SPEEDS = {
-    64: Speeds(direct=310, unmasked=470, masked=300),
-    128: Speeds(direct=285, unmasked=750, masked=350),
-    256: Speeds(direct=165, unmasked=865, masked=360),
+    64: Speeds(direct=310, hopper=365, unmasked=470, masked=300),
+    128: Speeds(direct=285, hopper=517, unmasked=750, masked=350),
+    256: Speeds(direct=165, hopper=0, unmasked=865, masked=360),
 }
-"""By the larger head dim: up to 64, up to 128, up to 256."""
+"""By the larger head dim: up to 64, up to 128, up to 256. `hopper` is from `hopper.plan`, another run on one H100."""
 READ, MOVE = 2.5e6, 2.8e6
 """Bytes per µs: of codes that the direct path reads, and of bytes that the gather path reads and writes."""
 LAUNCH = {"direct": 14.0, "gather": 26.0, "hybrid": 50.0}
@@ -73,6 +76,7 @@ class Facts:
         device: "cuda" or "cpu".
         triton: whether Triton is installed.
         window: of the layer, or None.
+        hopper: whether the Hopper kernel attends on the direct path.
     """
 
     lengths: tuple[tuple[int, int], ...]
@@ -86,6 +90,7 @@ class Facts:
     device: str
     triton: bool
     window: int | None
+    hopper: bool = False
 
 
 def check_facts(
@@ -153,7 +158,8 @@ def expected_times(facts: Facts, speeds: Speeds) -> dict[str, float]:
 
 def direct_time(facts: Facts, speeds: Speeds) -> float:
     """Return the expected time of the direct path in µs."""
-    return LAUNCH["direct"] + _read_pages(facts, speeds, facts.lengths)
+    speed = speeds.hopper if facts.hopper else speeds.direct
+    return LAUNCH["direct"] + _read_pages(facts, speed, facts.lengths)
 
 
 def gather_time(facts: Facts, speeds: Speeds) -> float:
@@ -169,7 +175,7 @@ def hybrid_time(facts: Facts, speeds: Speeds) -> float:
     rows = sum(new for new, _ in gathered) * facts.kv_heads * facts.group
     state_time = 4 * rows * facts.v_head_dim / MOVE
     common_time = _gather_and_attend(facts, gathered, speeds.unmasked, causal=False)
-    return LAUNCH["hybrid"] + common_time + _read_pages(facts, speeds, rest) + state_time
+    return LAUNCH["hybrid"] + common_time + _read_pages(facts, speeds.direct, rest) + state_time
 
 
 def _gather_and_attend(facts: Facts, lengths: list[tuple[int, int]], speed: float, causal: bool) -> float:
@@ -195,8 +201,13 @@ def _gather_and_attend(facts: Facts, lengths: list[tuple[int, int]], speed: floa
     return copy_time + max(2 * gathered * token_elements / MOVE, flops / (speed * 1e6 * busy))
 
 
-def _read_pages(facts: Facts, speeds: Speeds, lengths: Iterable[tuple[int, int]]) -> float:
-    """Return the time of the direct kernel in µs: the longer one of reading the codes and of the products."""
+def _read_pages(facts: Facts, speed: float, lengths: Iterable[tuple[int, int]]) -> float:
+    """Return the time of a kernel that reads pages in µs: the longer one of reading the codes and of the products.
+
+    Args:
+        speed: of its products, in TFLOP/s.
+        lengths: (new tokens, tokens) of each sequence.
+    """
     dim_bytes, products = 0, 0  # bytes of one dim of all visible keys, and pairs of a tile's row and a key
     for new, tokens in lengths:
         rows = new * facts.group
@@ -205,7 +216,7 @@ def _read_pages(facts: Facts, speeds: Speeds, lengths: Iterable[tuple[int, int]]
         dim_bytes += _visible(facts, new, tokens) * facts.itemsize * (new > 0)
         products += -(-rows // tile) * tile * visible
     dims = facts.kv_heads * (facts.head_dim + facts.v_head_dim)
-    return max(dim_bytes * dims / READ, 2 * products * dims / (speeds.direct * 1e6))
+    return max(dim_bytes * dims / READ, 2 * products * dims / (speed * 1e6))
 
 
 def _visible(facts: Facts, new: int, tokens: int) -> int:
@@ -235,8 +246,9 @@ def explained(facts: Facts) -> str:
     ]
     if speeds is None or facts.device != "cuda":  # the choice does not depend on measured speeds
         return "\n".join(lines)
+    direct = f"direct on Hopper {speeds.hopper:g}" if facts.hopper else f"direct {speeds.direct:g}"
     lines += [
-        f"  products in TFLOP/s: direct {speeds.direct:g}, dense {speeds.unmasked:g} without a mask and "
+        f"  products in TFLOP/s: {direct}, dense {speeds.unmasked:g} without a mask and "
         f"{speeds.masked:g} with one; memory in GB/s: {READ / 1e3:g} and {MOVE / 1e3:g}",
         f"  measured on: {MEASURED_ON}",
     ]
@@ -358,4 +370,6 @@ def facts_of(
         tokens = min(batch.max_k, -(-batch.total_k // batch_size))
         lengths = ((new, batch.held(tokens)),) * batch.num_sequences
     common = common_length(batch, window, workspace_tokens)
-    return check_facts(cache, lengths, common, num_q_heads, dtype, window)
+    facts = check_facts(cache, lengths, common, num_q_heads, dtype, window)
+    form = chosen_form(cache, batch, batch.total_q, num_q_heads, dtype, window, cache.likeness)
+    return replace(facts, hopper=form is not None)

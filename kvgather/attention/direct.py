@@ -19,6 +19,7 @@ from ..cache import PagedKVCache
 from ..device import fp8_support, interpreting
 from ..formats.fp8 import FORMATS
 from ..formats.layout import Geometry
+from ..hopper.plan import ROWS, chosen_form
 from ..kernels.address import PoolForm, pool_strides
 from ..kernels.launch import PreparedLaunch, prepared_once
 from ..kernels.merge import combine_kernel
@@ -143,6 +144,7 @@ def direct_attention(
     likeness: int | None = None,
     want_lse: bool = True,
     into: tuple[Tensor, Tensor] | None = None,
+    hopper: bool | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend to the keys and values in the cache, the new tokens' included; everything was checked by the caller.
 
@@ -160,6 +162,8 @@ def direct_attention(
         likeness: the cache's, if the caller has just asked for it.
         want_lse: whether the caller reads the log-sum-exp; False saves an allocation where keys are split.
         into: what is returned, contiguous, each at a multiple of 16 bytes; None allocates it.
+        hopper: None lets the Hopper kernel attend where it is faster, True wherever it runs (see `hopper.plan`), False
+            nowhere. It never attends with a given tile, beginnings or a state.
 
     Returns:
         out `[n, q_heads, v_head_dim]` in q's dtype and its natural log-sum-exp `[n, q_heads]` in FP32; None in place
@@ -176,12 +180,22 @@ def direct_attention(
     interpreted = interpreting()
     if likeness is None:
         likeness = cache.likeness
+    form = None
     if tile is None:
         tile = tile_of(q, cache, batch, window, interpreted, likeness)
+        # Decode has smaller tiles, and spends no time on the decision.
+        if (hopper or (hopper is None and tile.m >= ROWS)) and begin is None and state is None:
+            form = chosen_form(cache, batch, shape[0], shape[1], q.dtype, window, likeness, hopper is True)
     lse = None if into is None else into[1]
-    if lse is None and (want_lse or tile.splits == 1):
+    if lse is None and (want_lse or tile.splits == 1 or form is not None):
         lse = q.new_empty(shape[:2], dtype=torch.float32)
     if shape[0] == 0:
+        return out, lse
+    if form is not None:
+        from ..hopper.launch import attend
+
+        assert lse is not None
+        attend(q, cache, batch, softmax_scale * LOG2E.value, sinks, form, likeness, out, lse)
         return out, lse
     call = DirectCall(q, cache, batch, sinks, window, begin, state, tile, interpreted, likeness)
     tensors = call.tensors()

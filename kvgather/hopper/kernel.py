@@ -1,0 +1,513 @@
+"""The kernel of attention from FP8 pages on Hopper, in Gluon: layouts, barriers and warpgroups are explicit.
+
+A program serves 128 rows of one KV head, a row being one (token, query head of the group). Producer warpgroups load
+pages with 16-byte loads, convert each code to FP16 once, and store tiles of 128 keys in the swizzle that `wgmma` reads;
+a pair of mbarriers for each tile says when it is full and when it is empty. Two consumer warpgroups of 64 rows each
+multiply from these tiles, with the online softmax in between. Steps run from the last keys to the first, so that the
+steps with a mask come first.
+
+The formula is that of `attention.direct_kernel`, which is the specification: out, log-sum-exp, sinks, empty rows and
+rows that see a bad block are the same. Requirements are in `plan.runs`.
+
+What machine code (ptxas 12.8 and 13.0) required:
+
+- Pages are loaded as int32 words and converted by one inline assembly a word: codes that are carried around a loop as
+  bytes cost 1,336 PRMT and 4.4 KB of spills.
+- ptxas moves `wgmma.wait_group 0` before the softmax, so that P V overlaps with nothing. A branch prevents this: a
+  second wait on a barrier that is complete.
+- A 16-bit tensor carried around a loop is unpacked and packed, 64 PRMT of 524 instructions. Where registers suffice
+  (`Form.carry`), P is carried as FP32.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+N = gl.constexpr(128)
+"""Keys of a tile."""
+M = gl.constexpr(64)
+"""Rows of a consumer."""
+LN2 = gl.constexpr(0.6931471805599453)
+LOG2E = gl.constexpr(1.4426950408889634)
+
+
+@gluon.constexpr_function
+def page_layout(words):
+    """Layout of `[128, words]` words of 4 codes: a thread has 16 bytes of a row; swizzled stores have no conflicts."""
+    reg, lane = [[0, 1], [0, 2]], [[0, 4], [0, 8], [1, 0]]
+    if words == 32:
+        lane += [[0, 16], [2, 0]]
+        row = 4
+    else:
+        lane += [[2, 0], [4, 0]]
+        row = 8
+    warp = [[row, 0], [2 * row, 0]]
+    row *= 4
+    while row < 128:
+        reg.append([row, 0])
+        row *= 2
+    shape = [128, words]
+    return gl.DistributedLinearLayout(reg_bases=reg, lane_bases=lane, warp_bases=warp, block_bases=[], shape=shape)
+
+
+@gluon.constexpr_function
+def row_layout(dim):
+    """Layout of `[rows, dim]` 16-bit elements in memory: a thread has 16 bytes of a row."""
+    return gl.BlockedLayout([1, 8], [256 // dim, dim // 8], [4, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def exp2_code(polynomials):
+    """Assembly for four powers of two of numbers ≤ 0, `polynomials` of them without the special function unit.
+
+    2^x = 2^n 2^r with n the nearest integer and r in [−0.5, 0.5]; the polynomial's relative error is 1e-4.
+    """
+    code = "{ .reg .f32 x, f, r, p; .reg .b32 n, b; "
+    for i in range(4):
+        if i < 4 - polynomials:
+            code += f"ex2.approx.ftz.f32 ${i}, ${i + 4}; "
+        else:
+            code += (
+                f"max.ftz.f32 x, ${i + 4}, 0fC2FA0000; add.ftz.f32 f, x, 0f4B400000; mov.b32 n, f; "
+                "sub.ftz.f32 f, f, 0f4B400000; sub.ftz.f32 r, x, f; "
+                "fma.rn.ftz.f32 p, r, 0f3D634570, 0f3E77CFD7; fma.rn.ftz.f32 p, p, r, 0f3F3171D2; "
+                "fma.rn.ftz.f32 p, p, r, 0f3F800000; "
+                f"mov.b32 b, p; shl.b32 n, n, 23; add.s32 b, b, n; mov.b32 ${i}, b; "
+            )
+    return code + "}"
+
+
+@gluon.jit
+def _load_pages(pool_ptr, strides, table_ptr, first, end, LAYER: gl.constexpr, CHECKED: gl.constexpr):
+    """Codes of 128 keys from `first` on, four in a word, `[128, dim / 4]`.
+
+    Args:
+        pool_ptr: the head's words.
+        strides: of blocks and slots, in units of 16 bytes.
+        CHECKED: whether some row may not see some key. Keys past the end are then the last one, and codes of bad blocks
+            are 0: such a block may hold NaN, and 0 times NaN would reach rows that do not see it. Otherwise all keys
+            are before the end, and codes of bad blocks are those of block 0.
+    """
+    L: gl.constexpr = page_layout(LAYER.dim // 4)
+    key = first + gl.arange(0, N, gl.SliceLayout(1, L))
+    if CHECKED:
+        key = gl.minimum(key, end - 1)
+    block = gl.load(table_ptr + key // LAYER.page_size)
+    row = gl.maximum(block, 0).to(gl.int64) * strides[0] * 4 + (key % LAYER.page_size) * strides[1] * 4
+    word = gl.arange(0, LAYER.dim // 4, gl.SliceLayout(0, L))
+    if CHECKED:
+        return gl.load(pool_ptr + row[:, None] + word[None, :], mask=(block >= 0)[:, None], other=0)
+    else:
+        return gl.load(pool_ptr + row[:, None] + word[None, :])
+
+
+@gluon.jit
+def _put(codes, tile, full, DIM: gl.constexpr):
+    """Convert codes to FP16, store the tile, and tell the consumers."""
+    low, high = gl.inline_asm_elementwise(
+        "{ .reg .b16 l, h; mov.b32 {l, h}, $2; cvt.rn.f16x2.e4m3x2 $0, l; cvt.rn.f16x2.e4m3x2 $1, h; }",
+        "=r,=r,r", [codes], dtype=(gl.int32, gl.int32), is_pure=True, pack=1,
+    )  # fmt: skip
+    words = gl.reshape(gl.join(low, high), [N, DIM // 2])
+    W: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
+    tile._reinterpret(gl.int32, [N, DIM // 2], W).store(words)
+    fence_async_shared()
+    gl.thread_barrier()
+    mbarrier.arrive(full, count=1)
+
+
+@gluon.jit
+def _produce(pool, tiles, full, empty, keys, LAYER: gl.constexpr, FORM: gl.constexpr):
+    """Store all tiles of K or of V; the loads of the next `FORM.depth` tiles are under way.
+
+    Args:
+        pool: pointer to the head's words, and strides.
+        keys: the table's row of the sequence, steps, the number of steps with a mask, and the end of the keys.
+    """
+    pool_ptr, strides = pool
+    table_ptr, steps, masked, end = keys
+    last = (steps - 1) * N
+    codes = _load_pages(pool_ptr, strides, table_ptr, last, end, LAYER, True)
+    if FORM.depth == 2:
+        later = _load_pages(pool_ptr, strides, table_ptr, gl.maximum(last - N, 0), end, LAYER, True)
+    for CHECKED in gl.static_range(1, -1, -1):
+        begin_step, end_step = masked, steps
+        if CHECKED:
+            begin_step, end_step = 0, masked
+        for i in range(begin_step, end_step):
+            s = i % FORM.stages
+            mbarrier.wait(empty.index(s), ((i // FORM.stages) & 1) ^ 1)
+            _put(codes, tiles.index(s), full.index(s), LAYER.dim)
+            ahead = gl.maximum(last - (i + FORM.depth) * N, 0)
+            if FORM.depth == 2:
+                codes = later
+                later = _load_pages(pool_ptr, strides, table_ptr, ahead, end, LAYER, CHECKED == 1)
+            else:
+                codes = _load_pages(pool_ptr, strides, table_ptr, ahead, end, LAYER, CHECKED == 1)
+
+
+@gluon.jit
+def _produce_both(k_pool, v_pool, k_tiles, v_tiles, barriers, keys, LAYER: gl.constexpr, FORM: gl.constexpr):
+    """Store all tiles of K and V; a tile of one is loaded while a tile of the other is converted."""
+    k_ptr, k_strides = k_pool
+    v_ptr, v_strides = v_pool
+    k_full, k_empty, v_full, v_empty, _ = barriers
+    table_ptr, steps, masked, end = keys
+    last = (steps - 1) * N
+    k = _load_pages(k_ptr, k_strides, table_ptr, last, end, LAYER, True)
+    v = _load_pages(v_ptr, v_strides, table_ptr, last, end, LAYER, True)
+    for CHECKED in gl.static_range(1, -1, -1):
+        begin_step, end_step = masked, steps
+        if CHECKED:
+            begin_step, end_step = 0, masked
+        for i in range(begin_step, end_step):
+            s = i % FORM.stages
+            phase = ((i // FORM.stages) & 1) ^ 1
+            ahead = gl.maximum(last - (i + 1) * N, 0)
+            mbarrier.wait(k_empty.index(s), phase)
+            _put(k, k_tiles.index(s), k_full.index(s), LAYER.dim)
+            k = _load_pages(k_ptr, k_strides, table_ptr, ahead, end, LAYER, CHECKED == 1)
+            mbarrier.wait(v_empty.index(s), phase)
+            _put(v, v_tiles.index(s), v_full.index(s), LAYER.dim)
+            v = _load_pages(v_ptr, v_strides, table_ptr, ahead, end, LAYER, CHECKED == 1)
+
+
+@gluon.jit
+def _softmax(s, row_scale, top, total, position, first, MASKED: gl.constexpr, S: gl.constexpr, POLY: gl.constexpr):
+    """`kernels.softmax.online_softmax_step` for keys from `first` on, with the causal mask if MASKED."""
+    if MASKED:
+        key = first + gl.arange(0, N, gl.SliceLayout(0, S))
+        s = gl.where(key[None, :] <= position[:, None], s, float("-inf"))
+    new = gl.maximum(top, gl.max(s, 1) * row_scale)
+    shift = gl.where(new == float("-inf"), 0.0, new) if MASKED else new
+    if POLY > 0 and not MASKED:
+        p = gl.inline_asm_elementwise(
+            exp2_code(POLY), "=f,=f,=f,=f,f,f,f,f", [s * row_scale[:, None] - shift[:, None]], dtype=gl.float32,
+            is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        p = gl.exp2(s * row_scale[:, None] - shift[:, None])
+    kept = gl.exp2(top - shift)
+    total = total * kept + gl.sum(p, 1)
+    return p, kept, new, total
+
+
+@gluon.jit
+def _masked_steps(steps, position):
+    """How many of the first steps, of the last keys, have a mask if the first row has this position: 1 at least."""
+    whole = (position + 1) // N  # steps in which every row sees every key
+    return gl.minimum(gl.maximum(steps - whole, 1), steps)
+
+
+@gluon.jit
+def _attend(work, LAYER: gl.constexpr, FORM: gl.constexpr, WHICH: gl.constexpr):
+    """Attend the 64 rows from `first_row + 64 · WHICH` on to all keys, and store out and log-sum-exp.
+
+    Args:
+        work: queries, tiles, barriers, keys, scales and outputs, as `_attend_tile` groups them.
+    """
+    DIM: gl.constexpr = LAYER.dim
+    GROUP: gl.constexpr = LAYER.group
+    S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
+    A: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DIM, 16])
+    P: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=A, k_width=2)
+    Q: gl.constexpr = row_layout(DIM)
+    queries, tiles, barriers, keys, scales, outs = work
+    q_ptr, q_strides, first_q, first_row, rows, head = queries
+    q_tiles, k_tiles, v_tiles = tiles
+    k_full, k_empty, v_full, v_empty, turn = barriers
+    steps, len_k, first_bad = keys
+    scale_log2, v_scale = scales
+    sink_ptr, out_ptr, lse_ptr = outs
+    begin = first_row + WHICH * M
+
+    # As `direct_kernel._scale_queries`: rows are divided by their largest element, and the factor of the scores is a
+    # power of two.
+    row = begin + gl.arange(0, M, gl.SliceLayout(1, Q))
+    dim = gl.arange(0, DIM, gl.SliceLayout(0, Q))
+    q_row = (first_q + row // GROUP).to(gl.int64) * q_strides[0]
+    q_row += (head * GROUP + row % GROUP).to(gl.int64) * q_strides[1]
+    q = gl.load(q_ptr + q_row[:, None] + dim[None, :], mask=(row < rows)[:, None], other=0.0).to(gl.float32)
+    largest = gl.max(gl.abs(q), 1)
+    largest = gl.where(largest > 0, largest, 1.0)
+    row_scale = largest * scale_log2
+    power = (row_scale.to(gl.int32, bitcast=True) & 0x7F800000).to(gl.float32, bitcast=True)
+    power = gl.maximum(power, 1.1754943508222875e-38)
+    q = q / largest[:, None] * (row_scale / power)[:, None]
+    q_tile = q_tiles.index(WHICH)
+    q_tile.store(q.to(gl.float16))
+    fence_async_shared()
+    gl.thread_barrier()
+    row_scale = gl.convert_layout(power, gl.SliceLayout(1, S))
+
+    row = begin + gl.arange(0, M, gl.SliceLayout(1, S))
+    first_position = len_k - rows // GROUP
+    position = first_position + row // GROUP
+    masked = _masked_steps(steps, first_position + begin // GROUP)
+    last = (steps - 1) * N
+    top = gl.full([M], float("-inf"), gl.float32, gl.SliceLayout(1, S))
+    total = gl.full([M], 0.0, gl.float32, gl.SliceLayout(1, S))
+    acc = gl.full([M, DIM], 0.0, gl.float32, A)
+    nothing = gl.full([M, N], 0.0, gl.float32, S)
+
+    mbarrier.wait(k_full.index(0), 0)
+    if FORM.pingpong:
+        mbarrier.wait(turn.index(WHICH), 0)
+    s = warpgroup_mma(q_tile, k_tiles.index(0).permute([1, 0]), nothing, use_acc=False, is_async=True)
+    if FORM.pingpong:
+        mbarrier.arrive(turn.index(1 - WHICH), count=1)
+    s = warpgroup_mma_wait(0, deps=[s])
+    mbarrier.arrive(k_empty.index(0), count=1)
+    w, kept, top, total = _softmax(s, row_scale, top, total, position, last, True, S, FORM.poly)
+    p = gl.convert_layout(w.to(gl.float16), P)
+
+    for MASKED in gl.static_range(1, -1, -1):
+        begin_step, end_step = masked, steps
+        if MASKED:
+            begin_step, end_step = 1, masked
+        for i in range(begin_step, end_step):
+            # Q K of this step and P V of the step before are issued together; P V runs during the softmax.
+            a = i % FORM.stages
+            b = (i - 1) % FORM.stages
+            if FORM.carry:
+                p = gl.convert_layout(w.to(gl.float16), P)
+            mbarrier.wait(k_full.index(a), (i // FORM.stages) & 1)
+            if FORM.pingpong:
+                mbarrier.wait(turn.index(WHICH), i & 1)
+            s = warpgroup_mma(q_tile, k_tiles.index(a).permute([1, 0]), nothing, use_acc=False, is_async=True)
+            mbarrier.wait(v_full.index(b), ((i - 1) // FORM.stages) & 1)
+            o = warpgroup_mma(p, v_tiles.index(b), acc, is_async=True)
+            if FORM.pingpong:
+                mbarrier.arrive(turn.index(1 - WHICH), count=1)
+            s = warpgroup_mma_wait(1, deps=[s])
+            mbarrier.arrive(k_empty.index(a), count=1)
+            w, kept, top, total = _softmax(
+                s, row_scale, top, total, position, last - i * N, MASKED == 1, S, FORM.poly
+            )  # fmt: skip
+            # Complete already: the branch keeps ptxas from waiting for P V before the softmax.
+            mbarrier.wait(v_full.index(b), ((i - 1) // FORM.stages) & 1)
+            acc, p, w, total = warpgroup_mma_wait(0, deps=[o, p, w, total])
+            mbarrier.arrive(v_empty.index(b), count=1)
+            acc = acc * gl.convert_layout(kept, gl.SliceLayout(1, A))[:, None]
+            if not FORM.carry:
+                p = gl.convert_layout(w.to(gl.float16), P)
+
+    b = (steps - 1) % FORM.stages
+    mbarrier.wait(v_full.index(b), ((steps - 1) // FORM.stages) & 1)
+    if FORM.carry:
+        p = gl.convert_layout(w.to(gl.float16), P)
+    o = warpgroup_mma(p, v_tiles.index(b), acc, is_async=True)
+    acc, p = warpgroup_mma_wait(0, deps=[o, p])
+
+    total = gl.where(position >= first_bad, float("nan"), total)
+    factor = v_scale  # of the rows of acc
+    if LAYER.sinks:
+        sink = gl.load(sink_ptr + head * GROUP + row % GROUP, mask=row < rows, other=0.0).to(gl.float32)
+        unseen = total == 0
+        new = gl.maximum(top, sink * LOG2E)
+        shift = gl.where(new == float("-inf"), 0.0, new)
+        kept = gl.exp2(top - shift)
+        total = total * kept + gl.exp2(sink * LOG2E - shift)
+        factor = kept * v_scale
+        top = new
+    divisor = gl.where(total == 0, 1.0, total)
+    lse = top * LN2 + gl.log(divisor)
+    if LAYER.sinks:
+        lse = gl.where(unseen, sink, lse)
+    acc = acc * gl.convert_layout(factor / divisor, gl.SliceLayout(1, A))[:, None]
+    lse_row = (first_q + row // GROUP).to(gl.int64) * (LAYER.heads * GROUP) + head * GROUP + row % GROUP
+    gl.store(lse_ptr + lse_row, lse, mask=row < rows)
+    row = begin + gl.arange(0, M, gl.SliceLayout(1, A))
+    dim = gl.arange(0, DIM, gl.SliceLayout(0, A))
+    out_row = (first_q + row // GROUP).to(gl.int64) * (LAYER.heads * GROUP) + head * GROUP + row % GROUP
+    out = acc.to(out_ptr.dtype.element_ty)
+    gl.store(out_ptr + out_row[:, None] * DIM + dim[None, :], out, mask=(row < rows)[:, None])
+
+
+@gluon.jit
+def _consume(work, LAYER: gl.constexpr, FORM: gl.constexpr, WHICH: gl.constexpr):
+    """`_attend` if the consumer has rows; the first one has. Without rows it only empties tiles."""
+    queries, _, barriers, keys, _, _ = work
+    if WHICH == 0:
+        _attend(work, LAYER, FORM, WHICH)
+    elif queries[3] + WHICH * M < queries[4]:
+        _attend(work, LAYER, FORM, WHICH)
+    else:
+        k_full, k_empty, v_full, v_empty, turn = barriers
+        steps = keys[0]
+        for i in range(steps):
+            s = i % FORM.stages
+            phase = (i // FORM.stages) & 1
+            if FORM.pingpong:
+                mbarrier.wait(turn.index(WHICH), i & 1)
+                mbarrier.arrive(turn.index(1 - WHICH), count=1)
+            mbarrier.wait(k_full.index(s), phase)
+            mbarrier.arrive(k_empty.index(s), count=1)
+            mbarrier.wait(v_full.index(s), phase)
+            gl.thread_barrier()  # no warp may fall behind: one bit distinguishes a barrier's phases
+            mbarrier.arrive(v_empty.index(s), count=1)
+
+
+@gluon.jit
+def _fill_rows(out_ptr, lse_ptr, sink_ptr, empty, first_row, end_row, step, head, LAYER: gl.constexpr):
+    """Set a KV head's rows [first_row, end_row), 128 of every `step` of them; rows are counted from the first token.
+
+    Rows are 0, and −inf or the sink, if `empty`; else NaN.
+    """
+    DIM: gl.constexpr = LAYER.dim
+    GROUP: gl.constexpr = LAYER.group
+    L: gl.constexpr = row_layout(DIM)
+    out_value = gl.where(empty, 0.0, float("nan"))
+    lse_value = gl.where(empty, float("-inf"), float("nan"))
+    dim = gl.arange(0, DIM, gl.SliceLayout(0, L))
+    while first_row < end_row:
+        row = first_row + gl.arange(0, 2 * M, gl.SliceLayout(1, L))
+        in_use = row < end_row
+        out_row = row // GROUP * (LAYER.heads * GROUP) + head * GROUP + row % GROUP
+        out = (gl.full([2 * M, DIM], 0.0, gl.float32, L) + out_value).to(out_ptr.dtype.element_ty)
+        gl.store(out_ptr + out_row[:, None] * DIM + dim[None, :], out, mask=in_use[:, None])
+        lse = gl.full([2 * M], 0.0, gl.float32, gl.SliceLayout(1, L)) + lse_value
+        if LAYER.sinks:
+            sink = gl.load(sink_ptr + head * GROUP + row % GROUP, mask=in_use, other=0.0).to(gl.float32)
+            lse = gl.where(lse == float("-inf"), sink, lse)
+        gl.store(lse_ptr + out_row, lse, mask=in_use)
+        first_row += step
+
+
+@gluon.jit
+def _first_bad_key(table_ptr, end, columns, PAGE: gl.constexpr):
+    """The first key of the first bad block among the keys before `end`; else the first key past the block table.
+
+    A row that sees it is NaN: without a window, a row sees all keys up to its position.
+    """
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    pages = (end + PAGE - 1) // PAGE
+    first_bad = gl.full([1024], 0, gl.int32, L) + columns * PAGE
+    for first in range(0, pages, 1024):
+        page = first + gl.arange(0, 1024, L)
+        block = gl.load(table_ptr + page, mask=page < pages, other=0)
+        first_bad = gl.where(block < 0, gl.minimum(first_bad, page * PAGE), first_bad)
+    return gl.min(first_bad, 0)
+
+
+@gluon.jit(do_not_specialize=["num_sequences", "columns", "tiles", "total_q", "max_q"])
+def hopper_kernel(
+    q_ptr, table_ptr, cu_q_ptr, cu_k_ptr, sink_ptr, out_ptr, lse_ptr, k_ptr, k_scale_ptr, v_ptr, v_scale_ptr,
+    scale_log2, num_sequences, columns, tiles, total_q, max_q,
+    q_strides,  # row, head
+    k_strides, v_strides,  # block, slot, head, in units of 16 bytes
+    LAYER: gl.constexpr, FORM: gl.constexpr,  # plan.LayerForm, plan.Form
+):  # fmt: skip
+    """`direct_kernel` for one tile of 128 rows of a sequence; pools are int32 words."""
+    program = gl.program_id(0)
+    head = program % LAYER.heads
+    tile = (program // LAYER.heads) % tiles
+    sequence = program // (LAYER.heads * tiles)
+    GROUP: gl.constexpr = LAYER.group
+    first_q = gl.load(cu_q_ptr + sequence)  # at num_sequences: the end of the last sequence
+    spare = sequence == num_sequences  # rows that belong to no sequence: 0
+    end_q = gl.load(cu_q_ptr + gl.minimum(sequence + 1, num_sequences))
+    first_row = tile * 2 * M
+    if spare | (end_q - first_q > max_q):  # or more rows than there are tiles: NaN
+        end_q = gl.where(spare, total_q, end_q)
+        begin = first_q.to(gl.int64) * GROUP + first_row
+        _fill_rows(
+            out_ptr, lse_ptr, sink_ptr, spare, begin, end_q.to(gl.int64) * GROUP, tiles * 2 * M, head, LAYER
+        )  # fmt: skip
+    else:
+        rows = (end_q - first_q) * GROUP
+        if first_row < rows:
+            len_k = gl.load(cu_k_ptr + sequence + 1) - gl.load(cu_k_ptr + sequence)
+            last_row = gl.minimum(first_row + 2 * M, rows) - 1
+            end = gl.minimum(len_k - rows // GROUP + last_row // GROUP + 1, columns * LAYER.page_size)
+            if end <= 0:  # no row of the tile sees a key
+                begin = first_q.to(gl.int64) * GROUP + first_row
+                past = first_q.to(gl.int64) * GROUP + last_row + 1
+                _fill_rows(out_ptr, lse_ptr, sink_ptr, end <= 0, begin, past, 2 * M, head, LAYER)
+            else:
+                _attend_tile(
+                    q_ptr, q_strides, table_ptr + sequence.to(gl.int64) * columns, sink_ptr, out_ptr, lse_ptr,
+                    k_ptr, k_scale_ptr, k_strides, v_ptr, v_scale_ptr, v_strides, scale_log2, columns, first_row, rows,
+                    first_q, len_k, end, head, LAYER, FORM,
+                )  # fmt: skip
+
+
+@gluon.jit
+def _attend_tile(
+    q_ptr, q_strides, table_ptr, sink_ptr, out_ptr, lse_ptr, k_ptr, k_scale_ptr, k_strides, v_ptr, v_scale_ptr,
+    v_strides, scale_log2, columns, first_row, rows, first_q, len_k, end, head,
+    LAYER: gl.constexpr, FORM: gl.constexpr,
+):  # fmt: skip
+    """Attend 128 rows from `first_row` on, of which some row sees the keys before `end`."""
+    DIM: gl.constexpr = LAYER.dim
+    STAGES: gl.constexpr = FORM.stages
+    steps = (end + N - 1) // N
+    masked = _masked_steps(steps, len_k - rows // LAYER.group + first_row // LAYER.group)
+    first_bad = _first_bad_key(table_ptr, end, columns, LAYER.page_size)
+    scale = scale_log2
+    if LAYER.k_scaled:
+        scale *= gl.load(k_scale_ptr)
+    v_scale = scale_log2 * 0 + 1
+    if LAYER.v_scaled:
+        v_scale = gl.load(v_scale_ptr)
+    k_ptr += head.to(gl.int64) * k_strides[2] * 4
+    v_ptr += head.to(gl.int64) * v_strides[2] * 4
+
+    W: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    B: gl.constexpr = mbarrier.MBarrierLayout()
+    q_tiles = gl.allocate_shared_memory(gl.float16, [2, M, DIM], W)
+    k_tiles = gl.allocate_shared_memory(gl.float16, [STAGES, N, DIM], W)
+    v_tiles = gl.allocate_shared_memory(gl.float16, [STAGES, N, DIM], W)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
+    turn = gl.allocate_shared_memory(gl.int64, [2, 1], B)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=2)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(v_empty.index(i), count=2)
+    for i in gl.static_range(2):
+        mbarrier.init(turn.index(i), count=1)
+    gl.thread_barrier()
+    if FORM.pingpong:
+        mbarrier.arrive(turn.index(0), count=1)
+
+    barriers = (k_full, k_empty, v_full, v_empty, turn)
+    work = (
+        (q_ptr, q_strides, first_q, first_row, rows, head),
+        (q_tiles, k_tiles, v_tiles),
+        barriers,
+        (steps, len_k, first_bad),
+        (scale, v_scale),
+        (sink_ptr, out_ptr, lse_ptr),
+    )
+    k_pool, v_pool = (k_ptr, k_strides), (v_ptr, v_strides)
+    keys = (table_ptr, steps, masked, end)
+    if FORM.producers == 2:
+        gl.warp_specialize(
+            [
+                (_consume, (work, LAYER, FORM, 0)),
+                (_consume, (work, LAYER, FORM, 1)),
+                (_produce, (k_pool, k_tiles, k_full, k_empty, keys, LAYER, FORM)),
+                (_produce, (v_pool, v_tiles, v_full, v_empty, keys, LAYER, FORM)),
+            ],
+            [4, 4, 4], [FORM.consumer_registers, FORM.producer_registers, FORM.producer_registers],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (work, LAYER, FORM, 0)),
+                (_consume, (work, LAYER, FORM, 1)),
+                (_produce_both, (k_pool, v_pool, k_tiles, v_tiles, barriers, keys, LAYER, FORM)),
+            ],
+            [4, 4], [FORM.consumer_registers, FORM.producer_registers],
+        )  # fmt: skip
