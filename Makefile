@@ -30,7 +30,7 @@ ARGS =
 BROWSER = chromium
 WHAT = gather
 VERSIONS = 3.6.0 3.9.0
-TRITON_TESTS = tests/attention tests/batch tests/gather tests/kernels tests/lab tests/scatter \
+TRITON_TESTS = tests/attention tests/batch tests/gather tests/hopper tests/kernels tests/lab tests/scatter \
 	tests/test_cache.py tests/test_plan.py
 CALLS = 20000
 SEED = 0

@@ -25,6 +25,7 @@ from tests.gather.oracle import assert_same
 from tests.gather.variants import VARIANTS
 from tests.memcheck.batch_jobs import batched, planned, refused
 from tests.memcheck.direct_jobs import DIRECT, SPLITS
+from tests.memcheck.hopper_jobs import HOPPER
 
 TOKENS, BLOCKS = 700, 64
 
@@ -264,4 +265,9 @@ def _directs() -> Iterator[Job]:
         yield Job(f"direct {direct}", direct.run, (8.0 if heavy else 1.5) + sum(direct.dims) / (16 if heavy else 256))
 
 
-JOBS: tuple[Job, ...] = (*_gathers(), *_writes(), *_states(), *_batches(), *_prefixes(), *_directs())
+def _hoppers() -> Iterator[Job]:
+    for hopper in HOPPER:
+        yield Job(f"hopper {hopper}", hopper.run, 12.0)
+
+
+JOBS: tuple[Job, ...] = (*_gathers(), *_writes(), *_states(), *_batches(), *_prefixes(), *_directs(), *_hoppers())
