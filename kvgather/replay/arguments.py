@@ -16,7 +16,7 @@ def add_serve(commands: Any, run: Run) -> None:
         "serve",
         help="serve a model: transformers' OpenAI-compatible server on this package's FP8 pools",
         description="Transformers' server and its continuous batching, with this package's paged cache and attention. "
-        "Needs kvgather[serving].",
+        "Needs kvgather[serving]. `torchrun --nproc-per-node N -m kvgather serve …` spreads the heads over N GPUs.",
     )
     parser.add_argument("model", nargs="?", default="", metavar="MODEL", help="the folder of a model")
     parser.add_argument("--random-weights", action="store_true", help="no MODEL: random weights for --config")
@@ -49,6 +49,10 @@ def add_replay(commands: Any, run: Run) -> None:
         "--timeout", type=_seconds, default=300.0, metavar="SECONDS", help="of each client; default: 300"
     )
     parser.add_argument("--limit", type=_seconds, default=900.0, metavar="SECONDS", help="of the server; default: 900")
+    parser.add_argument(
+        "--ranks", type=_count, default=1, metavar="N", help="processes that hold the model's heads together, one a GPU; "
+        "N divides the KV heads; default: 1",
+    )  # fmt: skip
     parser.add_argument("--warm-up", type=int, default=0, metavar="N", help="requests before, with another prefix")
     parser.add_argument(
         "--no-compare", action="store_true", help="do not compare the texts with those of the fixed gather"
@@ -74,6 +78,8 @@ ENGINE: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--page-size", {"type": int, "default": 16, "help": "tokens per block; default: 16"}),
     ("--num-blocks", {"type": int, "help": "blocks of the cache; default: as many as fit, or as the requests need"}),
     ("--max-batched-tokens", {"type": int, "default": 16384, "help": "budget of a step in tokens; default: 16384"}),
+    ("--rank-timeout", {"type": float, "default": 120.0, "metavar": "SECONDS",
+                        "help": "how long ranks wait for each other; default: 120"}),
     ("--gather", {"choices": GATHERS, "default": "after", "help": "of prefills that find a prefix; default: after"}),
 )  # fmt: skip
 FLAGS: tuple[tuple[str, str], ...] = (

@@ -110,8 +110,8 @@ async def _ask(client: openai.AsyncOpenAI, prompt: str, workload: Workload, deat
     return Answer("".join(texts), error, time.perf_counter() - begin, first, timed_out)
 
 
-async def _broken(death: Callable[[], str], seconds: float = 0.5) -> str:
-    """The reason of a broken connection: the server's process may end a moment after its connections."""
+async def _broken(death: Callable[[], str], seconds: float = 5.0) -> str:
+    """The reason of a broken connection: the server's processes may end a moment after its connections."""
     for _ in range(int(seconds / 0.02)):
         if how := death():
             return f"the engine's process {how}"

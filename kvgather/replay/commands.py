@@ -32,15 +32,21 @@ def serve(arguments: argparse.Namespace) -> int:
         raise ValueError("accepted: either MODEL, the folder of a model, or --random-weights")
     if arguments.model and not Path(arguments.model).is_dir():
         raise ValueError(f"MODEL is {arguments.model!r}, which is no folder; accepted: the folder of a model")
+    ranks = server.Ranks.of_torchrun(arguments.rank_timeout)
     device = resolve_device(arguments.device, "--device")
+    if ranks.count > 1:
+        device = resolve_device(ranks.device(device.type), f"the device of rank {ranks.rank}")
     default = torch.float32 if device.type == "cpu" else torch.bfloat16
     source = server.Source(
         arguments.model, arguments.config, device, _dtype(arguments.dtype, "--dtype", default), arguments.seed,
-        arguments.greedy,
+        arguments.greedy, ranks,
     )  # fmt: skip
+    if ranks.count > 1:
+        server.plan_of(source.model_config(), ranks.count)  # raises before anything is allocated
     sizes = server.Sizes(
-        arguments.page_size, arguments.num_blocks, arguments.max_batched_tokens, sharing=not arguments.no_sharing
-    )
+        arguments.page_size, arguments.num_blocks, arguments.max_batched_tokens, sharing=not arguments.no_sharing,
+        exchange_seconds=arguments.rank_timeout,
+    )  # fmt: skip
     options = None if arguments.engine == "stock" else _options(arguments, source, sizes)
     server.serve(source, sizes, options, arguments.host, arguments.port)
     return OK
@@ -100,6 +106,7 @@ def replay(arguments: argparse.Namespace) -> int:
         with _Bar(arguments.requests) as bar:
             outcome = run.replay(
                 words, _workload(arguments, arguments.requests, arguments.seed), limit=arguments.limit, tell=bar.tell,
+                ranks=arguments.ranks,
                 warm_up=_workload(arguments, arguments.warm_up, arguments.seed + 1) if arguments.warm_up else None,
             )  # fmt: skip
         print(table.text(outcome), flush=True)
@@ -110,7 +117,10 @@ def replay(arguments: argparse.Namespace) -> int:
             print(f"\n1 row in {path}")
         if outcome.succeeded and arguments.gather != "after" and not arguments.no_compare:
             words[words.index("--gather") + 1] = "after"
-            fixed = run.replay(words, _workload(arguments, arguments.requests, arguments.seed), limit=arguments.limit)
+            fixed = run.replay(
+                words, _workload(arguments, arguments.requests, arguments.seed), limit=arguments.limit,
+                ranks=arguments.ranks,
+            )  # fmt: skip
             wrong = outcome.differing(fixed)
             share = f"{wrong} of {arguments.requests} ({wrong / arguments.requests:.1%})"
             print(f"{'other text':<13} {share} than with the fixed gather")
@@ -153,6 +163,7 @@ def _row(arguments: argparse.Namespace, measured: dict[str, object]) -> Any:
         "dtype": "" if stock else arguments.cache_dtype,
         "layout": "" if stock else arguments.layout,
         "scale": "" if stock else arguments.scale,
+        "ranks": arguments.ranks,
         **measured,
         **machine(resolve_device(arguments.device, "--device").type),
         "transformers": importlib.metadata.version("transformers"),

@@ -73,6 +73,7 @@ def replay(
     *,
     warm_up: Workload | None = None,
     limit: float = 600.0,
+    ranks: int = 1,
     tell: Callable[[Answer], None] = lambda _: None,
     started: Callable[[ServerProcess], None] = lambda _: None,
 ) -> Outcome:
@@ -83,6 +84,7 @@ def replay(
         workload: what the clients ask for.
         warm_up: asked before, and not counted: on a GPU the first requests compile kernels.
         limit: seconds for all of it.
+        ranks: processes that run the model together.
         tell: called with each answer when it is complete.
         started: called with the server when it answers.
 
@@ -90,7 +92,7 @@ def replay(
         ServerError: the server did not start.
     """
     begin = time.monotonic()
-    with ServerProcess(("kvgather", "serve", *server_arguments), limit) as server:
+    with ServerProcess(("kvgather", "serve", *server_arguments), limit, ranks) as server:
         server.wait_until_ready(limit)
         started(server)
         if warm_up is not None:
@@ -100,7 +102,7 @@ def replay(
         answers = ask_all(server.url, workload, server.death, tell)
         seconds = time.perf_counter() - start
         status = _since(server.status(), before)
-        death = server.death()
+        death = server.death() if status else server.wait_for_death()
         if death:
             death = f"the process {death}"
         elif status.get("error"):

@@ -20,6 +20,7 @@ class Row:
         case: model, requests, lengths and budget.
         engine: "kvgather" or "stock".
         gather, guard, sharing, path, dtype, layout, scale: options of the run.
+        ranks: processes that held the heads together, each on its own GPU.
         requests, completed, failed, timed_out: numbers of requests.
         died: how the engine ended, or "".
         prompt_tokens, hit_tokens, hit_rate: tokens of the prompts, those that were cached, and their share.
@@ -27,7 +28,7 @@ class Row:
         prefill_per_s, decode_per_s: tokens per second: of steps with a prefill, and of the others.
         first_token_p50_s, first_token_p95_s: seconds until the first token; 0 if answers were not streamed.
         seconds: from the first request to the last answer.
-        peak_memory: bytes.
+        peak_memory: bytes, of rank 0.
         auto_took: how often `auto` took each path, by kind of layer.
         auto_expected_ms: what it expected of these steps for one layer: of its choices, and of each path alone.
         device, driver, torch, triton, commit, date, transformers: machine, versions and date.
@@ -42,6 +43,7 @@ class Row:
     dtype: str
     layout: str
     scale: str
+    ranks: int
     requests: int
     completed: int
     failed: int
@@ -68,7 +70,7 @@ class Row:
     transformers: str
 
 
-KEY = ("case", "engine", "gather", "guard", "sharing", "path", "dtype", "layout", "scale", "device")
+KEY = ("case", "engine", "gather", "guard", "sharing", "path", "dtype", "layout", "scale", "ranks", "device")
 """A new row replaces the row of a file that agrees in these columns."""
 
 

@@ -13,6 +13,7 @@ from transformers.generation.continuous_batching import cache as engine
 from transformers.generation.continuous_batching.utils import find_num_key_value_heads
 
 from ..cache import PagedKVCache
+from ..parallel.heads import heads_of
 from .allocators import PoolAllocator, WindowAllocator, allocators_of
 from .options import Options
 from .paths import PathLog
@@ -49,6 +50,7 @@ class PoolCache(engine.PagedAttentionCache):
 
     Attributes:
         options: set in a subclass, see `cache_of`.
+        heads: the KV heads of the model that this rank holds.
         lookups, hits: how often a prefix was looked up, and found.
         looked_up_tokens, hit_tokens: tokens of these prompts, and those of them that were cached. A request that was
             preempted looks its prompt up again.
@@ -58,15 +60,21 @@ class PoolCache(engine.PagedAttentionCache):
     options: ClassVar[Options]
 
     def __init__(self, *, dtype: torch.dtype, **kwargs: Any) -> None:
-        """Create the pools.
+        """Create the pools, on a rank those of its heads.
 
         Args:
             dtype: the model's, for the memory plan; the pools have the dtype of the options.
             kwargs: as in the base class.
+
+        Raises:
+            TypeError, ValueError: the ranks do not divide the KV heads, or a scale has not all of them.
         """
+        num_kv_heads = find_num_key_value_heads(kwargs["config"])
+        self.heads = _heads_of_rank(num_kv_heads, kwargs["distributed_helper"])
+        options = self.options.of_heads(self.heads, num_kv_heads)
         per_token = 4 if self.options.kind == "per-token-head" else 0
         memory = type("PoolMemory", (PoolMemory,), {"activations": dtype, "scale_bytes": per_token})
-        allocators = patch.dict(engine.ATTN_TYPE_TO_ALLOCATOR, allocators_of(self.options))
+        allocators = patch.dict(engine.ATTN_TYPE_TO_ALLOCATOR, allocators_of(options))
         with allocators, patch.object(engine, "PagedAttentionMemoryHandler", memory):
             super().__init__(dtype=self.options.dtype, **kwargs)
         self._waiting: set[str] = set()
@@ -157,6 +165,13 @@ class PoolCache(engine.PagedAttentionCache):
 
     def _infer_read_cache_limit(self) -> None:
         """No limit: layers with a window keep every token."""
+
+
+def _heads_of_rank(num_kv_heads: int, ranks: Any) -> range:
+    """This rank's KV heads; all of them if no plan shards the projections of K and V."""
+    if ranks.tp_size == 1 or not ranks.are_kv_heads_tp_ed():
+        return range(num_kv_heads)
+    return heads_of(num_kv_heads, ranks.tp_local_rank, ranks.tp_size)
 
 
 def cache_of(options: Options) -> type[PoolCache]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from typing import Any, ClassVar, cast
 from unittest.mock import patch
 
+import torch.distributed as dist
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import continuous_api as engine
 
 from .attention import NAME, register
 from .cache import PoolCache, cache_of
 from .counters import Counters, Step
+from .missing import missing_ranks
 from .options import Options
 
 
@@ -32,16 +36,26 @@ class CountingManager(engine.ContinuousBatchingManager):
 
     Attributes:
         counters: of all steps since the manager was created.
+        processes: the process ids of the ranks that run the model together; one rank is usual.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.counters = Counters()
         super().__init__(*args, **kwargs)
+        self.processes = [os.getpid()]
+        if (group := self.distributed_helper.cpu_comm_group) is not None:
+            self.processes = [0] * self.distributed_helper.tp_size
+            dist.all_gather_object(self.processes, os.getpid(), group=group)
 
     def start(self) -> None:
         """Start the engine, unless it runs."""
         if not self.is_running():
             super().start()
+
+    def wait(self) -> None:
+        """Wait until the engine has stopped. On a rank other than 0, this is when rank 0 stops it, or when it dies."""
+        if self._generation_thread is not None:
+            self._generation_thread.join()
 
     def _generation_step(self) -> None:
         begin = time.perf_counter()
@@ -62,12 +76,15 @@ class CountingManager(engine.ContinuousBatchingManager):
         """Record the error before the requests fail: whoever sees one fail can then tell that the engine died.
 
         The reason is the message's first line, without quotes: the stock server writes it into JSON as it is, and the
-        lines after a CUDA error are advice. The engine's log has all of it.
+        lines after a CUDA error are advice. The engine's log has all of it. An exchange that failed because a rank died
+        says so in words of its transport: the reason then names the rank.
         """
-        reason = EngineStopped((str(error).strip() or type(error).__name__).splitlines()[0].replace('"', "'"))
+        text = (str(error).strip() or type(error).__name__).splitlines()[0].replace('"', "'")
+        reason = EngineStopped(missing_ranks(self.processes, self.distributed_helper.global_rank, text) or text)
         reason.__cause__ = error
         self.background_thread_status.record_fatal_error(reason)
-        super()._handle_critical_error(reason, batch_processor)
+        with contextlib.suppress(RuntimeError) if len(self.processes) > 1 else contextlib.nullcontext():
+            super()._handle_critical_error(reason, batch_processor)  # at its end it tells the other ranks, if they live
 
 
 class EngineManager(CountingManager):

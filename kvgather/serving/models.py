@@ -33,7 +33,7 @@ _EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 
 def _small(config: type[PreTrainedConfig], **other: Any) -> Callable[[], PreTrainedConfig]:
-    return lambda: config(**SMALL, **other)
+    return lambda: config(**(SMALL | other))
 
 
 def _gpt_oss_20b() -> PreTrainedConfig:
@@ -44,14 +44,21 @@ def _gpt_oss_20b() -> PreTrainedConfig:
     )  # fmt: skip
 
 
+_SIX_HEADS = {"num_attention_heads": 12, "num_key_value_heads": 6}
+
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "tiny": _small(GptOssConfig, sliding_window=24, **_EXPERTS),
     "20b": _gpt_oss_20b,
     "llama": _small(LlamaConfig),
     "qwen3": _small(Qwen3Config),
     "mistral": _small(MistralConfig, sliding_window=24),
+    "tiny-6": _small(GptOssConfig, sliding_window=24, **_EXPERTS, **_SIX_HEADS),
+    "llama-6": _small(LlamaConfig, **_SIX_HEADS, hidden_size=96),  # Llama: a multiple of its heads
 }
-"""Configurations by name: "tiny" and "20b" are GPT-OSS, the others small models of their families."""
+"""Configurations by name: "tiny" and "20b" are GPT-OSS, the others small models of their families.
+
+"tiny-6" and "llama-6" have six KV heads, which 2, 3 and 6 ranks divide.
+"""
 
 
 def random_model(name: str, *, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from ..formats.checks import check_choice, check_int
 from ..formats.fp8 import check_pool_dtype, is_fp8
 from ..formats.layout import LAYOUTS
 from ..formats.scale import KINDS
+from ..parallel.heads import scale_of_heads
 
 Gather = Callable[[PagedKVCache, PrefixBatch, torch.dtype], tuple[Tensor, Tensor]]
 """Dense K `[batch.total_k, heads, head_dim]` and V of all cached and new tokens of a batch, in the given dtype."""
@@ -28,8 +29,8 @@ class Options:
         dtype: of the pools.
         layout: "NHD", "HND" or "SHUFFLE".
         scale: the kind of both scales of an FP8 pool; pools of other dtypes have no scale.
-        k_scale, v_scale: the scales of every layer, in the shape of the kind: a float, or an FP32 tensor on the model's
-            device. None means 1 everywhere.
+        k_scale, v_scale: the scales of every layer, in the shape of the kind and for all heads of the model: a float, or
+            an FP32 tensor on the model's device. None means 1 everywhere.
         path: of `prefix_attention`: "auto", "direct", "gather" or "hybrid".
         workspace_tokens: upper bound of the tokens that one gather reads, or None.
         gather: reads the cached and new tokens of prefills that found a cached prefix, in the place of this package's
@@ -57,6 +58,20 @@ class Options:
             check_int(self.workspace_tokens, "workspace_tokens", minimum=1)
         if not is_fp8(self.dtype) and not (self.k_scale is None is self.v_scale):
             raise ValueError(f"k_scale or v_scale was given for pools of {self.dtype}; accepted: an FP8 dtype")
+
+    def of_heads(self, heads: range, num_kv_heads: int) -> Options:
+        """The options of a rank that holds some of the model's KV heads: its part of the scales.
+
+        Raises:
+            TypeError, ValueError: a scale has not the shape of its kind for all heads.
+        """
+        if len(heads) == num_kv_heads:
+            return self
+        k_scale, v_scale = (
+            scale_of_heads(scale, self.kind, heads, num_kv_heads=num_kv_heads, name=name)
+            for name, scale in (("k_scale", self.k_scale), ("v_scale", self.v_scale))
+        )
+        return replace(self, k_scale=k_scale, v_scale=v_scale)
 
     @property
     def kind(self) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from transformers import AutoConfig, ContinuousBatchingConfig
+from transformers import AutoConfig, AutoModelForCausalLM, ContinuousBatchingConfig
 from transformers.cli import serve as stock
 from transformers.cli.serving import model_manager, server
 
@@ -17,6 +18,7 @@ from .characters import character_tokenizer
 from .manager import CountingManager, EngineManager, EngineStopped, RequestRefused, install
 from .models import CONFIGS, random_model
 from .options import Options
+from .tensor_parallel import SECONDS, Ranks, load, plan_of, shard
 
 STATUS = "/kvgather"
 """The route of `status`."""
@@ -32,6 +34,7 @@ class Source:
         device, dtype: of the weights.
         seed: of random weights.
         greedy: take the likeliest token always; random weights always do.
+        ranks: this process among those that hold the model together.
     """
 
     folder: str
@@ -40,6 +43,7 @@ class Source:
     dtype: torch.dtype
     seed: int = 0
     greedy: bool = False
+    ranks: Ranks = Ranks()
 
     @property
     def name(self) -> str:
@@ -56,6 +60,32 @@ class Source:
             return AutoConfig.from_pretrained(self.folder).get_text_config()
         return CONFIGS[check_choice(self.config, "config", tuple(CONFIGS))]()
 
+    def load(self, load_folder: Callable[[], Any]) -> Any:
+        """The model, on several ranks this rank's part of it.
+
+        Args:
+            load_folder: loads a model of a folder, on one rank.
+
+        Raises:
+            ValueError: the ranks do not divide the heads; nothing was loaded.
+        """
+        if self.ranks.count == 1:
+            model = load_folder() if self.folder else self._random()
+        else:
+            config = self.model_config()
+            plan_of(config, self.ranks.count)
+            self.ranks.join(self.device)
+            if self.folder:
+                model = load(AutoModelForCausalLM, self.folder, self.dtype, config, self.ranks, self.device)
+            else:
+                model = shard(self._random(), self.ranks)
+        if self.greedy:
+            model.generation_config.update(do_sample=False)
+        return model
+
+    def _random(self) -> Any:
+        return random_model(self.config, device=self.device, dtype=self.dtype, seed=self.seed)
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -67,6 +97,7 @@ class Sizes:
         max_batched_tokens: upper bound of the tokens of a step.
         max_requests: upper bound of the requests of a step.
         sharing: whether prompts with a common prefix share its blocks.
+        exchange_seconds: how long ranks wait for each other.
     """
 
     page_size: int = 16
@@ -74,12 +105,14 @@ class Sizes:
     max_batched_tokens: int = 16_384
     max_requests: int = 256
     sharing: bool = True
+    exchange_seconds: float = SECONDS
 
     def batching(self) -> ContinuousBatchingConfig:
         """The sizes as transformers takes them."""
         return ContinuousBatchingConfig(
             page_size=self.page_size, num_blocks=self.num_blocks, max_batch_tokens=self.max_batched_tokens,
             max_requests_per_batch=self.max_requests, allow_block_sharing=self.sharing, safety_margin=0.0,
+            cpu_group_timeout=self.exchange_seconds,
         )  # fmt: skip
 
 
@@ -97,24 +130,27 @@ def start_engine(model: Any, sizes: Sizes, options: Options | None) -> CountingM
 def serve(source: Source, sizes: Sizes, options: Options | None, host: str = "localhost", port: int = 8000) -> None:
     """Serve a model until the process is told to stop. The engine runs when the first connection is accepted.
 
+    On several ranks, rank 0 serves, and the others run its engine's steps until it stops.
+
     Args:
         source: the model.
         sizes: of the engine.
         options: of our pools and attention; None serves with the stock engine.
         host, port: where to listen.
+
+    Raises:
+        EngineStopped: on a rank other than 0, the engine has died.
     """
+    if source.ranks.rank > 0:
+        follow(source, sizes, options)
+        return
     engines: list[CountingManager] = []
 
     class Models(model_manager.ModelManager):
         """Loads the model, and starts its engine."""
 
         def _load_model(self, *args: Any, **kwargs: Any) -> Any:
-            if source.folder:
-                model = super()._load_model(*args, **kwargs)
-            else:
-                model = random_model(source.config, device=source.device, dtype=source.dtype, seed=source.seed)
-            if source.greedy:
-                model.generation_config.update(do_sample=False)
+            model = source.load(lambda: super(Models, self)._load_model(*args, **kwargs))
             engines.append(start_engine(model, sizes, options))
             return model
 
@@ -143,11 +179,24 @@ def serve(source: Source, sizes: Sizes, options: Options | None, host: str = "lo
                 engine.stop(timeout=2, hard_stop=True)
 
 
+def follow(source: Source, sizes: Sizes, options: Options | None) -> None:
+    """Run the steps that rank 0 schedules, until it stops.
+
+    Raises:
+        EngineStopped: the engine has died.
+    """
+    engine = start_engine(source.load(lambda: None), sizes, options)
+    engine.wait()
+    if (error := engine.background_thread_status.fatal_error) is not None:
+        raise error
+
+
 def status(engine: CountingManager) -> dict[str, Any]:
     """What an engine has done, as values of JSON: counters, prefix hits, peak memory."""
     error = engine.background_thread_status.fatal_error
     answer = {"error": "" if error is None else str(error), **engine.counters.as_json()}
     answer["peak_memory"] = peak_memory(engine.model.device)
+    answer["processes"] = engine.processes
     answer["blocks"] = engine.continuous_batching_config.num_blocks
     if isinstance(engine, EngineManager) and (cache := engine.cache) is not None:
         for name in ("lookups", "hits", "looked_up_tokens", "hit_tokens"):
