@@ -144,8 +144,13 @@ def bench(arguments: argparse.Namespace) -> int:
     device = resolve_device(arguments.device, "--device")
     if arguments.commit:
         os.environ[COMMIT] = arguments.commit
-    benchmark = importlib.import_module(f".bench.{arguments.what}", __package__)
-    path = None if arguments.csv is None else Path(arguments.csv or default_csv(arguments.what, device.type))
+    what = arguments.what
+    if arguments.peers:
+        if what != "prefix":
+            raise ValueError(f"--peers with {what}; accepted: kvgather bench prefix --peers")
+        what = "peers"
+    benchmark = importlib.import_module(f".bench.{what}", __package__)
+    path = None if arguments.csv is None else Path(arguments.csv or default_csv(what, device.type))
     with Progress() as progress, RowWriter(path, progress) as keep:
         rows = benchmark.run(device, only=arguments.case, seconds=arguments.seconds, progress=progress, keep=keep)
         if hasattr(benchmark, "summary") and (summary := benchmark.summary(rows)):
@@ -269,7 +274,12 @@ def _add_bench(commands: Commands) -> None:
     parser.add_argument("--seconds", type=_seconds, default=0.2, help="approximate time per measurement; default: 0.2")
     parser.add_argument(
         "--csv", metavar="FILE", nargs="?", const="", help="also write the rows to FILE, where they replace older rows "
-        f"of their cases; without FILE to {RESULTS}/WHAT_DEVICE.csv; - is the standard output"
+        f"of their cases; without FILE to {RESULTS}/WHAT_DEVICE.csv (peers_DEVICE.csv with --peers); - is the standard "
+        "output"
+    )  # fmt: skip
+    parser.add_argument(
+        "--peers", action="store_true", help="with prefix: time the attention alone, next to FlashAttention-3 (from "
+        "vllm, flash_attn_interface or the file that KVGATHER_FA3 names) and FlashInfer, if they are installed",
     )  # fmt: skip
     parser.add_argument(
         "--commit", metavar="TEXT", help="commit to record in the rows; default: KVGATHER_COMMIT, or git's HEAD"

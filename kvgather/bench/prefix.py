@@ -181,7 +181,7 @@ def measure(case: PrefixCase, device: torch.device, *, seconds: float = 0.1) -> 
     timings = time_in_turns(calls, device, seconds=seconds)
     limits: dict[str, Timing] = {}
     if device.type == "cuda" and case.part == "reach" and max(case.new) == 1:
-        limits = _limits(case.cached_bytes, device, seconds)
+        limits = memory_limits(case.cached_bytes, device, seconds)
     peaks = {}
     if device.type == "cuda" and case.workspace is not None:
         peaks = {name: _peak_bytes(first, device) for name, (first, *_) in calls.items()}
@@ -202,7 +202,7 @@ def measure(case: PrefixCase, device: torch.device, *, seconds: float = 0.1) -> 
     ]
 
 
-def _limits(size: int, device: torch.device, seconds: float) -> dict[str, Timing]:
+def memory_limits(size: int, device: torch.device, seconds: float) -> dict[str, Timing]:
     """Time one read of `size` bytes, with the fastest tile, and a copy that reads and writes half as many.
 
     Raises:

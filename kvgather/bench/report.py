@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from itertools import groupby
 from pathlib import Path
 
@@ -28,8 +28,12 @@ class Row:
         against_loop: the Python loop's median over this row's, from the same run; 0 without the loop.
         against_token: the median of one program per (token, head) over this row's, from the same run; 0 without it.
         device, driver, torch, triton, commit, date: machine, versions and date.
-        launches: a host time over the median of one raw launch, from the same run; 0 for other times. A file without
-            host times does not have this column.
+        launches: a host time over the median of one raw launch, from the same run; 0 for other times.
+        error: relative error against the float64 reference; 0 for rows that are compared in another way.
+        peer_version: the package or file that an implementation of others came from, with its version; else empty.
+        reason: why an implementation of others was not timed; its times are 0. Empty for all other rows.
+
+    A file has the columns from `launches` on only if one of its rows has a value there.
     """
 
     benchmark: str
@@ -51,10 +55,13 @@ class Row:
     commit: str
     date: str
     launches: float = 0.0
+    error: float = 0.0
+    peer_version: str = ""
+    reason: str = ""
 
 
-_COLUMNS = tuple(field.name for field in fields(Row))
-_ALWAYS = _COLUMNS[:-1]
+_ALWAYS = tuple(field.name for field in fields(Row) if field.default is MISSING)
+_OPTIONAL = tuple(field.name for field in fields(Row) if field.default is not MISSING)
 
 
 def write(rows: Iterable[Row], path: Path) -> None:
@@ -78,7 +85,7 @@ def write(rows: Iterable[Row], path: Path) -> None:
 
 def as_csv(rows: Sequence[Row]) -> str:
     """Rows as the text of a CSV file."""
-    columns = _COLUMNS if any(row.launches for row in rows) else _ALWAYS
+    columns = [*_ALWAYS, *(name for name in _OPTIONAL if any(getattr(row, name) for row in rows))]
     return csv_text(columns, map(asdict, rows))
 
 
@@ -93,13 +100,17 @@ def read(path: Path) -> list[Row]:
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         columns = tuple(reader.fieldnames or ())
-        if columns not in (_ALWAYS, _COLUMNS):
-            raise ValueError(f"{path} has columns {list(columns)}; accepted: {list(_ALWAYS)}, and {_COLUMNS[-1]} last")
+        if columns != (*_ALWAYS, *(name for name in _OPTIONAL if name in columns)):
+            raise ValueError(
+                f"{path} has columns {list(columns)}; accepted: {list(_ALWAYS)}, then any of {list(_OPTIONAL)}"
+            )
         return [Row(**{name: convert[name](line[name]) for name in columns}) for line in reader]
 
 
 def table(rows: Iterable[Row]) -> str:
-    """Rows as text, a table for each case; the last column is the time relative to the case's first row.
+    """Rows as text, a table for each case: times, relative to the case's first row too, and errors if there are any.
+
+    Implementations that were not timed follow the case's table, with the reason.
 
     Args:
         rows: rows of one case after the other.
@@ -107,12 +118,18 @@ def table(rows: Iterable[Row]) -> str:
     parts = []
     for case, group in groupby(rows, key=lambda row: row.case):
         lines = list(group)
-        cells = [_cells(row, lines[0]) for row in lines]
-        parts += ["", case, text_table(cells, HEADERS, "lrrrrr")]
+        timed = [row for row in lines if not row.reason]
+        cells = [_cells(row, timed[0]) for row in timed]
+        headers, align = HEADERS, "lrrrrr"
+        if any(row.error for row in timed):
+            cells = [(*cell, f"{row.error:.1e}" if row.error else "") for cell, row in zip(cells, timed, strict=True)]
+            headers, align = (*HEADERS, "error"), align + "r"
+        parts += ["", case, text_table(cells, headers, align)]
+        parts += [f"{row.implementation}: not timed: {row.reason}" for row in lines if row.reason]
     return "\n".join(parts)
 
 
-HEADERS = ("", "median", "20 % to 80 %", "GB/s", "of the cast", "time")
+HEADERS: tuple[str, ...] = ("", "median", "20 % to 80 %", "GB/s", "of the cast", "time")
 
 
 def _cells(row: Row, first: Row) -> tuple[str, ...]:

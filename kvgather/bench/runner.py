@@ -150,6 +150,9 @@ def row_of(
     against_loop: float = 0.0,
     against_token: float = 0.0,
     launches: float = 0.0,
+    error: float = 0.0,
+    peer_version: str = "",
+    reason: str = "",
 ) -> Row:
     """A row of results; `size` is its `bytes`, the other arguments are those of `Row`."""
     return Row(
@@ -157,7 +160,8 @@ def row_of(
         p20_us=round(timing.p20, 2), p50_us=round(timing.p50, 2), p80_us=round(timing.p80, 2), samples=timing.samples,
         bytes=size, gb_per_s=round(size / timing.p50 / 1e3, 1) if timing.p50 else 0.0,
         share_of_cast=round(share_of_cast, 4), against_loop=round(against_loop, 2),
-        against_token=round(against_token, 2), launches=round(launches, 3), **machine(device.type),
+        against_token=round(against_token, 2), launches=round(launches, 3), error=float(f"{error:.3g}"),
+        peer_version=peer_version, reason=reason, **machine(device.type),
     )  # fmt: skip
 
 

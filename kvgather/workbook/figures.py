@@ -143,21 +143,21 @@ def boxes(
         if owner and owner not in chosen:
             chosen[owner] = PALETTE[len(chosen) % len(PALETTE)]
     outlined = set(marked)
+    # Boxes and their labels are inside the axes: the layout need not measure them, which takes a third of the time.
+    inside: Any = {"in_layout": False}
     for index, owner in enumerate(owners):
         if owner == "":
             continue
         row, column = divmod(index, columns)
         color = EMPTY if owner is None else chosen[owner]
-        axes.add_patch(Rectangle((column, row), 1, 1, facecolor=color, edgecolor=PAPER, linewidth=1.0))
+        axes.add_patch(Rectangle((column, row), 1, 1, facecolor=color, edgecolor=PAPER, linewidth=1.0, **inside))
         if index in outlined:
             inner = Rectangle(
-                (column + 0.06, row + 0.06), 0.88, 0.88, fill=False, edgecolor=INK, linewidth=2.0, zorder=3
+                (column + 0.06, row + 0.06), 0.88, 0.88, fill=False, edgecolor=INK, linewidth=2.0, zorder=3, **inside
             )
             axes.add_patch(inner)
         if labels is not None and labels[index]:
-            # A label is inside its box, so that the layout need not measure it, which takes a quarter of the time.
-            style: Any = {"ha": "center", "va": "center", "fontsize": label_size, "color": text_color(color)}
-            style["in_layout"] = False
+            style: Any = {"ha": "center", "va": "center", "fontsize": label_size, "color": text_color(color), **inside}
             axes.text(column + 0.5, row + 0.5, labels[index], **style)
     rows = -(-len(owners) // columns)
     for row, text in enumerate(row_labels or ()):

@@ -29,7 +29,9 @@ class Rank:
     text: str
 
 
-def run_ranks(module: str, size: int, folder: Path, seconds: float, **settings: str) -> list[Rank]:
+def run_ranks(
+    module: str, size: int, folder: Path, seconds: float, waits_for: int | None = None, **settings: str
+) -> list[Rank]:  # fmt: skip
     """Run `python -m module FOLDER RANK SIZE` for each rank, with one thread each, and wait for all.
 
     A module calls `join` and leaves its result with `leave`.
@@ -39,6 +41,7 @@ def run_ranks(module: str, size: int, folder: Path, seconds: float, **settings: 
         size: how many ranks.
         folder: for the store and the results.
         seconds: after which all that still run are killed.
+        waits_for: the only rank that is waited for; all others are killed when it has ended. None means all.
         settings: further variables of the environment.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,16 +55,24 @@ def run_ranks(module: str, size: int, folder: Path, seconds: float, **settings: 
     ]  # fmt: skip
     ranks = []
     try:
+        if waits_for is not None:
+            children[waits_for].wait(seconds)
+            _kill(children)
         for rank, child in enumerate(children):
             text, _ = child.communicate(timeout=seconds)
             file = folder / f"{rank}.json"
             ranks.append(Rank(child.returncode, json.loads(file.read_text()) if file.exists() else None, text))
     finally:
+        _kill(children)
         for child in children:
-            if child.poll() is None:
-                os.killpg(child.pid, signal.SIGKILL)
-                child.communicate()
+            child.communicate()
     return ranks
+
+
+def _kill(children: list[subprocess.Popen[str]]) -> None:
+    for child in children:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
 
 
 def join(seconds: float = 60.0) -> tuple[Path, int, int]:

@@ -1,0 +1,49 @@
+"""A rank of test_missing: one rank dies, hangs or raises before a call; the others leave the error that they get."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+import torch
+
+from kvgather.parallel import ContextParallel, RankError
+from tests.attention.batches import setup
+from tests.parallel.gloo import join, leave
+from tests.parallel.pools import distribute, local_pool
+
+SECONDS = 6.0
+"""The group's time-out."""
+LAST = 3
+"""Calls until the rank is missing."""
+
+
+def main() -> None:
+    how, which = os.environ["MISSING"].split()
+    folder, rank, ranks = join(SECONDS)
+    attend = ContextParallel()
+    made = setup([1, 2], [13, 30])
+    table = distribute(made, ranks)
+    cache = local_pool(made, table, rank, ranks)
+    g = cache.geometry
+    batch = attend.batch(table, *made.offsets, page_size=g.page_size, num_blocks=g.num_blocks)
+    for call in range(1, LAST + 2):
+        if call == LAST and rank == int(which):
+            if how == "dies":
+                os._exit(7)
+            if how == "hangs":
+                time.sleep(600)
+            if how == "raises":
+                attend(made.q, None, None, cache, batch, sinks=torch.zeros(3))
+        begin = time.monotonic()
+        try:
+            attend(made.q, *made.new_tokens(), cache, batch)
+        except RankError as error:
+            leave(folder, rank, {"call": call, "seconds": time.monotonic() - begin, "ranks": error.ranks,
+                                 "text": str(error)})  # fmt: skip
+            sys.exit(3)
+
+
+if __name__ == "__main__":
+    main()
