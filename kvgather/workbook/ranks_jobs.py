@@ -34,19 +34,31 @@ def attend_batches(rank: int, ranks: int, batches: dict[str, dict[str, Any]], si
     return answers
 
 
-def lose_a_rank(rank: int, ranks: int, batch: dict[str, Any], lost: int, way: str) -> dict[str, Any]:
-    """Attend twice; between the two, the lost rank dies or hangs."""
+def lose_a_rank(rank: int, ranks: int, batch: dict[str, Any], lost: int, way: str, linger: float) -> dict[str, Any]:
+    """Attend twice; between the two, the lost rank dies or hangs.
+
+    Args:
+        rank, ranks: of this process.
+        batch: the numbers of a `Dealt`.
+        lost: the lost rank.
+        way: "dies" or "hangs".
+        linger: seconds for which a rank stays after its error, so that other ranks, which still wait, do not miss it.
+
+    Returns:
+        The ranks that the error names, and what it says of them, without the back end's own message.
+    """
     attend = ContextParallel()
     numbers = Dealt(**batch)
-    pool = numbers.pool(attend.share)
+    pool, mine = numbers.pool(attend.share), numbers.batch(attend.share)
     q, _, _ = numbers.rows()
-    attend(q, None, None, pool, numbers.batch(attend.share))
+    attend(q, None, None, pool, mine)
     if rank == lost:
         if way == "dies":
             os._exit(1)
-        time.sleep(600)  # the parent kills it once the others have ended
+        time.sleep(600)  # the parent kills it, once the others have ended
     try:
-        attend(q, None, None, pool, numbers.batch(attend.share))
+        attend(q, None, None, pool, mine)
     except RankError as error:
-        return {"raised": "RankError", "ranks": error.ranks, "message": str(error)}
-    return {"raised": ""}
+        time.sleep(linger)
+        return {"ranks": error.ranks, "message": str(error).partition(". ")[0]}
+    return {"ranks": [], "message": "no error"}

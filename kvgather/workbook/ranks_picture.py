@@ -7,19 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from torch import Tensor
 
 from .figures import EMPTY, INK, PALETTE, boxes, figure, legend
 
 __all__ = ["MergedRow", "heads_picture", "merge_picture", "pages_picture"]
 
-COLORS = (PALETTE[0], PALETTE[1], PALETTE[2], PALETTE[3], PALETTE[4], PALETTE[5], PALETTE[6])
 SINK = "#8A8A85"
 
 
 def rank_colors(ranks: int) -> dict[str, str]:
     """The color of each rank."""
-    return {f"rank {rank}": COLORS[rank % len(COLORS)] for rank in range(ranks)}
+    return {f"rank {rank}": PALETTE[rank % len(PALETTE)] for rank in range(ranks)}
 
 
 def heads_picture(heads: Sequence[range], q_heads: int) -> Figure:
@@ -34,13 +34,14 @@ def heads_picture(heads: Sequence[range], q_heads: int) -> Figure:
     owner = {head: f"rank {rank}" for rank, own in enumerate(heads) for head in own}
     first = [f"{head * group}–{(head + 1) * group - 1}" if group > 1 else str(head) for head in range(columns)]
     labels = [*first, *map(str, range(columns)), *(f"[:, {head}]" for head in range(columns))]
-    drawing, axes = figure(min(10.5, 2.2 + 0.9 * columns), 3.1 if columns <= 8 else 2.2)
+    cell = min(0.62, 8.0 / columns)
+    drawing, axes = figure(2.4 + cell * columns, 0.6 + 3 * cell)
     names = ["query heads", "KV heads", "scale, per-page-head"]
     owners = [owner[head] for head in range(columns)]
     colors = rank_colors(len(heads))
     boxes(axes, owners * 3, columns=columns, labels=labels, colors=colors, row_labels=names)
     legend(axes, colors)
-    axes.set_xlim(-2.4, columns + 0.05)
+    axes.set_xlim(-1.9 / cell, columns + 0.05)
     return drawing
 
 
@@ -74,7 +75,7 @@ def pages_picture(table: Tensor, names: Sequence[str], total: Sequence[int], pag
         below += [f"rank {rank}" if text else None for text in pool] + [""] * (width - blocks)
         texts += pool + [""] * (width - blocks)
     cell = min(0.46, 9.0 / (width + 3))
-    size = (cell * (width + 3.4), 0.75 + (cell + 0.02) * (len(pages) + ranks + 1))
+    size = (cell * (width + 3.4), 0.85 + cell * (len(pages) + ranks))
     drawing, (top, bottom) = figure(*size, rows=2, height_ratios=[len(pages), ranks])
     rows = [f"sequence {name}" for name in names]
     boxes(top, above, columns=width, labels=labels, colors=colors, marked=last, row_labels=rows)
@@ -125,7 +126,7 @@ def merge_picture(rows: Mapping[str, MergedRow]) -> Figure:
         bar.barh(0, row.sink, left=left, color=SINK, hatch="//", edgecolor="white", height=0.8)
         bar.set(xlim=(0, 1), ylim=(-0.5, 0.5), yticks=[], title=title)
         bar.set_xticks([0, 0.5, 1], ["0", "50%", "100%"], fontsize=8)
-        picture: Any = {"cmap": "PuOr", "vmin": -top, "vmax": top, "aspect": "auto", "interpolation": "nearest"}
+        picture: Any = {"cmap": "PRGn", "vmin": -top, "vmax": top, "aspect": "auto", "interpolation": "nearest"}
         values = [*row.outs.tolist(), row.out.tolist()]
         strips.imshow(values, **picture)
         names = [f"rank {rank} × {weight:.2f}" for rank, weight in enumerate(row.weights)]
@@ -142,7 +143,5 @@ def merge_picture(rows: Mapping[str, MergedRow]) -> Figure:
     return drawing
 
 
-def _patch(color: str, hatched: bool) -> Any:
-    from matplotlib.patches import Patch
-
+def _patch(color: str, hatched: bool) -> Patch:
     return Patch(facecolor=color, hatch="//" if hatched else None, edgecolor="white" if hatched else EMPTY)
