@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import time
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from ..batch.share import Share
 from ..parallel import ContextParallel, RankError
 from .dealt import Dealt
 
@@ -34,7 +37,7 @@ def attend_batches(rank: int, ranks: int, batches: dict[str, dict[str, Any]], si
     return answers
 
 
-def lose_a_rank(rank: int, ranks: int, batch: dict[str, Any], lost: int, way: str, linger: float) -> dict[str, Any]:
+def lose_a_rank(rank: int, ranks: int, batch: dict[str, Any], lost: int, way: str, seconds: float) -> dict[str, Any]:
     """Attend twice; between the two, the lost rank dies or hangs.
 
     Args:
@@ -42,15 +45,16 @@ def lose_a_rank(rank: int, ranks: int, batch: dict[str, Any], lost: int, way: st
         batch: the numbers of a `Dealt`.
         lost: the lost rank.
         way: "dies" or "hangs".
-        linger: seconds for which a rank stays after its error, so that other ranks, which still wait, do not miss it.
+        seconds: the group's time-out.
 
     Returns:
         The ranks that the error names, and what it says of them, without the back end's own message.
     """
-    attend = ContextParallel()
-    numbers = Dealt(**batch)
-    pool, mine = numbers.pool(attend.share), numbers.batch(attend.share)
+    numbers, share = Dealt(**batch), Share(rank, ranks)
+    pool, mine = numbers.pool(share), numbers.batch(share)
     q, _, _ = numbers.rows()
+    dist.barrier()  # processes start at different times; the short time-out counts from here
+    attend = ContextParallel(dist.new_group(timeout=timedelta(seconds=seconds)))
     attend(q, None, None, pool, mine)
     if rank == lost:
         if way == "dies":
@@ -59,6 +63,7 @@ def lose_a_rank(rank: int, ranks: int, batch: dict[str, Any], lost: int, way: st
     try:
         attend(q, None, None, pool, mine)
     except RankError as error:
-        time.sleep(linger)
+        if ranks > 2:
+            time.sleep(seconds + 2)  # other ranks may still wait, and must not miss this one
         return {"ranks": error.ranks, "message": str(error).partition(". ")[0]}
     return {"ranks": [], "message": "no error"}

@@ -114,9 +114,7 @@ def merge_picture(rows: Mapping[str, MergedRow]) -> Figure:
     colors = rank_colors(ranks)
     top = max(float(row.outs.abs().max()) for row in rows.values()) or 1.0
     size = (10.5, 1.9 + 0.34 * (ranks + 1))
-    drawing, grid = figure(
-        *size, rows=2, columns=len(rows), squeeze=False, height_ratios=[1.0, 0.75 * (ranks + 1)]
-    )
+    drawing, grid = figure(*size, rows=2, columns=len(rows), squeeze=False, height_ratios=[1.0, 0.75 * (ranks + 1)])
     for place, (title, row) in enumerate(rows.items()):
         bar, strips = grid[0][place], grid[1][place]
         left = 0.0

@@ -130,7 +130,7 @@ def run_ranks(
     )
     for end in ended:
         if end.code != 0:
-            said = (end.stderr.strip().splitlines() or ["nothing"])[-1]
+            said = (end.stderr.strip().splitlines() or ["nothing"])[-1].removeprefix(f"[rank{end.rank}]: ")
             status = f"no answer in {timeout:g} s" if end.code is None else f"exit status {end.code}"
             raise RanksError(f"rank {end.rank}: {status}, and wrote {said}")
     return [end.answer for end in ended]

@@ -28,6 +28,7 @@ class Scaled:
         us: time of one call on all GPUs, in µs: in a CUDA graph, or eagerly where there is no graph.
         one_us: time on one GPU that has the whole context, measured in the same way; None if it was not.
         received, least: bytes that one call brings to a GPU, and that it has to bring at least.
+        layer: heads, layout and scale of the layer, such as 64q8x64-NHD-per-tensor.
         machine: GPU, link, versions and date.
     """
 
@@ -38,6 +39,7 @@ class Scaled:
     one_us: float | None
     received: int
     least: int
+    layer: str
     machine: str
 
     @property
@@ -76,7 +78,7 @@ def _scaled(row: dict[str, str], one: dict[str, str] | None) -> Scaled:
     return Scaled(
         int(row["ranks"]), int(row["context"]), int(row["new"]), float(row[kind]),
         float(one[kind]) if one is not None and one[kind] else None, int(row["bytes_received"]),
-        int(row["bytes_least"]), machine,
+        int(row["bytes_least"]), row["case"].partition("-1seqs")[0], machine,
     )  # fmt: skip
 
 

@@ -77,7 +77,14 @@ def merge_ranks(answer: Callable[..., Any]) -> None:
 
 @exercise("10.4", correct="the context does not enter: a rank's state has one size at any length")
 def received(answer: Callable[..., Any]) -> None:
-    cases = ((1, 64, 64, 2, 2), (1, 64, 64, 2, 4), (16, 64, 64, 2, 4), (512, 32, 128, 2, 8), (3, 8, 16, 4, 3), (1, 64, 64, 2, 1))
+    cases = (
+        (1, 64, 64, 2, 2),
+        (1, 64, 64, 2, 4),
+        (16, 64, 64, 2, 4),
+        (512, 32, 128, 2, 8),
+        (3, 8, 16, 4, 3),
+        (1, 64, 64, 2, 1),
+    )
     for rows, heads, dim, itemsize, ranks in cases:
         dtype = torch.float32 if itemsize == 4 else torch.bfloat16
         expected = (ranks - 1) * StateForm(rows, heads, dim, dtype).nbytes

@@ -18,12 +18,15 @@ WRONG = {
         # blocks instead of heads
         (
             SCALE + "    n = scale.shape[0] // ranks\n    return scale[rank * n : (rank + 1) * n]\n",
-            "5 blocks, 8 heads, rank 0 of 2: answer: expected shape [5, 4], got [2, 8]",
+            "5 blocks, 8 heads, rank 0 of 2: expected shape [5, 4], got [2, 8]",
         ),
         # the whole scale: the pool has fewer heads
-        (SCALE + "    return scale\n", "5 blocks, 8 heads, rank 0 of 2: answer: expected shape [5, 4], got [5, 8]"),
+        (SCALE + "    return scale\n", "5 blocks, 8 heads, rank 0 of 2: expected shape [5, 4], got [5, 8]"),
         # heads dealt out in turn
-        (SCALE + "    return scale[:, rank::ranks]\n", "5 blocks, 8 heads, rank 0 of 2: answer[0, 1]: expected 1, got 2"),
+        (
+            SCALE + "    return scale[:, rank::ranks]\n",
+            "5 blocks, 8 heads, rank 0 of 2: answer[0, 1]: expected 1, got 2",
+        ),
         # heads that do not divide
         (
             SCALE + "    n = scale.shape[1] // ranks\n    return scale[:, rank * n : (rank + 1) * n]\n",
@@ -38,12 +41,15 @@ WRONG = {
         ),
         # the column of the table that all ranks share
         (
-            PLACE + "    column, page_offset = divmod(position, page)\n    return column % ranks, column, page_offset\n",
+            PLACE
+            + "    column, page_offset = divmod(position, page)\n    return column % ranks, column, page_offset\n",
             "position 4, blocks of 4, 2 ranks: answer[1]: expected 0, got 1",
         ),
         # a contiguous part for each rank
         (
-            PLACE + "    column, page_offset = divmod(position, page)\n    return column // ranks, column % ranks, page_offset\n",
+            PLACE
+            + "    column, page_offset = divmod(position, page)\n"
+            + "    return column // ranks, column % ranks, page_offset\n",
             "position 4, blocks of 4, 2 ranks: answer[0]: expected 1, got 0",
         ),
     ],
@@ -95,22 +101,22 @@ WRONG = {
         # its own state, too
         (
             BYTES + "    return ranks * rows * heads * (dim * itemsize + 4)\n",
-            "1 new tokens, 64 heads of 64, 2 bytes each, 2 ranks: answer: expected 8448, got 16896",
+            "1 new tokens, 64 heads of 64, 2 bytes each, 2 ranks: expected 8448, got 16896",
         ),
         # the output alone
         (
             BYTES + "    return (ranks - 1) * rows * heads * dim * itemsize\n",
-            "1 new tokens, 64 heads of 64, 2 bytes each, 2 ranks: answer: expected 8448, got 8192",
+            "1 new tokens, 64 heads of 64, 2 bytes each, 2 ranks: expected 8448, got 8192",
         ),
         # the log-sum-exp in the output's dtype
         (
             BYTES + "    return (ranks - 1) * rows * heads * (dim + 1) * itemsize\n",
-            "1 new tokens, 64 heads of 64, 2 bytes each, 2 ranks: answer: expected 8448, got 8320",
+            "1 new tokens, 64 heads of 64, 2 bytes each, 2 ranks: expected 8448, got 8320",
         ),
         # all that crosses the wire
         (
             BYTES + "    return ranks * (ranks - 1) * rows * heads * (dim * itemsize + 4)\n",
-            "1 new tokens, 64 heads of 64, 2 bytes each, 2 ranks: answer: expected 8448, got 16896",
+            "1 new tokens, 64 heads of 64, 2 bytes each, 2 ranks: expected 8448, got 16896",
         ),
     ],
 }
