@@ -246,7 +246,7 @@ class PagedKVCache:
         with torch.no_grad():  # K and V that require a gradient would attach their graph to a float pool
             launch = scatter(*pools, g, self._scales, k, v, slots, self._too_large, backend)
         self._last_slots = slots
-        if launch is not None and len(k) > 1 and k is not v:  # the stride of a single row is arbitrary
+        if launch is not None and k is not v:
             launch.remember(k, v, slots)
             launches = self._write_launches.setdefault((backend, interpreting()), [])
             launches.insert(0, launch)

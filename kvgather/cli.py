@@ -18,11 +18,13 @@ from typing import Any
 Commands = Any  # the return type of add_subparsers has no public name
 OK, NOT_AS_EXPECTED, USAGE, FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 
+PARALLEL = "parallel"
 BENCHMARKS = {
     "gather": "the gather, planned and as engines call it, against upstream's form and the memory's limit",
     "steps": "the kernels of chapter 07, each one change from the one before",
     "host": "how long one eager call keeps the host busy, in raw launches of upstream's form",
     "prefix": "the prefix path both ways, the choice between them, one program per (token, head), and the limits",
+    PARALLEL: "one long context on several GPUs, against one GPU; torchrun starts it",
 }
 """The benchmarks of `kvgather bench`: each is the function `run` of the module `kvgather.bench.NAME`."""
 STDOUT = "-"
@@ -141,14 +143,20 @@ def bench(arguments: argparse.Namespace) -> int:
     from .bench.progress import Progress
     from .device import resolve_device
 
-    device = resolve_device(arguments.device, "--device")
-    if arguments.commit:
-        os.environ[COMMIT] = arguments.commit
     what = arguments.what
     if arguments.peers:
         if what != "prefix":
             raise ValueError(f"--peers with {what}; accepted: kvgather bench prefix --peers")
         what = "peers"
+    if what == PARALLEL:
+        from .bench.parallel import command
+
+        return command(arguments)
+    if arguments.contexts is not None or arguments.new is not None:
+        raise ValueError(f"--contexts or --new with {what}; accepted: kvgather bench {PARALLEL}")
+    device = resolve_device(arguments.device, "--device")
+    if arguments.commit:
+        os.environ[COMMIT] = arguments.commit
     benchmark = importlib.import_module(f".bench.{what}", __package__)
     path = None if arguments.csv is None else Path(arguments.csv or default_csv(what, device.type))
     with Progress() as progress, RowWriter(path, progress) as keep:
@@ -284,6 +292,8 @@ def _add_bench(commands: Commands) -> None:
     parser.add_argument(
         "--commit", metavar="TEXT", help="commit to record in the rows; default: KVGATHER_COMMIT, or git's HEAD"
     )  # fmt: skip
+    parser.add_argument("--contexts", metavar="N,…", help=f"with {PARALLEL}: cached tokens of its cases")
+    parser.add_argument("--new", metavar="N,…", help=f"with {PARALLEL}: new tokens of its cases")
     parser.set_defaults(run=bench)
 
 

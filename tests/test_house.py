@@ -26,6 +26,7 @@ ORDER: Order = [
     {"batch"},
     {"attention"},
     {""},  # the public names: `import kvgather`
+    {"parallel"},
     {"serving"},
     {"cases"},
     {"lab"},
@@ -37,8 +38,8 @@ ORDER: Order = [
 ]
 """From the lowest floor up. A part imports itself and lower floors, never its neighbours on the same one."""
 HEAVY = (
-    "kvgather.cases", "kvgather.lab", "kvgather.bench", "kvgather.replay", "kvgather.serving", "kvgather.workbook",
-    "kvgather.cli", "IPython", "ipywidgets", "jupyter_core", "matplotlib", "transformers",
+    "kvgather.cases", "kvgather.lab", "kvgather.parallel", "kvgather.bench", "kvgather.replay", "kvgather.serving",
+    "kvgather.workbook", "kvgather.cli", "IPython", "ipywidgets", "jupyter_core", "matplotlib", "transformers",
 )  # fmt: skip
 """What `import kvgather` does not load."""
 MOST_IN_ATTENTION = 10
@@ -102,7 +103,7 @@ def test_the_drawing_names_what_there_is(house: House) -> None:
     heads = [re.split(r" {2,}", line)[0] for line in drawing if not line.startswith(" ")]
     floors = [{"" if part == "__init__" else part.rstrip("/") for part in head.split(", ")} for head in heads]
     assert floors == list(reversed(ORDER))
-    for folder in ("replay", "serving", "attention", "batch", "scatter", "gather", "kernels", "formats"):
+    for folder in ("replay", "serving", "parallel", "attention", "batch", "scatter", "gather", "kernels", "formats"):
         (at,) = (i for i, line in enumerate(drawing) if line.startswith(f"{folder}/"))
         end = next((i for i, line in enumerate(drawing) if i > at and not line.startswith(" ")), len(drawing))
         room = re.findall(r"\w+", " ".join(drawing[at:end]))

@@ -19,12 +19,12 @@ from torch import Tensor
 from ..batch.checked import CheckedBatch
 from ..batch.lengths import STEP
 from ..batch.pieces import Piece, Pieces
+from ..batch.share_pieces import pieces_of_share
 from ..cache import PagedKVCache
 from ..device import triton_available
 from ..formats.checks import check_int, check_window, described, dtype_name
 from ..formats.fp8 import FLOATS
 from .pieces import common_piece, in_pieces
-from .share_pieces import pieces_of_share
 
 PATHS = ("auto", "direct", "gather", "hybrid")
 

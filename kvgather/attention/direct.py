@@ -142,6 +142,7 @@ def direct_attention(
     tile: Tile | None = None,
     likeness: int | None = None,
     want_lse: bool = True,
+    into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend to the keys and values in the cache, the new tokens' included; everything was checked by the caller.
 
@@ -158,6 +159,7 @@ def direct_attention(
         tile: how to cut the work; None chooses. Results do not depend on it beyond rounding.
         likeness: the cache's, if the caller has just asked for it.
         want_lse: whether the caller reads the log-sum-exp; False saves an allocation where keys are split.
+        into: what is returned, contiguous, each at a multiple of 16 bytes; None allocates it.
 
     Returns:
         out `[n, q_heads, v_head_dim]` in q's dtype and its natural log-sum-exp `[n, q_heads]` in FP32; None in place
@@ -170,12 +172,15 @@ def direct_attention(
     if window is not None and window >= batch.max_k:
         window = None
     shape = (*q.shape[:2], cache.geometry.v_head_dim)
-    out, interpreted = q.new_empty(shape), interpreting()
+    out = q.new_empty(shape) if into is None else into[0]
+    interpreted = interpreting()
     if likeness is None:
         likeness = cache.likeness
     if tile is None:
         tile = tile_of(q, cache, batch, window, interpreted, likeness)
-    lse = q.new_empty(shape[:2], dtype=torch.float32) if want_lse or tile.splits == 1 else None
+    lse = None if into is None else into[1]
+    if lse is None and (want_lse or tile.splits == 1):
+        lse = q.new_empty(shape[:2], dtype=torch.float32)
     if shape[0] == 0:
         return out, lse
     call = DirectCall(q, cache, batch, sinks, window, begin, state, tile, interpreted, likeness)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -98,16 +99,52 @@ def prefix_attention(
             (see `PrefixBatch.prepare`); or the batch was built during a capture, and this call is not part of one.
     """
     arguments = q, k_new, v_new, cache, batch, softmax_scale, sinks, window, workspace_tokens, path
+    out, lse = _written_and_attended(arguments, return_lse, None)
+    if not return_lse:
+        return out
+    assert lse is not None
+    return out, lse
+
+
+StateInto = Callable[[tuple[int, int, int], torch.dtype], tuple[Tensor, Tensor]]
+"""Given the shape and dtype of an output, where it and its log-sum-exp go."""
+
+
+def partial_state(
+    q: Tensor, k_new: Tensor | None, v_new: Tensor | None, cache: PagedKVCache, batch: PrefixBatch,
+    softmax_scale: float | None, window: int | None, workspace_tokens: int | None, path: str, into: StateInto,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`prefix_attention` without sinks, whose output and log-sum-exp are stored where the caller says.
+
+    Args:
+        into: called once, after the arguments were checked and the new tokens written; returns `[total_q, q_heads,
+            v_head_dim]` in q's dtype and `[total_q, q_heads]` FP32, contiguous, each at a multiple of 16 bytes.
+        q, k_new, v_new, cache, batch, softmax_scale, window, workspace_tokens, path: as in `prefix_attention`.
+
+    Returns:
+        What `into` returned.
+
+    Raises:
+        TypeError, ValueError, CaptureError: as `prefix_attention`.
+    """
+    arguments = q, k_new, v_new, cache, batch, softmax_scale, None, window, workspace_tokens, path
+    out, lse = _written_and_attended(arguments, True, into)
+    assert lse is not None
+    return out, lse
+
+
+def _written_and_attended(
+    arguments: tuple[Any, ...], want_lse: bool, into: StateInto | None
+) -> tuple[Tensor, Tensor | None]:
+    """Check the arguments of `prefix_attention`, write and attend."""
     try:
         call = _checked_call(*arguments)
     except ValueError:
-        tensors = q, k_new, v_new, sinks
-        if not any(isinstance(tensor, Tensor) and tensor.is_neg() for tensor in tensors):
+        if not any(isinstance(argument, Tensor) and argument.is_neg() for argument in arguments):
             raise
-        return prefix_attention(
-            resolved(q), resolved(k_new), resolved(v_new), cache, batch, softmax_scale, resolved(sinks), window,
-            workspace_tokens, path, return_lse,
-        )  # fmt: skip
+        plain = tuple(resolved(one) if isinstance(one, Tensor) else one for one in arguments)
+        return _written_and_attended(plain, want_lse, into)
+    q, k_new, v_new, cache, batch, _, sinks, _, _, path = arguments
     if batch.built_in_capture:
         check_may_create(batch.device, True, "attention")
     if call.route.path != "gather":
@@ -116,19 +153,20 @@ def prefix_attention(
     if k_new is not None and v_new is not None:
         _write(cache, k_new, v_new, batch, arguments)
 
-    lse: Tensor | None
+    state = None if into is None else into((q.shape[0], q.shape[1], call.geometry.v_head_dim), q.dtype)
+    if call.route.path == "direct" and not call.has_no_keys:
+        return _direct(q, cache, batch, call, sinks, want_lse, state)
     if call.has_no_keys:
         out, lse = _without_keys(q, batch, call, sinks)
-    elif call.route.path == "direct":
-        out, lse = _direct(q, cache, batch, call, sinks, return_lse)
     elif call.route.path == "gather":
         out, lse = _gather(q, cache, batch, call, sinks)
     else:
         out, lse = _hybrid(q, cache, batch, call, sinks)
-    if not return_lse:
-        return out
-    assert lse is not None
-    return out, lse
+    if state is None:
+        return out, lse
+    state[0].copy_(out)
+    state[1].copy_(lse)
+    return state
 
 
 class _Call(NamedTuple):
@@ -281,12 +319,13 @@ def _without_keys(q: Tensor, batch: PrefixBatch, call: _Call, sinks: Tensor | No
 
 
 def _direct(
-    q: Tensor, cache: PagedKVCache, batch: PrefixBatch, call: _Call, sinks: Tensor | None, want_lse: bool
-) -> tuple[Tensor, Tensor | None]:
+    q: Tensor, cache: PagedKVCache, batch: PrefixBatch, call: _Call, sinks: Tensor | None, want_lse: bool,
+    into: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Attend directly from the pages. The log-sum-exp may be None if it is not wanted."""
     return _direct_attention()(
         _contiguous_dims(q), cache, batch, softmax_scale=call.scale, sinks=sinks, window=call.window,
-        likeness=call.likeness, want_lse=want_lse,
+        likeness=call.likeness, want_lse=want_lse, into=into,
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from ..batch.share import Share
 from .context import ContextParallel
+from .heads import heads_of, scale_of_heads
 from .ranks import RankError
 
-__all__ = ["ContextParallel", "RankError", "Share"]
+__all__ = ["ContextParallel", "RankError", "Share", "heads_of", "scale_of_heads"]

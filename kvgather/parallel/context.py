@@ -9,16 +9,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..attention.batch import PrefixBatch
-from ..attention.prefix import check_sinks, prefix_attention
+from ..attention.prefix import check_sinks, partial_state, prefix_attention
 from ..batch.share import Share
 from ..cache import PagedKVCache
 from ..formats.checks import check_tensor, described
 from ..formats.fp8 import FLOATS
+from .exchange import Exchange
 from .ranks import Ranks
-from .states import StateForm, least_bytes, merged, packed
-
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-"""From torch 2.13 on the first name; the second one then warns."""
+from .states import least_bytes, merged
 
 
 class ContextParallel:
@@ -128,26 +126,23 @@ class ContextParallel:
         if sinks is not None:
             check_tensor(q, "q", ndim=3, dtypes=FLOATS)
             check_sinks(sinks, q)
-        out, lse = prefix_attention(
-            q, k_new, v_new, cache, batch, softmax_scale, None, window, workspace_tokens, path, return_lse=True
+        exchange = Exchange(self.share, q.device)
+        out, lse = partial_state(
+            q, k_new, v_new, cache, batch, softmax_scale, window, workspace_tokens, path, exchange.own
         )
-        if out.numel() == 0:
-            return (out, lse) if return_lse else out
-        form = StateForm(out.shape[0], out.shape[1], out.shape[2], out.dtype)
-        out, lse = merged(self._gathered(packed(out, lse, form), form), form, sinks)
+        if out.numel():
+            out, lse = self._merged(exchange, sinks)
         return (out, lse) if return_lse else out
 
     @torch.no_grad()
-    def _gathered(self, state: Tensor, form: StateForm) -> Tensor:
-        """The states of all ranks, `[ranks, nbytes]` uint8."""
-        ranks = self.share.ranks
-        states = state.new_empty((ranks, form.nbytes))
-        with self._ranks.collective("the all-gather of attention states"):
-            all_gather(states, state, group=self.group)
+    def _merged(self, exchange: Exchange, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Exchange the states of all ranks, and merge them."""
+        ranks, form = self.share.ranks, exchange.form
+        exchange.gather(self.group, self._ranks)
         self.calls += 1
         self.bytes_received += (ranks - 1) * form.nbytes
         self.bytes_least += least_bytes(form, ranks)
-        return states
+        return merged(exchange.buffers, form, ranks, sinks)
 
     def close(self) -> None:
         """Stop the thread that tells the other ranks that this one lives."""

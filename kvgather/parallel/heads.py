@@ -7,14 +7,12 @@ its heads. A `PagedKVCache` of a rank's pool and of its scale checks both.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import overload
 
 from torch import Tensor
 
 from ..formats.checks import check_choice, check_int, described
 from ..formats.scale import KINDS
-
-Given = TypeVar("Given", bound=Tensor | float | None)
 
 _AXES = {"per-head": ("heads",), "per-page-head": ("blocks", "heads"), "per-token-head": ("blocks", "heads", "page")}
 
@@ -41,9 +39,21 @@ def heads_of(num_kv_heads: int, rank: int, ranks: int) -> range:
     return range(r * heads // n, (r + 1) * heads // n)
 
 
+@overload
 def scale_of_heads(
-    scale: Given, kind: str, heads: range, *, num_kv_heads: int | None = None, name: str = "scale"
-) -> Given:
+    scale: Tensor, kind: str, heads: range, *, num_kv_heads: int | None = None, name: str = "scale"
+) -> Tensor: ...
+
+
+@overload
+def scale_of_heads(
+    scale: Tensor | float | None, kind: str, heads: range, *, num_kv_heads: int | None = None, name: str = "scale"
+) -> Tensor | float | None: ...
+
+
+def scale_of_heads(
+    scale: Tensor | float | None, kind: str, heads: range, *, num_kv_heads: int | None = None, name: str = "scale"
+) -> Tensor | float | None:
     """The scale of some KV heads, of the scale of all.
 
     Args:
@@ -71,10 +81,6 @@ def scale_of_heads(
     if not isinstance(scale, Tensor):
         raise TypeError(f"{name} is {described(scale)}; {accepted}")
     axis = axes.index("heads")
-    if (
-        scale.ndim != len(axes)
-        or scale.shape[axis] < heads.stop
-        or num_kv_heads not in (None, scale.shape[axis])
-    ):
+    if scale.ndim != len(axes) or scale.shape[axis] < heads.stop or num_kv_heads not in (None, scale.shape[axis]):
         raise ValueError(f"{name} has shape {list(scale.shape)}; {accepted}")
     return scale.narrow(axis, heads.start, len(heads))

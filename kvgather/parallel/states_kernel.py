@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..device import interpreting
-from ..kernels.launch import launching
+from ..kernels.launch import PreparedLaunch, prepared_once
 from ..kernels.merge import divisor_of, log_sum_exp, shift_of
 from ..kernels.values import round_to, widen
+from .form import StateForm
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -53,19 +55,38 @@ def merge_ranks_kernel(
     tl.store(lse_ptr + row, log_sum_exp(shift, total), mask=in_use)
 
 
-def merge_ranks(outs: Tensor, lses: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Merge states `[ranks, rows, heads, dim]` and `[ranks, rows, heads]`, whose ranks lie apart by any stride."""
-    ranks, rows, heads, dim = outs.shape
-    out = outs.new_empty((rows, heads, dim))
-    lse = lses.new_empty((rows, heads))
+def merge_ranks(buffers: Tensor, form: StateForm, ranks: int, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Merge the states of the first `ranks` buffers; see `states.merged`."""
+    rows, heads, dim, dtype = form
+    out = buffers.new_empty((rows, heads, dim), dtype=dtype)
+    lse = buffers.new_empty((rows, heads), dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    dims = triton.next_power_of_2(dim)
-    per_program = max(1, 1024 // dims)
-    with launching(out, interpreting()):
-        merge_ranks_kernel[(triton.cdiv(rows * heads, per_program),)](
-            outs, lses, lses if sinks is None else sinks, out, lse, rows * heads, outs.stride(0), lses.stride(0),
-            HEADS=heads, DIM=dim, DIMS=dims, RANKS=ranks, R=per_program, SINKS=sinks is not None,
-            BY_HAND=interpreting(),
-        )  # fmt: skip
+    if sinks is not None and not sinks.is_contiguous():
+        sinks = sinks.contiguous()
+    state, result, size = buffers.data_ptr(), (out.data_ptr(), lse.data_ptr()), form.nbytes
+    addresses = (state, state + form.lse_at, state if sinks is None else sinks.data_ptr(), *result)
+    numbers = (rows * heads, size // dtype.itemsize, size // 4)
+    interpreted, sink_dtype = interpreting(), None if sinks is None else sinks.dtype
+    key = (
+        heads, dim, dtype, ranks, sink_dtype, buffers.device, interpreted, tuple([at & 15 for at in addresses]),
+        numbers[1] & 15, numbers[2] & 15,
+    )  # fmt: skip
+    launch = prepared_once("ranks", key, lambda: _prepared(heads, dim, ranks, sinks is not None, interpreted))
+    programs = triton.cdiv(rows * heads, _rows_of_program(dim))
+    if not launch.again(programs, addresses, numbers):
+        outs, lses = form.views(buffers, ranks)
+        launch(programs, (outs, lses, lses if sinks is None else sinks, out, lse), addresses, numbers)
     return out, lse
+
+
+def _rows_of_program(dim: int) -> int:
+    return max(1, 1024 // triton.next_power_of_2(dim))
+
+
+def _prepared(heads: int, dim: int, ranks: int, sinks: bool, interpreted: bool) -> PreparedLaunch:
+    constants = {
+        "HEADS": heads, "DIM": dim, "DIMS": triton.next_power_of_2(dim), "RANKS": ranks, "R": _rows_of_program(dim),
+        "SINKS": sinks, "BY_HAND": interpreted,
+    }  # fmt: skip
+    return PreparedLaunch(merge_ranks_kernel, (None,) * 5, (), constants, interpreted)

@@ -50,8 +50,8 @@ def add_replay(commands: Any, run: Run) -> None:
     )
     parser.add_argument("--limit", type=_seconds, default=900.0, metavar="SECONDS", help="of the server; default: 900")
     parser.add_argument(
-        "--ranks", type=_count, default=1, metavar="N", help="processes that hold the model's heads together, one a GPU; "
-        "N divides the KV heads; default: 1",
+        "--ranks", type=_count, default=1, metavar="N", help="processes that share the heads, one a GPU; N divides the "
+        "KV heads; default: 1",
     )  # fmt: skip
     parser.add_argument("--warm-up", type=int, default=0, metavar="N", help="requests before, with another prefix")
     parser.add_argument(
@@ -66,7 +66,7 @@ def add_replay(commands: Any, run: Run) -> None:
 
 
 ENGINE: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("--config", {"default": "tiny", "help": "with random weights: tiny or 20b (GPT-OSS), llama, qwen3, mistral"}),
+    ("--config", {"default": "tiny", "help": "of random weights: tiny, tiny-6, 20b, llama, llama-6, qwen3 or mistral"}),
     ("--device", {"help": "cpu, cuda or cuda:N; default: the GPU if there is one"}),
     ("--dtype", {"help": "of the weights; default: bfloat16 on a GPU, float32 on a CPU"}),
     ("--seed", {"type": int, "default": 0, "help": "of random weights, and of the prompts; default: 0"}),

@@ -27,12 +27,13 @@ def serve(arguments: argparse.Namespace) -> int:
 
     _check_extra()
     from ..serving import serve as server
+    from ..serving.tensor_parallel import Ranks, plan_of
 
     if bool(arguments.model) == arguments.random_weights:
         raise ValueError("accepted: either MODEL, the folder of a model, or --random-weights")
     if arguments.model and not Path(arguments.model).is_dir():
         raise ValueError(f"MODEL is {arguments.model!r}, which is no folder; accepted: the folder of a model")
-    ranks = server.Ranks.of_torchrun(arguments.rank_timeout)
+    ranks = Ranks.of_torchrun(arguments.rank_timeout)
     device = resolve_device(arguments.device, "--device")
     if ranks.count > 1:
         device = resolve_device(ranks.device(device.type), f"the device of rank {ranks.rank}")
@@ -42,7 +43,7 @@ def serve(arguments: argparse.Namespace) -> int:
         arguments.greedy, ranks,
     )  # fmt: skip
     if ranks.count > 1:
-        server.plan_of(source.model_config(), ranks.count)  # raises before anything is allocated
+        plan_of(source.model_config(), ranks.count)  # raises before anything is allocated
     sizes = server.Sizes(
         arguments.page_size, arguments.num_blocks, arguments.max_batched_tokens, sharing=not arguments.no_sharing,
         exchange_seconds=arguments.rank_timeout,

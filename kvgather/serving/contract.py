@@ -72,6 +72,49 @@ HOOKS = (
         "why requests are refused, or None",
     ),
     Hook(
+        f"{_BATCHING}.continuous_api", "ContinuousBatchProcessor._update_tp_group_state", ("self",),
+        "takes requests from the queue before an exchange that may fail; we put them back",
+        "drain_queue(self.input_queue)",
+    ),
+    Hook(
+        f"{_BATCHING}.utils", "drain_queue", ("q",), "how requests are taken", "q.get_nowait()",
+    ),
+    Hook(
+        f"{_BATCHING}.distributed", "DistributedHelper.__init__",
+        ("self", "device_mesh", "cpu_group_timeout", "tp_plan"),
+        "which rank this is, of how many, and the group between their CPUs", "self.tp_local_rank",
+    ),
+    Hook(
+        f"{_BATCHING}.distributed", "DistributedHelper.are_kv_heads_tp_ed", ("self",),
+        "whether the cache has only a part of the heads", 'for name in ("k_proj", "v_proj")',
+    ),
+    Hook(
+        f"{_BATCHING}.distributed", "DistributedHelper.tp_all_reduce_state",
+        ("self", "payload_size", "stop_status", "pause_requested"), "ends the other ranks' loops when this one died",
+    ),
+    Hook(
+        "transformers.distributed.mixin", "DistributedMixin.maybe_distribute_model",
+        ("model", "distributed_config", "mesh_manager"),
+        "shards a model that has its weights: each rank keeps a copy of its part", "apply_tensor_parallelism(",
+    ),
+    Hook(
+        "transformers.distributed.mixin", "initialize_distributed_mesh", ("distributed_config",),
+        "takes the accelerator of the machine for a model of a folder; replaced meanwhile",
+    ),
+    Hook(
+        "transformers.distributed.utils", "TransformersDeviceMesh.__init__", ("self", "dense_mesh", "expert_mesh"),
+        "the ranks, as transformers wants them named",
+    ),
+    Hook(
+        "transformers.distributed.tensor_parallel", "LocalParamsParallel", None,
+        "shows GPT-OSS's attention its own part of the sinks",
+        "Runs the module's forward with its own sharded parameters",
+    ),
+    Hook(
+        "transformers.distributed.tensor_parallel", "RowwiseParallel.context_around_forward", None,
+        "adds the bias of the output projection once, and not once on every rank", 'module._parameters["bias"] = None',
+    ),
+    Hook(
         f"{_BATCHING}.continuous_api", "ContinuousMixin.init_continuous_batching",
         ("self", "generation_config", "continuous_batching_config"), "takes the manager that install has left there",
         '"_cached_continuous_batching_manager"',

@@ -17,6 +17,7 @@ from .cache import PoolCache, cache_of
 from .counters import Counters, Step
 from .missing import missing_ranks
 from .options import Options
+from .taken import keep_requests
 
 
 class RequestRefused(ValueError):
@@ -158,6 +159,8 @@ class EngineManager(CountingManager):
             processor = super()._create_batch_processor()
         if not getattr(processor.scheduler, "answers_cancelled", False):
             _answer_cancelled(processor)
+            if len(self.processes) > 1:
+                keep_requests(processor)
         return processor
 
 

@@ -2,55 +2,63 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
 SECONDS = 2.0
 """How long to look: torchrun clears a dead process away within 0.1 s, and waiting ranks give up at about one time."""
+EXCHANGE = ("gloo", "nccl", "timed out", "timeout", "connection")
+"""Words of errors of gloo and NCCL."""
 
 
 def missing_ranks(processes: Sequence[int], rank: int, reason: str) -> str:
-    """What an error says of other ranks: "rank 1 died", "rank 2 does not answer", or nothing.
+    """What an error says of other ranks: "rank 1 died", "rank 2 does not answer"; empty if it is no failed exchange.
 
-    Every rank that meets an error calls it. The ranks are processes of one machine, which torchrun has started.
+    Every rank that meets an error calls it, and is then known to answer. The ranks are processes of one machine, which
+    torchrun has started; its store holds who has answered.
 
     Args:
         processes: the process id of each rank.
         rank: this one.
-        reason: the error's text: an exchange that took too long fails on all ranks that waited, and these say so to
-            each other in torchrun's store.
+        reason: the error's text.
     """
     if len(processes) == 1 or os.name != "posix":  # elsewhere, signal 0 is more than a question
         return ""
-    if "timed out" in reason.lower():
-        return _named(_silent(len(processes), rank), "does not answer")
-    return _named(_first(lambda: [other for other, process in enumerate(processes) if not _alive(process)]), "died")
-
-
-def _silent(count: int, rank: int) -> list[int]:
-    """The ranks that do not say within the time that they have waited as well."""
-    try:
-        store = dist.TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
-            timeout=timedelta(seconds=SECONDS),
-        )  # fmt: skip
-        store.set(f"kvgather/waited/{rank}", "")
-        waited = _first(lambda: [count] if store.check([f"kvgather/waited/{other}" for other in range(count)]) else [])
-        return [] if waited else [other for other in range(count) if not store.check([f"kvgather/waited/{other}"])]
-    except (RuntimeError, KeyError, ValueError):  # no store: rank 0 may have it, and be the one that hangs
-        return []
-
-
-def _first(find: Callable[[], list[int]]) -> list[int]:
-    """The first result that is not empty within the time."""
+    store = _Answers(rank)
+    if not any(word in reason.lower() for word in EXCHANGE):
+        return ""
+    others = [other for other in range(len(processes)) if other != rank]
     end = time.monotonic() + SECONDS
-    while not (found := find()) and time.monotonic() < end:
+    while others and time.monotonic() < end:
+        if dead := [other for other in others if not _alive(processes[other])]:
+            return f"{_named(dead)} died"
+        others = [other for other in others if not store.has(other)]
         time.sleep(0.02)
-    return found
+    return f"{_named(others)} {'does' if len(others) == 1 else 'do'} not answer" if others and store.has(rank) else ""
+
+
+class _Answers:
+    """Which ranks have answered, in torchrun's store. It has none if it cannot be reached, and raises never."""
+
+    def __init__(self, rank: int) -> None:
+        self._store: Any = None
+        with contextlib.suppress(RuntimeError, KeyError, ValueError):
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            timeout = timedelta(seconds=SECONDS)
+            store = dist.TCPStore(address, port, is_master=False, timeout=timeout)  # type: ignore[attr-defined]
+            store.set(f"kvgather/answers/{rank}", "")
+            self._store = store
+
+    def has(self, rank: int) -> bool:
+        with contextlib.suppress(RuntimeError):
+            return self._store is not None and bool(self._store.check([f"kvgather/answers/{rank}"]))
+        return False
 
 
 def _alive(process: int) -> bool:
@@ -61,5 +69,5 @@ def _alive(process: int) -> bool:
     return True
 
 
-def _named(ranks: Sequence[int], what: str) -> str:
-    return f"{' and '.join(f'rank {rank}' for rank in ranks)} {what}" if ranks else ""
+def _named(ranks: Sequence[int]) -> str:
+    return " and ".join(f"rank {rank}" for rank in ranks)

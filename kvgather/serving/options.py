@@ -29,8 +29,8 @@ class Options:
         dtype: of the pools.
         layout: "NHD", "HND" or "SHUFFLE".
         scale: the kind of both scales of an FP8 pool; pools of other dtypes have no scale.
-        k_scale, v_scale: the scales of every layer, in the shape of the kind and for all heads of the model: a float, or
-            an FP32 tensor on the model's device. None means 1 everywhere.
+        k_scale, v_scale: the scales of every layer, in the shape of the kind and of all heads, also where a rank holds
+            some of them: a float, or an FP32 tensor on the model's device. None means 1 everywhere.
         path: of `prefix_attention`: "auto", "direct", "gather" or "hybrid".
         workspace_tokens: upper bound of the tokens that one gather reads, or None.
         gather: reads the cached and new tokens of prefills that found a cached prefix, in the place of this package's

@@ -17,6 +17,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from transformers.distributed import mixin
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.distributed.utils import TransformersDeviceMesh
@@ -99,7 +100,7 @@ def plan_of(config: Any, ranks: int) -> DistributedConfig:
 def shard(model: Any, ranks: Ranks) -> Any:
     """Keep this rank's part of a model that every rank has made with equal weights.
 
-    The parts are copies, and the whole parameters are freed at the end: until then, a rank holds both.
+    The whole parameters are freed at the end: until then, a rank holds both them and its part.
 
     Args:
         model: on this rank's device.
@@ -110,11 +111,33 @@ def shard(model: Any, ranks: Ranks) -> Any:
     """
     plan = plan_of(model.config.get_text_config(), ranks.count)
     model = type(model).maybe_distribute_model(model, plan, _mesh(plan, model.device.type))
+    own_memory(model)
     gc.collect()
     if model.device.type == "cuda":
         torch.cuda.empty_cache()  # the engine plans its cache with the memory that is not reserved
         torch.cuda.reset_peak_memory_stats()
     return model
+
+
+def own_memory(module: torch.nn.Module) -> None:
+    """Copy each part of a parameter that is a view of the whole one, which is freed with its last view.
+
+    Some versions of torch leave such views where they shard the first axis.
+    """
+    copies: dict[torch.nn.Parameter, torch.nn.Parameter] = {}  # one of parameters that are tied
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False, remove_duplicate=False)):
+            if not isinstance(parameter, DTensor):
+                continue
+            local = parameter.to_local().detach()
+            if parameter not in copies and local.untyped_storage().nbytes() > local.nbytes:
+                copy = DTensor.from_local(
+                    local.clone(), parameter.device_mesh, parameter.placements, run_check=False,
+                    shape=parameter.shape, stride=parameter.stride(),
+                )  # fmt: skip
+                copies[parameter] = torch.nn.Parameter(copy, requires_grad=parameter.requires_grad)
+            if parameter in copies:
+                setattr(part, name, copies[parameter])
 
 
 def load(architecture: Any, folder: str, dtype: torch.dtype, config: Any, ranks: Ranks, device: torch.device) -> Any:
@@ -138,8 +161,9 @@ def load(architecture: Any, folder: str, dtype: torch.dtype, config: Any, ranks:
 
 
 def _mesh(plan: DistributedConfig, device: str) -> TransformersDeviceMesh:
+    ranks, ranks_of_experts = plan.tp_size or 1, plan.ep_size or 1
     dense, experts = ("pp", "dp_replicate", "fsdp", "tp"), ("pp", "dp_replicate", "efsdp", "ep")
     return TransformersDeviceMesh(
-        init_device_mesh(device, (1, 1, 1, plan.tp_size), mesh_dim_names=dense),
-        init_device_mesh(device, (1, 1, plan.efsdp_size, plan.ep_size), mesh_dim_names=experts),
+        init_device_mesh(device, (1, 1, 1, ranks), mesh_dim_names=dense),
+        init_device_mesh(device, (1, 1, plan.efsdp_size, ranks_of_experts), mesh_dim_names=experts),
     )

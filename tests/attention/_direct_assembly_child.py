@@ -130,7 +130,7 @@ def compile_one(job: Job) -> dict[str, Any]:
     columns = 600 if job.sequences > 1 else 1
     batch = SimpleNamespace(
         block_table=empty(job.sequences, columns, dtype=torch.int32), cu_seqlens_q=offsets, cu_seqlens_k=offsets,
-        max_q=job.new, max_k=columns * job.page_size, num_sequences=job.sequences,
+        max_q=job.new, max_k=columns * job.page_size, num_sequences=job.sequences, share=None,
     )  # fmt: skip
     rows, (q_heads, kv_heads) = job.sequences * job.new, job.heads
     tile = None if job.tile is None else direct.Tile(*job.tile)

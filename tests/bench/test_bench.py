@@ -126,9 +126,13 @@ def test_rows_survive_a_file_and_replace_their_case(tmp_path: Path) -> None:
         report.read(path)
 
 
+OWN_COLUMNS = ("tiles_", "crash_map_", "serving_", "parallel_")
+"""Files whose rows are other ones, with tests of their own."""
+
+
 def test_committed_rows_have_a_device_and_a_date() -> None:
     for path in (Path(__file__).parents[2] / "benchmarks" / "results").glob("*.csv"):
-        if path.name.startswith(("tiles_", "crash_map_", "serving_")):  # have columns of their own, and tests
+        if path.name.startswith(OWN_COLUMNS):
             continue
         for row in report.read(path):
             assert row.device and row.torch and len(row.date) == 10, (path.name, row)

@@ -10,7 +10,7 @@ import torch
 
 from kvgather.parallel import ContextParallel, RankError
 from tests.attention.batches import setup
-from tests.parallel.gloo import join, leave
+from tests.parallel.gloo import DEVICE, join, leave
 from tests.parallel.pools import distribute, local_pool
 
 SECONDS = 6.0
@@ -23,7 +23,7 @@ def main() -> None:
     how, which = os.environ["MISSING"].split()
     folder, rank, ranks = join(SECONDS)
     attend = ContextParallel()
-    made = setup([1, 2], [13, 30])
+    made = setup([1, 2], [13, 30], device=DEVICE)
     table = distribute(made, ranks)
     cache = local_pool(made, table, rank, ranks)
     g = cache.geometry
@@ -35,10 +35,12 @@ def main() -> None:
             if how == "hangs":
                 time.sleep(600)
             if how == "raises":
-                attend(made.q, None, None, cache, batch, sinks=torch.zeros(3))
+                attend(made.q, None, None, cache, batch, sinks=torch.zeros(3, device=DEVICE))
         begin = time.monotonic()
         try:
             attend(made.q, *made.new_tokens(), cache, batch)
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
         except RankError as error:
             leave(folder, rank, {"call": call, "seconds": time.monotonic() - begin, "ranks": error.ranks,
                                  "text": str(error)})  # fmt: skip

@@ -1,4 +1,4 @@
-"""Ranks as child processes: a module of the tests runs in each of them, and says what came out."""
+"""Ranks as child processes, with gloo on a CPU or NCCL on GPUs: a module of the tests runs in each, and reports."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+DEVICE = os.environ.get("RANKS_ON", "cpu")
+"""Of the ranks: "cpu", with gloo, or "cuda", with NCCL and one GPU each."""
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -79,12 +81,16 @@ def join(seconds: float = 60.0) -> tuple[Path, int, int]:
     """Join the group of the ranks that `run_ranks` started; the folder, this rank, and how many there are."""
     from datetime import timedelta
 
+    import torch
     import torch.distributed as dist
 
     folder, rank, size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    if DEVICE == "cuda":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo", init_method=(folder / "store").as_uri(), rank=rank, world_size=size, timeout=timedelta(seconds=seconds)
-    )
+        "gloo" if DEVICE == "cpu" else "nccl", init_method=(folder / "store").as_uri(), rank=rank, world_size=size,
+        timeout=timedelta(seconds=seconds),
+    )  # fmt: skip
     return folder, rank, size
 
 

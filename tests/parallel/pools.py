@@ -17,7 +17,7 @@ def distribute(made: Setup, ranks: int, seed: int = 0) -> Tensor:
     """The block table of `ranks` pools: column c has block ids of the pool of rank c % ranks, in any order."""
     random = torch.Generator().manual_seed(seed)
     batch, columns = made.block_table.shape
-    table = torch.full((batch, columns), -7)  # what lies past a sequence is garbage
+    table = torch.full((batch, columns), -7, device=made.block_table.device)  # what lies past a sequence is garbage
     for rank in range(ranks):
         own = [
             (sequence, column)
@@ -42,7 +42,7 @@ def local_pool(made: Setup, table: Tensor, rank: int, ranks: int) -> kg.PagedKVC
         scales = {"k_scale": made.cache.k_scale, "v_scale": made.cache.v_scale}
     pool = kg.PagedKVCache(
         blocks, g.page_size, g.num_kv_heads, g.head_dim, g.v_head_dim, layout=g.layout, dtype=g.dtype, scale=kind,
-        device="cpu", **scales,
+        device=g.device, **scales,
     )  # fmt: skip
     for mine, theirs in pages(made, table, rank, ranks):
         copy_page(pool, mine, made.cache, theirs)

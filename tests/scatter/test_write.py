@@ -138,3 +138,26 @@ def test_a_slot_that_comes_twice_is_found_by_check() -> None:
     cache.write(rows, rows, torch.tensor([1, 2, 1], device="cuda"))
     with pytest.raises(SlotError, match=r"slots\[0\] and slots\[2\] are both 1; accepted: each slot once"):
         cache.check()
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("row_stride", [16, 3])
+def test_a_single_row_is_written_again_without_its_checks(row_stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding one sequence writes one row a layer. Whatever its row stride was, more rows are read by their own."""
+    cache, twin = (kg.PagedKVCache(4, 4, 2, 8, dtype=torch.float32, device="cpu") for _ in range(2))
+    checked, check = [], kg.PagedKVCache._check_writable
+
+    def counted(self: kg.PagedKVCache) -> None:
+        checked.append(self)
+        check(self)
+
+    monkeypatch.setattr(kg.PagedKVCache, "_check_writable", counted)
+    for slot in range(4):
+        k, v = (row.as_strided((1, 2, 8), (row_stride, 8, 1)) for row in torch.randn(2, 1, 2, 8).unbind())
+        cache.write(k, v, torch.tensor([slot]), backend="triton")
+        twin.write(k, v, torch.tensor([slot]), backend="torch")
+    assert checked.count(cache) == 1
+    k, v = torch.randn(2, 5, 2, 8).unbind()
+    cache.write(k, v, torch.arange(6, 11), backend="triton")
+    twin.write(k, v, torch.arange(6, 11), backend="torch")
+    assert torch.equal(cache.key_cache, twin.key_cache) and torch.equal(cache.value_cache, twin.value_cache)

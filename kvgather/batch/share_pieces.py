@@ -15,9 +15,9 @@ from itertools import accumulate
 import torch
 import torch.nn.functional as F
 
-from ..batch.checked import CheckedBatch
-from ..batch.pieces import Attend, Piece, Pieces
-from ..batch.share import Share
+from .checked import CheckedBatch
+from .pieces import Attend, Piece, Pieces
+from .share import Share
 
 
 def pieces_of_share(batch: CheckedBatch, window: int | None, workspace_tokens: int | None) -> Pieces:

@@ -1,0 +1,36 @@
+"""The ranks of test_context and test_missing with NCCL, one process for each GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.parallel._context_child import CASES
+from tests.parallel.gloo import run_ranks
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs; tests/parallel/test_context.py has gloo"),
+]
+
+
+def test_ranks_give_what_one_gpu_gives(tmp_path: Path) -> None:
+    size = torch.cuda.device_count()
+    for rank, done in enumerate(
+        run_ranks("tests.parallel._context_child", size, tmp_path, 300, RANKS_ON="cuda", EVERY="4")
+    ):
+        assert done.code == 0, done.text[-3000:]
+        wrong = {case: said for case, said in done.said.items() if said}
+        assert list(done.said) == list(CASES)[::4] and not wrong, f"rank {rank}: {wrong}"
+
+
+@pytest.mark.parametrize("how", ["dies", "hangs"])
+def test_a_missing_rank_is_named_and_the_others_end(how: str, tmp_path: Path) -> None:
+    """The host does not wait for a GPU: the name is on stderr, and torch's watchdog ends the process."""
+    ended = run_ranks(
+        "tests.parallel._missing_child", 2, tmp_path, 120, waits_for=0, RANKS_ON="cuda", MISSING=f"{how} 1"
+    )
+    assert ended[0].code != 0
+    assert "kvgather: rank 0: the all-gather of attention states of 2 ranks failed: rank 1 " in ended[0].text
