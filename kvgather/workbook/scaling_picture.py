@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +10,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
 
+from ..bench.ranks import rows
 from .figures import EMPTY, INK, PALETTE, figure
 
 __all__ = ["Scaled", "read_scaling", "scaling_alt", "scaling_picture"]
 
-ONE, TOGETHER = "one GPU", "context parallel"
 MARKS = "os^Dv"
 
 
@@ -29,7 +28,8 @@ class Scaled:
         one_us: time on one GPU that has the whole context, measured in the same way; None if it was not.
         received, least: bytes that one call brings to a GPU, and that it has to bring at least.
         layer: heads, layout and scale of the layer, such as 64q8x64-NHD-per-tensor.
-        machine: GPU, link, versions and date.
+        device: name of the GPUs.
+        about: their link, versions and date.
     """
 
     ranks: int
@@ -40,7 +40,8 @@ class Scaled:
     received: int
     least: int
     layer: str
-    machine: str
+    device: str
+    about: str
 
     @property
     def ideal_us(self) -> float | None:
@@ -54,31 +55,35 @@ class Scaled:
 
 
 def read_scaling(folder: Path, name: str = "parallel_*.csv") -> list[Scaled]:
-    """The measured cases of all files of a folder that fit to a name, by machine, new tokens, context and ranks.
+    """The measured cases of all files of a folder that fit to a name, by device, new tokens, context and ranks.
 
     Args:
         folder: of the results.
         name: pattern of the files' names.
+
+    Raises:
+        ValueError: the columns of a file are not those of `kvgather bench parallel`.
     """
     found = []
     for path in sorted(folder.glob(name)):
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        times = {(row["case"], row["ranks"], row["device"], row["what"]): row for row in rows}
-        for row in rows:
-            if row["what"] == TOGETHER:
-                one = times.get((row["case"], row["ranks"], row["device"], ONE))
-                found.append(_scaled(row, one))
-    return sorted(found, key=lambda case: (case.machine, case.new, case.context, case.ranks))
+        read = rows.read(path)
+        alone = {(row.case, row.ranks, row.device): row for row in read if row.what == rows.ONE}
+        found += [
+            _scaled(row, alone.get((row.case, row.ranks, row.device))) for row in read if row.what == rows.TOGETHER
+        ]
+    return sorted(found, key=lambda case: (case.device, case.new, case.context, case.ranks))
 
 
-def _scaled(row: dict[str, str], one: dict[str, str] | None) -> Scaled:
-    kind = "graph_us" if row["graph_us"] else "eager_us"
-    machine = f"{row['device']}, {row['link']}, torch {row['torch']}, NCCL {row['nccl']}, {row['date']}"
+def _scaled(row: rows.Row, alone: rows.Row | None) -> Scaled:
+    """A case from its own row, and that of one GPU."""
+    in_graph = row.graph_us is not None
+    us = row.graph_us if in_graph else row.eager_us
+    one_us = None if alone is None else alone.graph_us if in_graph else alone.eager_us
+    assert us is not None and row.bytes_received is not None and row.bytes_least is not None
+    about = f"{row.link}, torch {row.torch}, NCCL {row.nccl}, {row.date}"
     return Scaled(
-        int(row["ranks"]), int(row["context"]), int(row["new"]), float(row[kind]),
-        float(one[kind]) if one is not None and one[kind] else None, int(row["bytes_received"]),
-        int(row["bytes_least"]), row["case"].partition("-1seqs")[0], machine,
+        row.ranks, row.context, row.new, us, one_us, row.bytes_received, row.bytes_least,
+        row.case.partition("-1seqs")[0], row.device, about,
     )  # fmt: skip
 
 
@@ -89,7 +94,7 @@ def scaling_picture(measured: Sequence[Scaled]) -> Figure:
     the mean of those in the files.
 
     Args:
-        measured: cases of one machine.
+        measured: cases of one device.
     """
     news = sorted({case.new for case in measured})
     contexts = sorted({case.context for case in measured})

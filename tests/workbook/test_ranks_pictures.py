@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.patches import Rectangle
 
-from kvgather.files import csv_text
+from kvgather.bench.ranks import rows
 from kvgather.workbook.dealt import deal
 from kvgather.workbook.figures import PALETTE, png
 from kvgather.workbook.rank_scale import gather_on_rank
@@ -67,29 +68,25 @@ def test_the_trusting_gather_is_right_with_its_own_scale() -> None:
     assert torch.equal(got, expected)
 
 
-COLUMNS = (
-    "case", "what", "ranks", "context", "new", "graph_us", "eager_us", "bytes_received", "bytes_least", "link",
-    "device", "torch", "nccl", "date",
-)  # fmt: skip
-
-
-def write(folder: Path, ranks: int, rows: list[tuple[int, int, str, str, str]]) -> None:
+def write(folder: Path, ranks: int, made: list[tuple[int, int, str, float | None, float | None]]) -> None:
     """A file of made-up rows: context, new, what, time in a graph, eager time."""
-    lines = [
-        (f"8q2x64-NHD-none-1seqs-{context}+{new}", what, ranks, context, new, graph, eager,
-         "100" if what == "context parallel" else "", "90" if what == "context parallel" else "", "NVLink", "GPU",
-         "2.0", "2.1", "2026-01-01")
-        for context, new, what, graph, eager in rows
-    ]  # fmt: skip
-    named = [dict(zip(COLUMNS, line, strict=True)) for line in lines]
-    (folder / f"parallel_gpu_x{ranks}.csv").write_text(csv_text(COLUMNS, named), "utf-8")
+    read = []
+    for context, new, what, graph, eager in made:
+        received, least = (100, 90) if what == rows.TOGETHER else (None, None)
+        times = {"graph_us": graph, "eager_us": eager, "bytes_received": received, "bytes_least": least}
+        names = {"case": f"8q2x64-NHD-none-1seqs-{context}+{new}", "what": what, "link": "NVLink", "device": "GPU"}
+        numbers = {"ranks": ranks, "context": context, "new": new, "samples": 9}
+        versions = {"torch": "2.0", "nccl": "2.1", "date": "2026-01-01"}
+        empty = {field.name: None if "None" in str(field.type) else "" for field in fields(rows.Row)}
+        read.append(rows.Row(**{**empty, **times, **names, **numbers, **versions}))  # type: ignore[arg-type]
+    rows.write(read, folder / f"parallel_gpu_x{ranks}.csv")
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    both = [(1000, 1, "one GPU", "80", "100"), (1000, 1, "ideal", "40", "50"), (1000, 1, "local attention", "41", "")]
-    write(tmp_path, 2, [*both, (1000, 1, "context parallel", "50", "90"), (9000, 1, "context parallel", "", "700")])
-    write(tmp_path, 4, [(1000, 1, "one GPU", "84", "100"), (1000, 1, "context parallel", "30", "60")])
+    both = [(1000, 1, "one GPU", 80.0, 100.0), (1000, 1, "ideal", 40.0, 50.0), (1000, 1, "local attention", 41.0, None)]
+    write(tmp_path, 2, [*both, (1000, 1, "context parallel", 50.0, 90.0), (9000, 1, "context parallel", None, 700.0)])
+    write(tmp_path, 4, [(1000, 1, "one GPU", 84.0, 100.0), (1000, 1, "context parallel", 30.0, 60.0)])
     return tmp_path
 
 
@@ -99,7 +96,8 @@ def test_scaling_is_read_from_all_files(folder: Path) -> None:
         (1000, 2, 50.0, 80.0), (1000, 4, 30.0, 84.0), (9000, 2, 700.0, None),
     ]  # fmt: skip
     assert found[0].ideal_us == 40.0 and found[0].efficiency == 0.8 and found[2].efficiency is None
-    assert found[0].layer == "8q2x64-NHD-none" and found[0].machine == "GPU, NVLink, torch 2.0, NCCL 2.1, 2026-01-01"
+    assert found[0].layer == "8q2x64-NHD-none" and found[0].device == "GPU"
+    assert found[0].about == "NVLink, torch 2.0, NCCL 2.1, 2026-01-01"
     assert (found[0].received, found[0].least) == (100, 90)
     assert read_scaling(folder, "other_*.csv") == []
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kvgather.batch.share import Share
+from kvgather.parallel.form import StateForm
 from kvgather.parallel.heads import heads_of, scale_of_heads
-from kvgather.parallel.states import StateForm
 from kvgather.workbook.checks import Wrong, exercise, expect
 from kvgather.workbook.checks.shape import ints, pair
 
