@@ -34,6 +34,10 @@ FORMS = {
     "slot": r"slots?",
     "token": r"tokens?",
     "head": r"heads?|num_q_heads|num_kv_heads",
+    "rank": r"ranks?",
+    "all-gather": r"all[- ]gathers?",
+    "tensor-parallel": r"tensor parallel(?:ism)?",
+    "context-parallel": r"context parallel(?:ism)?",
 }
 """The forms in which a chapter has the word of a heading. A longer form is before the one that it contains."""
 _WORD = re.compile(

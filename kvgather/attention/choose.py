@@ -76,6 +76,7 @@ class Facts:
         device: "cuda" or "cpu".
         triton: whether Triton is installed.
         window: of the layer, or None.
+        shared: whether the pool has one rank's share of the pages, see `batch.share`.
         hopper: whether the Hopper kernel attends on the direct path.
     """
 
@@ -90,6 +91,7 @@ class Facts:
     device: str
     triton: bool
     window: int | None
+    shared: bool = False
     hopper: bool = False
 
 
@@ -100,6 +102,7 @@ def check_facts(
     num_q_heads: int,
     dtype: torch.dtype,
     window: int | None,
+    shared: bool = False,
 ) -> Facts:
     """Return the facts of a layer from checked arguments.
 
@@ -118,7 +121,7 @@ def check_facts(
         raise TypeError(f"dtype is {received}; accepted: {', '.join(dtype_name(d) for d in FLOATS)}")
     return Facts(
         tuple(lengths), common, g.num_kv_heads, heads // g.num_kv_heads, g.head_dim, g.v_head_dim, g.dtype.itemsize,
-        dtype, g.device.type, triton_available(), window,
+        dtype, g.device.type, triton_available(), window, shared,
     )  # fmt: skip
 
 
@@ -136,13 +139,18 @@ def choose(facts: Facts) -> Choice:
         return Choice("gather", f"on a {facts.device} the gather path, in plain torch, is the fastest")
     if not facts.triton:
         return Choice("gather", "Triton is not available, and the direct path is a Triton kernel")
-    if facts.dtype == torch.float32:
-        return Choice("gather", "q is float32, and the direct kernel is faster only with 16-bit products")
     speeds = _speeds(facts)
+    if facts.shared:  # a causal mask of a dense kernel does not fit a rank's keys, so the gather path takes many calls
+        if not facts.common or facts.dtype == torch.float32 or speeds is None:
+            return Choice("direct", "of a rank's share of the pages, the direct path reads all with one kernel")
+    elif facts.dtype == torch.float32:
+        return Choice("gather", "q is float32, and the direct kernel is faster only with 16-bit products")
     if speeds is None:
         larger = max(facts.head_dim, facts.v_head_dim)
         return Choice("gather", f"head dim {larger} is above the largest measured one, {max(SPEEDS)}")
     times = expected_times(facts, speeds)
+    if facts.shared:
+        del times["gather"]
     path, *others = sorted(times, key=lambda name: times[name])
     alternatives = ", ".join(f"{times[other]:,.0f} µs of the {other} path" for other in others)
     return Choice(path, f"about {times[path]:,.0f} µs expected, {alternatives}")
@@ -370,6 +378,6 @@ def facts_of(
         tokens = min(batch.max_k, -(-batch.total_k // batch_size))
         lengths = ((new, batch.held(tokens)),) * batch.num_sequences
     common = common_length(batch, window, workspace_tokens)
-    facts = check_facts(cache, lengths, common, num_q_heads, dtype, window)
+    facts = check_facts(cache, lengths, common, num_q_heads, dtype, window, batch.share is not None)
     form = chosen_form(cache, batch, batch.total_q, num_q_heads, dtype, window, cache.likeness)
     return replace(facts, hopper=form is not None)

@@ -36,8 +36,7 @@ class Exchange:
             out = torch.empty(shape, dtype=dtype, device=self._device)
             return out, torch.empty(shape[:2], dtype=torch.float32, device=self._device)
         self.buffers = torch.empty((self._ranks + 1, form.nbytes), dtype=torch.uint8, device=self._device)
-        out, lse = form.views(self.buffers, self._ranks, 1)
-        return out[0], lse[0]
+        return form.view(self.buffers, self._ranks)
 
     def gather(self, group: dist.ProcessGroup, ranks: Ranks) -> None:
         """Move the own buffer to all ranks, and theirs here."""
@@ -46,6 +45,6 @@ class Exchange:
             if self._device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
                 work = all_gather(states, state, group=group, async_op=True)
                 work.wait()  # the stream waits, the host does not
-                ranks.started(work, WHAT)
+                ranks.started(WHAT)
             else:
                 all_gather(states, state, group=group)

@@ -38,12 +38,19 @@ class StateForm(NamedTuple):
         """Bytes of a rank's buffer."""
         return self.lse_at + _aligned(self.rows * self.heads * 4)
 
-    def views(self, buffers: Tensor, first: int, ranks: int) -> tuple[Tensor, Tensor]:
-        """Output and log-sum-exp of some ranks in their buffers.
+    def view(self, buffers: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """Output `[rows, heads, v_dim]` and log-sum-exp `[rows, heads]` of one rank, views; see `views`."""
+        rows, heads, dim, dtype = self
+        begin = rank * self.nbytes
+        out = buffers.view(dtype).as_strided((rows, heads, dim), (heads * dim, dim, 1), begin // dtype.itemsize)
+        return out, buffers.view(torch.float32).as_strided((rows, heads), (heads, 1), (begin + self.lse_at) // 4)
+
+    def views(self, buffers: Tensor, ranks: int) -> tuple[Tensor, Tensor]:
+        """Output and log-sum-exp of all ranks in their buffers.
 
         Args:
             buffers: `[n, nbytes]` uint8, contiguous.
-            first, ranks: which buffers.
+            ranks: how many of the buffers, from the first on.
 
         Returns:
             `[ranks, rows, heads, v_dim]` and `[ranks, rows, heads]`, views.
@@ -51,9 +58,8 @@ class StateForm(NamedTuple):
         rows, heads, dim, dtype = self
         out_size, size = dtype.itemsize, self.nbytes
         out_strides, lse_strides = (size // out_size, heads * dim, dim, 1), (size // 4, heads, 1)
-        out_at, lse_at = first * size // out_size, (first * size + self.lse_at) // 4
-        out = buffers.view(dtype).as_strided((ranks, rows, heads, dim), out_strides, out_at)
-        return out, buffers.view(torch.float32).as_strided((ranks, rows, heads), lse_strides, lse_at)
+        out = buffers.view(dtype).as_strided((ranks, rows, heads, dim), out_strides, 0)
+        return out, buffers.view(torch.float32).as_strided((ranks, rows, heads), lse_strides, self.lse_at // 4)
 
 
 def _aligned(nbytes: int) -> int:

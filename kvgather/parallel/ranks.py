@@ -59,7 +59,7 @@ class Ranks:
         self._beats = 0
         self._timeout = _timeout_of(group)
         self._seconds = min(BEAT, self._timeout / (8 * MISSED))
-        self._pending: tuple[Any, float, str] | None = None  # the newest collective on a GPU, since when, and its name
+        self._newest: tuple[torch.cuda.Event, float, str] | None = None  # the end of the newest collective on a GPU
         self._late: RankError | None = None
         self._ended = threading.Event()
         if self.size > 1:
@@ -93,18 +93,20 @@ class Ranks:
         except RuntimeError as error:
             raise self._named(what, error) from error
 
-    def started(self, work: Any, what: str) -> None:
-        """Keep an eye on a collective that runs on a GPU."""
-        self._pending = work, time.monotonic(), what
+    def started(self, what: str) -> None:
+        """Keep an eye on a collective for which the current stream of a GPU waits.
 
-    def _look_at_pending(self) -> None:
-        if self._pending is None:
+        By an event, which takes 2 µs: keeping the collective's own `Work` takes 27, when it is freed.
+        """
+        event = torch.cuda.Event() if self._newest is None else self._newest[0]
+        event.record()
+        self._newest = event, time.monotonic(), what
+
+    def _look_at_newest(self) -> None:
+        if self._newest is None:
             return
-        work, since, what = self._pending
-        if work.is_completed():
-            if self._pending[0] is work:
-                self._pending = None
-        elif time.monotonic() - since > LATE * self._timeout and self._late is None:
+        event, since, what = self._newest
+        if not event.query() and time.monotonic() - since > LATE * self._timeout and self._late is None:
             waited = RuntimeError(f"it has not ended after {time.monotonic() - since:.0f} s")
             self._late = self._named(what, waited)
             sys.stderr.write(f"kvgather: {self._late}\n")
@@ -153,7 +155,7 @@ class Ranks:
         while not self._ended.wait(self._seconds):
             try:
                 self._write()
-                self._look_at_pending()
+                self._look_at_newest()
             except (RuntimeError, dist.DistError):  # the store has gone: the next collective fails
                 return
 

@@ -42,7 +42,7 @@ def merged(
     if choose_backend(backend, buffers.device) == "triton":
         out, lse = _kernels().merge_ranks(buffers, form, ranks, sinks)
         return out, lse
-    outs, lses = form.views(buffers, 0, ranks)
+    outs, lses = form.views(buffers, ranks)
     out, lse = outs[0].float(), lses[0]
     for other, other_lse in zip(outs[1:], lses[1:], strict=True):
         out, lse = merge_states(out, lse, other, other_lse)

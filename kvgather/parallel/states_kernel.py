@@ -75,7 +75,7 @@ def merge_ranks(buffers: Tensor, form: StateForm, ranks: int, sinks: Tensor | No
     launch = prepared_once("ranks", key, lambda: _prepared(heads, dim, ranks, sinks is not None, interpreted))
     programs = triton.cdiv(rows * heads, _rows_of_program(dim))
     if not launch.again(programs, addresses, numbers):
-        outs, lses = form.views(buffers, 0, ranks)
+        outs, lses = form.views(buffers, ranks)
         launch(programs, (outs, lses, lses if sinks is None else sinks, out, lse), addresses, numbers)
     return out, lse
 

@@ -33,6 +33,17 @@ def of(new: int, cached: int = 8192, sequences: int = 16, **changes: Any) -> Fac
     return replace(H100, lengths=lengths, common=cached // 1024 * 1024, **changes)
 
 
+def test_a_share_of_the_pages_is_never_gathered_on_a_gpu() -> None:
+    """Its keys are not next to each other: the gather path takes a call for each page with new tokens."""
+    for new in (1, 16, 512, 4096):
+        for change in ({}, {"dtype": torch.float32}, {"head_dim": 512}, {"window": 128, "common": 0}):
+            facts = replace(of(new), shared=True, **change)
+            assert choose(facts).path in (("direct", "hybrid") if not change else ("direct",)), facts
+            assert explained(facts)
+    assert {choose(replace(of(new), shared=True)).path for new in (1, 512)} == {"direct", "hybrid"}
+    assert choose(replace(of(512), shared=True, device="cpu")).path == "gather"
+
+
 @pytest.mark.parametrize("dim", [64, 80, 128, 192, 256])
 def test_short_suffixes_go_straight_to_the_pages_and_long_ones_do_not(dim: int) -> None:
     facts = [of(2**n, head_dim=dim, v_head_dim=dim) for n in range(14)]

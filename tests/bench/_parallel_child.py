@@ -83,7 +83,10 @@ def in_turns(rank: int) -> dict[str, Any]:
         "alone": [lambda: call("alone", 0.02)] if rank == 0 else [],
         "all": [lambda: call("all 0", 0.001 * (1 + rank)), lambda: call("all 1", 0.001 * (1 + rank))],
     }
-    with mock.patch.object(turns, "time", clock):
+    with (
+        mock.patch.object(turns, "time", clock),
+        mock.patch.multiple(turns, SAMPLE=0.01, LEAST_ROUNDS=3),
+    ):
         times = turns.time_on_ranks(ways, CPU, seconds=0.05)
     found: dict[str, Any] = {name: each.eager.p50 for name, each in times.items()}
     samples = [each.eager.samples for each in times.values()]

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from kvgather.bench.ranks.turns import time_on_ranks
-from kvgather.parallel.context import all_gather
+from kvgather.parallel.exchange import all_gather
 from tests.parallel.gloo import leave
 
 

@@ -259,6 +259,36 @@ def _prefixes() -> Iterator[Job]:
         yield Job(name, lambda device, a=(path, layout, lengths, more): attended(*a, device), 8.0)
 
 
+def distributed(layout: str, ranks: int, window: int | None, device: str) -> None:
+    """The shares of all ranks over one pool, from the pages, merged by the kernel that merges ranks."""
+    from kvgather.batch.share import Share
+    from kvgather.parallel.exchange import Exchange
+    from kvgather.parallel.states import merged
+    from tests.attention.batches import assert_close, setup
+
+    made = setup(
+        [3, 20, 0, 1], [70, 0, 9, 33], heads=(4, 2), dims=(32, 16), page_size=16, layout=layout,
+        dtype=torch.float8_e4m3fn, device=device, spare=2,
+    )  # fmt: skip
+    exchange = Exchange(Share(0, ranks), torch.device(device))
+    for rank in range(ranks):
+        out, lse = made.attend(made.batch(share=Share(rank, ranks)), path="direct", window=window)
+        if rank == 0:
+            exchange.own((out.shape[0], out.shape[1], out.shape[2]), out.dtype)
+        for to, part in zip(exchange.form.view(exchange.buffers, rank), (out, lse), strict=True):
+            to.copy_(part)
+    sinks = torch.linspace(-1, 1, 4, device=device)
+    got = merged(exchange.buffers, exchange.form, ranks, sinks, "triton")
+    wanted = made.wanted(window=window, sinks=sinks)
+    assert_close(tuple(part.cpu() for part in got), tuple(part.cpu() for part in wanted), made.rows)
+
+
+def _ranks() -> Iterator[Job]:
+    for layout, (ranks, window) in zip(cycle(LAYOUTS), product((2, 3, 5), (None, 5, 30)), strict=False):
+        name = f"ranks {ranks} {layout} window {window}"
+        yield Job(name, lambda device, a=(layout, ranks, window): distributed(*a, device), 8.0)
+
+
 def _directs() -> Iterator[Job]:
     for direct in (*DIRECT, *SPLITS):
         heavy = torch.float32 in (direct.dtype, direct.q_dtype)
@@ -270,4 +300,6 @@ def _hoppers() -> Iterator[Job]:
         yield Job(f"hopper {hopper}", hopper.run, 12.0)
 
 
-JOBS: tuple[Job, ...] = (*_gathers(), *_writes(), *_states(), *_batches(), *_prefixes(), *_directs(), *_hoppers())
+JOBS: tuple[Job, ...] = (
+    *_gathers(), *_writes(), *_states(), *_batches(), *_prefixes(), *_ranks(), *_directs(), *_hoppers(),
+)  # fmt: skip

@@ -62,7 +62,8 @@ def test_every_kernel_of_the_package_is_launched() -> None:
                 job.run("cpu")
     launched = {launch.kernel for launch in t.launches}
     assert {"gather_kernel", "scatter_kernel", "direct_kernel", "combine_kernel", "add_state_kernel"} <= kernels
-    assert launched == kernels, "a new kernel needs a job"
+    # Gluon has no interpreter: on a CPU the hopper jobs launch the twin.
+    assert "hopper_kernel" in kernels and launched == kernels - {"hopper_kernel"}, "a new kernel needs a job"
     assert not t.violations, t.report()
 
 

@@ -42,15 +42,11 @@ ENDING = """## What you know now
 **Next:** [01 Next](01_next.ipynb)"""
 
 
-COMING = {"10"}
-"""Chapters that may be missing."""
-
-
 def test_chapters_are_numbered_without_a_gap() -> None:
     numbers = [Notebook.read(path).number for path in CHAPTERS]
     whole = [number for number in numbers if number.isdigit()]
     assert len(numbers) == len(set(numbers))
-    assert set(whole) | COMING == {f"{i:02}" for i in range(12)}
+    assert set(whole) == {f"{i:02}" for i in range(12)}
     halves = [(before, number) for before, number in itertools.pairwise(numbers) if not number.isdigit()]
     assert all(number == f"{before}b" for before, number in halves)
 

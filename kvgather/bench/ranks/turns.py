@@ -13,9 +13,9 @@ import torch.distributed as dist
 from ...batch.capture import CaptureError
 from ..runner import Call, Timing
 
-SAMPLE = 0.01
+SAMPLE = 0.1
 """Seconds of calls in a sample, as far as `MOST_CALLS` permit."""
-MOST_CALLS, MOST_ROUNDS, LEAST_ROUNDS = 64, 50, 3
+MOST_CALLS, MOST_ROUNDS, LEAST_ROUNDS = 64, 50, 5
 SLEEP = 2_000_000
 """Cycles, about 1 ms, that a GPU sleeps before a graph, so that its launch is not part of the time."""
 
