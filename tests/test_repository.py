@@ -203,12 +203,12 @@ def module_name(path: Path) -> str:
 
 
 def kernels(path: Path) -> list[str]:
-    """The functions of a file that `triton.jit` decorates."""
+    """The functions of a file that `triton.jit` or `gluon.jit` decorates."""
     return [
         node.name
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.FunctionDef)
-        and any(ast.unparse(decorator).startswith("triton.jit") for decorator in node.decorator_list)
+        and any(ast.unparse(decorator).startswith(("triton.jit", "gluon.jit")) for decorator in node.decorator_list)
     ]
 
 
