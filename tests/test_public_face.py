@@ -49,7 +49,7 @@ def test_signatures_are_the_designs() -> None:
     assert parameters(kg.PrefixBatch.build) == {
         "block_table": required, "cu_seqlens_q": required, "cu_seqlens_k": required, "page_size": required,
         "num_blocks": required, "total_q": None, "total_k": None, "max_q": None, "max_k": None, "seqlens_q": None,
-        "seqlens_k": None, "windows": (),
+        "seqlens_k": None, "windows": (), "share": None,
     }  # fmt: skip
     assert parameters(kg.prefix_attention) == {
         "q": required, "k_new": required, "v_new": required, "cache": required, "batch": required,

@@ -13,7 +13,7 @@ from ..plan import GatherPlan
 from .capture import check_may_create
 from .lengths import STEP
 from .pieces import Attend, Piece
-from .reference import window_lengths, window_offsets
+from .reference import new_positions, window_lengths, window_offsets
 from .share import Share
 
 
@@ -87,15 +87,11 @@ class CheckedBatch:
     @property
     def writers(self) -> Tensor:
         """The rank that writes each new token, `[total_q]` int64: 0 without a share; −1 in rows of no sequence."""
-        row = torch.arange(self.total_q, device=self.device)
         if self.num_sequences == 0:
-            return torch.full_like(row, -1)
-        sequence = torch.searchsorted(self.cu_seqlens_q[1:].contiguous(), row.int(), right=True)
-        in_use = sequence < self.num_sequences
-        sequence = sequence.clamp(max=self.num_sequences - 1)
-        position = (self.lens_k - self.cu_seqlens_q[1:])[sequence] + row
+            return torch.full((self.total_q,), -1, device=self.device)
+        _, position, in_use = new_positions(self.cu_seqlens_q, self.lens_k, self.total_q)
         ranks = 1 if self.share is None else self.share.ranks
-        return torch.where(in_use & (position >= 0), position // self.page_size % ranks, -1)
+        return torch.where(in_use, position // self.page_size % ranks, -1)
 
     def for_window(self, window: int | None) -> Piece:
         """Return what a layer gathers, as one piece: all tokens, or the last tokens that are visible in a window.

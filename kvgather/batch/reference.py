@@ -54,16 +54,31 @@ def _slots(table: Tensor, cu_q: Tensor, lens_k: Tensor, sizes: Sizes) -> Tensor:
     """Return the slot of each new token, `[total_q]` int64; −1 for rows without a slot."""
     batch, columns = table.shape
     page_size = sizes.page_size
-    row = torch.arange(sizes.total_q, device=table.device)
     if batch == 0:
-        return torch.full_like(row, -1)
-    sequence = torch.searchsorted(cu_q[1:].contiguous(), row, right=True)
-    in_use = sequence < batch
-    sequence = sequence.clamp(max=batch - 1)
-    position = (lens_k - cu_q[1:])[sequence] + row
-    in_use &= position >= 0  # negative if a sequence has more new tokens than tokens
+        return torch.full((sizes.total_q,), -1, device=table.device)
+    sequence, position, in_use = new_positions(cu_q, lens_k, sizes.total_q)
     block = table[sequence, (position // page_size).clamp(0, columns - 1)].long()
     return torch.where(in_use & (block >= 0), block * page_size + position % page_size, -1)
+
+
+def new_positions(cu_q: Tensor, lens_k: Tensor, total_q: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where each new token is, of a batch with at least one sequence.
+
+    Args:
+        cu_q: `[batch + 1]`, offsets that never decrease.
+        lens_k: `[batch]`, tokens of each sequence.
+        total_q: rows.
+
+    Returns:
+        The sequence of each row and the token's position in it, `[total_q]` int64, and whether there is such a token:
+        False for rows of no sequence, and for positions below 0, of a sequence with more new tokens than tokens.
+    """
+    row = torch.arange(total_q, device=cu_q.device)
+    sequence = torch.searchsorted(cu_q[1:].long(), row, right=True)
+    in_use = sequence < len(lens_k)
+    sequence = sequence.clamp(max=len(lens_k) - 1)
+    position = (lens_k - cu_q[1:])[sequence] + row
+    return sequence, position, in_use & (position >= 0)
 
 
 def window_offsets(

@@ -29,13 +29,6 @@ class Share(NamedTuple):
         rounds, rest = divmod(max(tokens, 0), page_size * self.ranks)
         return rounds * page_size + min(max(rest - self.rank * page_size, 0), page_size)
 
-    def held_of(self, tokens: Tensor, page_size: int) -> Tensor:
-        """`held` of every element of a tensor of ints."""
-        tokens = tokens.clamp(min=0)
-        around = page_size * self.ranks
-        rest = tokens % around - self.rank * page_size
-        return torch.div(tokens, around, rounding_mode="floor") * page_size + rest.clamp(0, page_size)
-
     def own_columns(self, table: Tensor) -> Tensor:
         """The columns of a block table `[batch, columns]` that belong to this rank, contiguous; at least one column."""
         own = table[:, self.rank :: self.ranks]

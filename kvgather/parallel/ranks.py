@@ -94,7 +94,7 @@ class Ranks:
             raise self._named(what, error) from error
 
     def started(self, what: str) -> None:
-        """Keep an eye on a collective for which the current stream of a GPU waits.
+        """Watch a collective for which the current stream of a GPU waits.
 
         By an event, which takes 2 µs: keeping the collective's own `Work` takes 27, when it is freed.
         """
@@ -125,7 +125,7 @@ class Ranks:
         try:
             before = [self._read(rank) for rank in range(self.size)]
             for _ in range(MISSED):
-                self._write()  # this may be the thread that else does
+                self._write()  # this may run in the thread that writes otherwise
                 self._ended.wait(self._seconds)
             after = [self._read(rank) for rank in range(self.size)]
         except (RuntimeError, dist.DistError):

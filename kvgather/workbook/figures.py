@@ -93,7 +93,8 @@ def png(drawing: Figure, dpi: int = DPI) -> bytes:
     drawing.set_dpi(dpi)
     # `savefig` draws twice, the first time for the layout alone, which this call does before it draws.
     # Without the software's name and version in the file, the same figure gives the same bytes everywhere.
-    FigureCanvasAgg(drawing).print_png(buffer, metadata={"Software": None})
+    packing = {"compress_level": 1 if dpi < DPI else 6}  # a widget's picture is not stored
+    FigureCanvasAgg(drawing).print_png(buffer, metadata={"Software": None}, pil_kwargs=packing)
     return buffer.getvalue()
 
 

@@ -17,7 +17,7 @@ CLASSES = ("BlockPool", "GatherPlan", "PagedKVCache", "PrefixBatch")
 INSIDE = {
     "BlockPool.eviction_order",  # no arguments; every history compares it
     "GatherPlan.of_checked", "PagedKVCache.gather_for_attention", "PagedKVCache.write_again",  # of checked arguments
-    *(f"PrefixBatch.{name}" for name in ("decided", "for_window", "once", "plan_of", "recall")),
+    *(f"PrefixBatch.{name}" for name in ("decided", "for_window", "held", "once", "plan_of", "recall")),
     *(f"PrefixBatch.{name}" for name in ("visible_lens", "visible_lens_on_host")),
 }  # fmt: skip
 """Methods that other parts of the package call."""

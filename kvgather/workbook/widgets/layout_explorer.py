@@ -10,7 +10,7 @@ from kvgather.workbook.layout_picture import SMALL, PoolSizes, locate, place_pic
 
 __all__ = ["WIDGET_DPI", "layout_explorer"]
 
-WIDGET_DPI = 100
+WIDGET_DPI = 80
 """Dots per inch: at 140 a redraw takes more than 200 ms on one core."""
 
 
