@@ -85,21 +85,32 @@ def exp2_code(polynomials):
 
 
 @gluon.jit
-def _load_pages(pool_ptr, strides, table_ptr, first, end, LAYER: gl.constexpr, CHECKED: gl.constexpr):
+def _load_blocks(table_ptr, first, end, LAYER: gl.constexpr, CHECKED: gl.constexpr):
+    """Block ids of 128 keys from `first` on, `[128]`; if CHECKED, keys past the end are the last one."""
+    key = gl.arange(0, N, gl.SliceLayout(1, page_layout(LAYER.dim // 4)))
+    if CHECKED or N % LAYER.page_size != 0:
+        key = gl.minimum(first + key, end - 1) if CHECKED else first + key
+        return gl.load(table_ptr + key // LAYER.page_size)
+    else:
+        return gl.load(table_ptr + first // LAYER.page_size + key // LAYER.page_size)
+
+
+@gluon.jit
+def _load_pages(pool, block, first, end, LAYER: gl.constexpr, CHECKED: gl.constexpr):
     """Codes of 128 keys from `first` on, four in a word, `[128, dim / 4]`.
 
     Args:
-        pool_ptr: the head's words.
-        strides: of blocks and slots, in units of 16 bytes.
+        pool: pointer to the head's words, and strides of blocks and slots in units of 16 bytes.
+        block: the keys' block ids.
         CHECKED: whether some row may not see some key. Keys past the end are then the last one, and codes of bad blocks
             are 0: such a block may hold NaN, and 0 times NaN would reach rows that do not see it. Otherwise all keys
             are before the end, and codes of bad blocks are those of block 0.
     """
     L: gl.constexpr = page_layout(LAYER.dim // 4)
-    key = first + gl.arange(0, N, gl.SliceLayout(1, L))
-    if CHECKED:
-        key = gl.minimum(key, end - 1)
-    block = gl.load(table_ptr + key // LAYER.page_size)
+    pool_ptr, strides = pool
+    key = gl.arange(0, N, gl.SliceLayout(1, L))
+    if CHECKED or N % LAYER.page_size != 0:
+        key = gl.minimum(first + key, end - 1) if CHECKED else first + key
     row = gl.maximum(block, 0).to(gl.int64) * strides[0] * 4 + (key % LAYER.page_size) * strides[1] * 4
     word = gl.arange(0, LAYER.dim // 4, gl.SliceLayout(0, L))
     if CHECKED:
@@ -124,68 +135,148 @@ def _put(codes, tile, full, DIM: gl.constexpr):
 
 
 @gluon.jit
-def _produce(pool, tiles, full, empty, keys, LAYER: gl.constexpr, FORM: gl.constexpr):
-    """Store all tiles of K or of V; the loads of the next `FORM.depth` tiles are under way.
+def _wait_empty(empty, i, STAGES: gl.constexpr):
+    """Wait until tile i − STAGES of K is empty, which is tile i − STAGES − 1 of V; at once for the first tiles."""
+    mbarrier.wait(empty.index(i % STAGES), ((i // STAGES) & 1) ^ 1)
+
+
+@gluon.jit
+def _produce(pool, tiles, full, empty, keys, LATER: gl.constexpr, LAYER: gl.constexpr, FORM: gl.constexpr):
+    """Store all tiles of K or of V. Block ids are loaded a tile ahead of the codes, these `FORM.depth` tiles ahead.
 
     Args:
         pool: pointer to the head's words, and strides.
+        empty: barriers of the tiles of K.
         keys: the table's row of the sequence, steps, the number of steps with a mask, and the end of the keys.
+        LATER: 1 for V, whose tiles are empty a step later.
     """
-    pool_ptr, strides = pool
     table_ptr, steps, masked, end = keys
     last = (steps - 1) * N
-    codes = _load_pages(pool_ptr, strides, table_ptr, last, end, LAYER, True)
+    block = _load_blocks(table_ptr, last, end, LAYER, True)
+    codes = _load_pages(pool, block, last, end, LAYER, True)
     if FORM.depth == 2:
-        later = _load_pages(pool_ptr, strides, table_ptr, gl.maximum(last - N, 0), end, LAYER, True)
+        second = gl.maximum(last - N, 0)
+        block = _load_blocks(table_ptr, second, end, LAYER, True)
+        later = _load_pages(pool, block, second, end, LAYER, True)
+    block = _load_blocks(table_ptr, gl.maximum(last - FORM.depth * N, 0), end, LAYER, True)
     for CHECKED in gl.static_range(1, -1, -1):
         begin_step, end_step = masked, steps
         if CHECKED:
             begin_step, end_step = 0, masked
         for i in range(begin_step, end_step):
             s = i % FORM.stages
-            mbarrier.wait(empty.index(s), ((i // FORM.stages) & 1) ^ 1)
+            ahead = last - (i + FORM.depth) * N
+            _wait_empty(empty, i + LATER, FORM.stages)
             _put(codes, tiles.index(s), full.index(s), LAYER.dim)
-            ahead = gl.maximum(last - (i + FORM.depth) * N, 0)
             if FORM.depth == 2:
                 codes = later
-                later = _load_pages(pool_ptr, strides, table_ptr, ahead, end, LAYER, CHECKED == 1)
+                later = _load_pages(pool, block, gl.maximum(ahead, 0), end, LAYER, CHECKED == 1)
             else:
-                codes = _load_pages(pool_ptr, strides, table_ptr, ahead, end, LAYER, CHECKED == 1)
+                codes = _load_pages(pool, block, gl.maximum(ahead, 0), end, LAYER, CHECKED == 1)
+            block = _load_blocks(table_ptr, gl.maximum(ahead - N, 0), end, LAYER, CHECKED == 1)
 
 
 @gluon.jit
 def _produce_both(k_pool, v_pool, k_tiles, v_tiles, barriers, keys, LAYER: gl.constexpr, FORM: gl.constexpr):
-    """Store all tiles of K and V; a tile of one is loaded while a tile of the other is converted."""
-    k_ptr, k_strides = k_pool
-    v_ptr, v_strides = v_pool
-    k_full, k_empty, v_full, v_empty, _ = barriers
+    """Store all tiles of K and V; `FORM.depth` tiles of each are under way, and block ids a tile ahead of them."""
+    k_full, v_full, empty, _ = barriers
     table_ptr, steps, masked, end = keys
     last = (steps - 1) * N
-    k = _load_pages(k_ptr, k_strides, table_ptr, last, end, LAYER, True)
-    v = _load_pages(v_ptr, v_strides, table_ptr, last, end, LAYER, True)
+    block = _load_blocks(table_ptr, last, end, LAYER, True)
+    k = _load_pages(k_pool, block, last, end, LAYER, True)
+    v = _load_pages(v_pool, block, last, end, LAYER, True)
+    if FORM.depth == 2:
+        second = gl.maximum(last - N, 0)
+        block = _load_blocks(table_ptr, second, end, LAYER, True)
+        later_k = _load_pages(k_pool, block, second, end, LAYER, True)
+        later_v = _load_pages(v_pool, block, second, end, LAYER, True)
+    block = _load_blocks(table_ptr, gl.maximum(last - FORM.depth * N, 0), end, LAYER, True)
     for CHECKED in gl.static_range(1, -1, -1):
         begin_step, end_step = masked, steps
         if CHECKED:
             begin_step, end_step = 0, masked
         for i in range(begin_step, end_step):
             s = i % FORM.stages
-            phase = ((i // FORM.stages) & 1) ^ 1
-            ahead = gl.maximum(last - (i + 1) * N, 0)
-            mbarrier.wait(k_empty.index(s), phase)
+            ahead = last - (i + FORM.depth) * N
+            first = gl.maximum(ahead, 0)
+            _wait_empty(empty, i, FORM.stages)
             _put(k, k_tiles.index(s), k_full.index(s), LAYER.dim)
-            k = _load_pages(k_ptr, k_strides, table_ptr, ahead, end, LAYER, CHECKED == 1)
-            mbarrier.wait(v_empty.index(s), phase)
+            if FORM.depth == 2:
+                k = later_k
+                later_k = _load_pages(k_pool, block, first, end, LAYER, CHECKED == 1)
+            else:
+                k = _load_pages(k_pool, block, first, end, LAYER, CHECKED == 1)
+            _wait_empty(empty, i + 1, FORM.stages)
             _put(v, v_tiles.index(s), v_full.index(s), LAYER.dim)
-            v = _load_pages(v_ptr, v_strides, table_ptr, ahead, end, LAYER, CHECKED == 1)
+            if FORM.depth == 2:
+                v = later_v
+                later_v = _load_pages(v_pool, block, first, end, LAYER, CHECKED == 1)
+            else:
+                v = _load_pages(v_pool, block, first, end, LAYER, CHECKED == 1)
+            block = _load_blocks(table_ptr, gl.maximum(ahead - N, 0), end, LAYER, CHECKED == 1)
 
 
 @gluon.jit
-def _softmax(s, row_scale, top, total, position, first, MASKED: gl.constexpr, S: gl.constexpr, POLY: gl.constexpr):
-    """`kernels.softmax.online_softmax_step` for keys from `first` on, with the causal mask if MASKED."""
+def _halves(x, COLUMNS: gl.constexpr):
+    """The left and the right half of the columns of `[rows, COLUMNS]`, 16 or more: both are in the same threads."""
+    return gl.split(gl.permute(gl.reshape(x, [M, 2, COLUMNS // 2]), [0, 2, 1]))
+
+
+@gluon.jit
+def _max_by_eights(x):
+    """Maxima `[rows, 8]` of the columns of `[rows, 128]` that are in the same thread.
+
+    As a tree, so that few instructions wait for each other: `gl.max` makes one chain for each row of a thread.
+    """
+    a, b = _halves(x, 128)
+    c, d = _halves(a, 64)
+    e, f = _halves(b, 64)
+    g, h = _halves(gl.maximum(gl.maximum(c, d), gl.maximum(e, f)), 32)
+    i, j = _halves(gl.maximum(g, h), 16)
+    return gl.maximum(i, j)
+
+
+@gluon.jit
+def _sum_by_eights(x):
+    """Sums, as `_max_by_eights`."""
+    a, b = _halves(x, 128)
+    c, d = _halves(a, 64)
+    e, f = _halves(b, 64)
+    g, h = _halves((c + d) + (e + f), 32)
+    i, j = _halves(g + h, 16)
+    return i + j
+
+
+@gluon.jit
+def _packed(p):
+    """Two columns of `[rows, 128]` as FP16 in each word."""
+    even, odd = gl.split(gl.reshape(p, [M, N // 2, 2]))
+    return gl.inline_asm_elementwise(
+        "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [even, odd], dtype=gl.int32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def _unpacked(words, P: gl.constexpr):
+    """The FP16 numbers of `_packed`, as an operand of `wgmma`."""
+    even, odd = gl.inline_asm_elementwise(
+        "mov.b32 {$0, $1}, $2;", "=h,=h,r", [words], dtype=(gl.float16, gl.float16), is_pure=True, pack=1
+    )
+    return gl.convert_layout(gl.reshape(gl.join(even, odd), [M, N]), P)
+
+
+@gluon.jit
+def _softmax(s, row_scale, top, position, first, MASKED: gl.constexpr, S: gl.constexpr, POLY: gl.constexpr):
+    """`kernels.softmax.online_softmax_step` for keys from `first` on, with the causal mask if MASKED.
+
+    Returns:
+        Powers, the factor of what was added before, the new largest score, and sums of the powers, `[rows, 8]`.
+    """
     if MASKED:
         key = first + gl.arange(0, N, gl.SliceLayout(0, S))
         s = gl.where(key[None, :] <= position[:, None], s, float("-inf"))
-    new = gl.maximum(top, gl.max(s, 1) * row_scale)
+    largest = gl.convert_layout(gl.max(_max_by_eights(s), 1), gl.SliceLayout(1, S))
+    new = gl.maximum(top, largest * row_scale)
     shift = gl.where(new == float("-inf"), 0.0, new) if MASKED else new
     if POLY > 0 and not MASKED:
         p = gl.inline_asm_elementwise(
@@ -195,8 +286,7 @@ def _softmax(s, row_scale, top, total, position, first, MASKED: gl.constexpr, S:
     else:
         p = gl.exp2(s * row_scale[:, None] - shift[:, None])
     kept = gl.exp2(top - shift)
-    total = total * kept + gl.sum(p, 1)
-    return p, kept, new, total
+    return p, kept, new, _sum_by_eights(p)
 
 
 @gluon.jit
@@ -222,7 +312,7 @@ def _attend(work, LAYER: gl.constexpr, FORM: gl.constexpr, WHICH: gl.constexpr):
     queries, tiles, barriers, keys, scales, outs = work
     q_ptr, q_strides, first_q, first_row, rows, head = queries
     q_tiles, k_tiles, v_tiles = tiles
-    k_full, k_empty, v_full, v_empty, turn = barriers
+    k_full, v_full, empty, turn = barriers
     steps, len_k, first_bad = keys
     scale_log2, v_scale = scales
     sink_ptr, out_ptr, lse_ptr = outs
@@ -253,7 +343,6 @@ def _attend(work, LAYER: gl.constexpr, FORM: gl.constexpr, WHICH: gl.constexpr):
     masked = _masked_steps(steps, first_position + begin // GROUP)
     last = (steps - 1) * N
     top = gl.full([M], float("-inf"), gl.float32, gl.SliceLayout(1, S))
-    total = gl.full([M], 0.0, gl.float32, gl.SliceLayout(1, S))
     acc = gl.full([M, DIM], 0.0, gl.float32, A)
     nothing = gl.full([M, N], 0.0, gl.float32, S)
 
@@ -264,9 +353,10 @@ def _attend(work, LAYER: gl.constexpr, FORM: gl.constexpr, WHICH: gl.constexpr):
     if FORM.pingpong:
         mbarrier.arrive(turn.index(1 - WHICH), count=1)
     s = warpgroup_mma_wait(0, deps=[s])
-    mbarrier.arrive(k_empty.index(0), count=1)
-    w, kept, top, total = _softmax(s, row_scale, top, total, position, last, True, S, FORM.poly)
-    p = gl.convert_layout(w.to(gl.float16), P)
+    w, kept, top, total = _softmax(s, row_scale, top, position, last, True, S, FORM.poly)
+    T: gl.constexpr = gl.SliceLayout(1, total.type.layout)
+    words = _packed(w)
+    mbarrier.arrive(empty.index(0), count=1)
 
     for MASKED in gl.static_range(1, -1, -1):
         begin_step, end_step = masked, steps
@@ -276,8 +366,7 @@ def _attend(work, LAYER: gl.constexpr, FORM: gl.constexpr, WHICH: gl.constexpr):
             # Q K of this step and P V of the step before are issued together; P V runs during the softmax.
             a = i % FORM.stages
             b = (i - 1) % FORM.stages
-            if FORM.carry:
-                p = gl.convert_layout(w.to(gl.float16), P)
+            p = _unpacked(words, P)
             mbarrier.wait(k_full.index(a), (i // FORM.stages) & 1)
             if FORM.pingpong:
                 mbarrier.wait(turn.index(WHICH), i & 1)
@@ -287,25 +376,22 @@ def _attend(work, LAYER: gl.constexpr, FORM: gl.constexpr, WHICH: gl.constexpr):
             if FORM.pingpong:
                 mbarrier.arrive(turn.index(1 - WHICH), count=1)
             s = warpgroup_mma_wait(1, deps=[s])
-            mbarrier.arrive(k_empty.index(a), count=1)
-            w, kept, top, total = _softmax(
-                s, row_scale, top, total, position, last - i * N, MASKED == 1, S, FORM.poly
-            )  # fmt: skip
+            w, kept, top, added = _softmax(s, row_scale, top, position, last - i * N, MASKED == 1, S, FORM.poly)
+            total = total * gl.convert_layout(kept, T)[:, None] + added
             # Complete already: the branch keeps ptxas from waiting for P V before the softmax.
             mbarrier.wait(v_full.index(b), ((i - 1) // FORM.stages) & 1)
             acc, p, w, total = warpgroup_mma_wait(0, deps=[o, p, w, total])
-            mbarrier.arrive(v_empty.index(b), count=1)
+            mbarrier.arrive(empty.index(a), count=1)
             acc = acc * gl.convert_layout(kept, gl.SliceLayout(1, A))[:, None]
-            if not FORM.carry:
-                p = gl.convert_layout(w.to(gl.float16), P)
+            words = _packed(w)
 
     b = (steps - 1) % FORM.stages
     mbarrier.wait(v_full.index(b), ((steps - 1) // FORM.stages) & 1)
-    if FORM.carry:
-        p = gl.convert_layout(w.to(gl.float16), P)
+    p = _unpacked(words, P)
     o = warpgroup_mma(p, v_tiles.index(b), acc, is_async=True)
     acc, p = warpgroup_mma_wait(0, deps=[o, p])
 
+    total = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, S))
     total = gl.where(position >= first_bad, float("nan"), total)
     factor = v_scale  # of the rows of acc
     if LAYER.sinks:
@@ -340,19 +426,18 @@ def _consume(work, LAYER: gl.constexpr, FORM: gl.constexpr, WHICH: gl.constexpr)
     elif queries[3] + WHICH * M < queries[4]:
         _attend(work, LAYER, FORM, WHICH)
     else:
-        k_full, k_empty, v_full, v_empty, turn = barriers
+        k_full, v_full, empty, turn = barriers
         steps = keys[0]
         for i in range(steps):
             s = i % FORM.stages
-            phase = (i // FORM.stages) & 1
             if FORM.pingpong:
                 mbarrier.wait(turn.index(WHICH), i & 1)
                 mbarrier.arrive(turn.index(1 - WHICH), count=1)
-            mbarrier.wait(k_full.index(s), phase)
-            mbarrier.arrive(k_empty.index(s), count=1)
-            mbarrier.wait(v_full.index(s), phase)
+            mbarrier.wait(k_full.index(s), (i // FORM.stages) & 1)
+            if i > 0:
+                mbarrier.wait(v_full.index((i - 1) % FORM.stages), ((i - 1) // FORM.stages) & 1)
             gl.thread_barrier()  # no warp may fall behind: one bit distinguishes a barrier's phases
-            mbarrier.arrive(v_empty.index(s), count=1)
+            mbarrier.arrive(empty.index(s), count=1)
 
 
 @gluon.jit
@@ -466,22 +551,20 @@ def _attend_tile(
     k_tiles = gl.allocate_shared_memory(gl.float16, [STAGES, N, DIM], W)
     v_tiles = gl.allocate_shared_memory(gl.float16, [STAGES, N, DIM], W)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
     turn = gl.allocate_shared_memory(gl.int64, [2, 1], B)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=2)
         mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(v_empty.index(i), count=2)
+        mbarrier.init(empty.index(i), count=2)
     for i in gl.static_range(2):
         mbarrier.init(turn.index(i), count=1)
     gl.thread_barrier()
     if FORM.pingpong:
         mbarrier.arrive(turn.index(0), count=1)
 
-    barriers = (k_full, k_empty, v_full, v_empty, turn)
+    barriers = (k_full, v_full, empty, turn)
     work = (
         (q_ptr, q_strides, first_q, first_row, rows, head),
         (q_tiles, k_tiles, v_tiles),
@@ -497,8 +580,8 @@ def _attend_tile(
             [
                 (_consume, (work, LAYER, FORM, 0)),
                 (_consume, (work, LAYER, FORM, 1)),
-                (_produce, (k_pool, k_tiles, k_full, k_empty, keys, LAYER, FORM)),
-                (_produce, (v_pool, v_tiles, v_full, v_empty, keys, LAYER, FORM)),
+                (_produce, (k_pool, k_tiles, k_full, empty, keys, 0, LAYER, FORM)),
+                (_produce, (v_pool, v_tiles, v_full, empty, keys, 1, LAYER, FORM)),
             ],
             [4, 4, 4], [FORM.consumer_registers, FORM.producer_registers, FORM.producer_registers],
         )  # fmt: skip

@@ -50,7 +50,6 @@ class Form:
         depth: tiles whose loads are under way, with 2 producers.
         pingpong: whether the consumers take turns to issue their products.
         poly: of 4 powers of two, how many are computed by a polynomial.
-        carry: whether P is carried around the loop as FP32: fewer instructions, more registers.
         consumer_registers, producer_registers: of a thread.
     """
 
@@ -59,7 +58,7 @@ class Form:
     depth: int
     pingpong: bool
     poly: int
-    carry: bool
+
     consumer_registers: int
     producer_registers: int
 
@@ -85,11 +84,11 @@ class LayerForm:
     sinks: bool
 
 
-WIDE = Form(2, 2, 1, False, 0, False, 208, 48)
+WIDE = Form(2, 2, 1, False, 0, 200, 56)
 """Dim 128."""
-SHORT = Form(2, 3, 2, True, 1, False, 200, 56)
+SHORT = Form(2, 3, 2, True, 1, 192, 64)
 """Dim 64, one tile of rows: reading the pages takes longest."""
-LONG = Form(1, 2, 1, False, 0, True, 216, 72)
+LONG = Form(1, 2, 2, False, 0, 200, 104)
 """Dim 64, more tiles of rows, which find the pages in the L2: products and conversions take longest."""
 
 
