@@ -12,11 +12,11 @@ rows that see a bad block are the same. Requirements are in `plan.runs`.
 What machine code (ptxas 12.8 and 13.0) required:
 
 - Pages are loaded as int32 words and converted by one inline assembly a word: codes that are carried around a loop as
-  bytes cost 1,336 PRMT and 4.4 KB of spills.
+  bytes cost 1,336 PRMT and 4.4 KB of spills. P is carried as words for the same reason: as FP16 it cost 64 PRMT.
 - ptxas moves `wgmma.wait_group 0` before the softmax, so that P V overlaps with nothing. A branch prevents this: a
   second wait on a barrier that is complete.
-- A 16-bit tensor carried around a loop is unpacked and packed, 64 PRMT of 524 instructions. Where registers suffice
-  (`Form.carry`), P is carried as FP32.
+- `gl.max` and `gl.sum` along a row are one chain of instructions that wait for each other. Trees, and sums that are
+  added across threads only at the end, took 8 % of the time away for dim 64.
 """
 
 from __future__ import annotations
@@ -61,27 +61,6 @@ def page_layout(words):
 def row_layout(dim):
     """Layout of `[rows, dim]` 16-bit elements in memory: a thread has 16 bytes of a row."""
     return gl.BlockedLayout([1, 8], [256 // dim, dim // 8], [4, 1], [1, 0])
-
-
-@gluon.constexpr_function
-def exp2_code(polynomials):
-    """Assembly for four powers of two of numbers ≤ 0, `polynomials` of them without the special function unit.
-
-    2^x = 2^n 2^r with n the nearest integer and r in [−0.5, 0.5]; the polynomial's relative error is 1e-4.
-    """
-    code = "{ .reg .f32 x, f, r, p; .reg .b32 n, b; "
-    for i in range(4):
-        if i < 4 - polynomials:
-            code += f"ex2.approx.ftz.f32 ${i}, ${i + 4}; "
-        else:
-            code += (
-                f"max.ftz.f32 x, ${i + 4}, 0fC2FA0000; add.ftz.f32 f, x, 0f4B400000; mov.b32 n, f; "
-                "sub.ftz.f32 f, f, 0f4B400000; sub.ftz.f32 r, x, f; "
-                "fma.rn.ftz.f32 p, r, 0f3D634570, 0f3E77CFD7; fma.rn.ftz.f32 p, p, r, 0f3F3171D2; "
-                "fma.rn.ftz.f32 p, p, r, 0f3F800000; "
-                f"mov.b32 b, p; shl.b32 n, n, 23; add.s32 b, b, n; mov.b32 ${i}, b; "
-            )
-    return code + "}"
 
 
 @gluon.jit
@@ -179,7 +158,7 @@ def _produce(pool, tiles, full, empty, keys, LATER: gl.constexpr, LAYER: gl.cons
 @gluon.jit
 def _produce_both(k_pool, v_pool, k_tiles, v_tiles, barriers, keys, LAYER: gl.constexpr, FORM: gl.constexpr):
     """Store all tiles of K and V; `FORM.depth` tiles of each are under way, and block ids a tile ahead of them."""
-    k_full, v_full, empty, _ = barriers
+    k_full, v_full, empty = barriers
     table_ptr, steps, masked, end = keys
     last = (steps - 1) * N
     block = _load_blocks(table_ptr, last, end, LAYER, True)
@@ -266,7 +245,7 @@ def _unpacked(words, P: gl.constexpr):
 
 
 @gluon.jit
-def _softmax(s, row_scale, top, position, first, MASKED: gl.constexpr, S: gl.constexpr, POLY: gl.constexpr):
+def _softmax(s, row_scale, top, position, first, MASKED: gl.constexpr, S: gl.constexpr):
     """`kernels.softmax.online_softmax_step` for keys from `first` on, with the causal mask if MASKED.
 
     Returns:
@@ -278,13 +257,7 @@ def _softmax(s, row_scale, top, position, first, MASKED: gl.constexpr, S: gl.con
     largest = gl.convert_layout(gl.max(_max_by_eights(s), 1), gl.SliceLayout(1, S))
     new = gl.maximum(top, largest * row_scale)
     shift = gl.where(new == float("-inf"), 0.0, new) if MASKED else new
-    if POLY > 0 and not MASKED:
-        p = gl.inline_asm_elementwise(
-            exp2_code(POLY), "=f,=f,=f,=f,f,f,f,f", [s * row_scale[:, None] - shift[:, None]], dtype=gl.float32,
-            is_pure=True, pack=4,
-        )  # fmt: skip
-    else:
-        p = gl.exp2(s * row_scale[:, None] - shift[:, None])
+    p = gl.exp2(s * row_scale[:, None] - shift[:, None])
     kept = gl.exp2(top - shift)
     return p, kept, new, _sum_by_eights(p)
 
@@ -312,7 +285,7 @@ def _attend(work, LAYER: gl.constexpr, FORM: gl.constexpr, WHICH: gl.constexpr):
     queries, tiles, barriers, keys, scales, outs = work
     q_ptr, q_strides, first_q, first_row, rows, head = queries
     q_tiles, k_tiles, v_tiles = tiles
-    k_full, v_full, empty, turn = barriers
+    k_full, v_full, empty = barriers
     steps, len_k, first_bad = keys
     scale_log2, v_scale = scales
     sink_ptr, out_ptr, lse_ptr = outs
@@ -347,13 +320,9 @@ def _attend(work, LAYER: gl.constexpr, FORM: gl.constexpr, WHICH: gl.constexpr):
     nothing = gl.full([M, N], 0.0, gl.float32, S)
 
     mbarrier.wait(k_full.index(0), 0)
-    if FORM.pingpong:
-        mbarrier.wait(turn.index(WHICH), 0)
     s = warpgroup_mma(q_tile, k_tiles.index(0).permute([1, 0]), nothing, use_acc=False, is_async=True)
-    if FORM.pingpong:
-        mbarrier.arrive(turn.index(1 - WHICH), count=1)
     s = warpgroup_mma_wait(0, deps=[s])
-    w, kept, top, total = _softmax(s, row_scale, top, position, last, True, S, FORM.poly)
+    w, kept, top, total = _softmax(s, row_scale, top, position, last, True, S)
     T: gl.constexpr = gl.SliceLayout(1, total.type.layout)
     words = _packed(w)
     mbarrier.arrive(empty.index(0), count=1)
@@ -368,15 +337,11 @@ def _attend(work, LAYER: gl.constexpr, FORM: gl.constexpr, WHICH: gl.constexpr):
             b = (i - 1) % FORM.stages
             p = _unpacked(words, P)
             mbarrier.wait(k_full.index(a), (i // FORM.stages) & 1)
-            if FORM.pingpong:
-                mbarrier.wait(turn.index(WHICH), i & 1)
             s = warpgroup_mma(q_tile, k_tiles.index(a).permute([1, 0]), nothing, use_acc=False, is_async=True)
             mbarrier.wait(v_full.index(b), ((i - 1) // FORM.stages) & 1)
             o = warpgroup_mma(p, v_tiles.index(b), acc, is_async=True)
-            if FORM.pingpong:
-                mbarrier.arrive(turn.index(1 - WHICH), count=1)
             s = warpgroup_mma_wait(1, deps=[s])
-            w, kept, top, added = _softmax(s, row_scale, top, position, last - i * N, MASKED == 1, S, FORM.poly)
+            w, kept, top, added = _softmax(s, row_scale, top, position, last - i * N, MASKED == 1, S)
             total = total * gl.convert_layout(kept, T)[:, None] + added
             # Complete already: the branch keeps ptxas from waiting for P V before the softmax.
             mbarrier.wait(v_full.index(b), ((i - 1) // FORM.stages) & 1)
@@ -426,13 +391,10 @@ def _consume(work, LAYER: gl.constexpr, FORM: gl.constexpr, WHICH: gl.constexpr)
     elif queries[3] + WHICH * M < queries[4]:
         _attend(work, LAYER, FORM, WHICH)
     else:
-        k_full, v_full, empty, turn = barriers
+        k_full, v_full, empty = barriers
         steps = keys[0]
         for i in range(steps):
             s = i % FORM.stages
-            if FORM.pingpong:
-                mbarrier.wait(turn.index(WHICH), i & 1)
-                mbarrier.arrive(turn.index(1 - WHICH), count=1)
             mbarrier.wait(k_full.index(s), (i // FORM.stages) & 1)
             if i > 0:
                 mbarrier.wait(v_full.index((i - 1) % FORM.stages), ((i - 1) // FORM.stages) & 1)
@@ -503,9 +465,8 @@ def hopper_kernel(
     if spare | (end_q - first_q > max_q):  # or more rows than there are tiles: NaN
         end_q = gl.where(spare, total_q, end_q)
         begin = first_q.to(gl.int64) * GROUP + first_row
-        _fill_rows(
-            out_ptr, lse_ptr, sink_ptr, spare, begin, end_q.to(gl.int64) * GROUP, tiles * 2 * M, head, LAYER
-        )  # fmt: skip
+        past = end_q.to(gl.int64) * GROUP
+        _fill_rows(out_ptr, lse_ptr, sink_ptr, spare, begin, past, tiles * 2 * M, head, LAYER)
     else:
         rows = (end_q - first_q) * GROUP
         if first_row < rows:
@@ -553,18 +514,13 @@ def _attend_tile(
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], B)
-    turn = gl.allocate_shared_memory(gl.int64, [2, 1], B)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
-    for i in gl.static_range(2):
-        mbarrier.init(turn.index(i), count=1)
     gl.thread_barrier()
-    if FORM.pingpong:
-        mbarrier.arrive(turn.index(0), count=1)
 
-    barriers = (k_full, v_full, empty, turn)
+    barriers = (k_full, v_full, empty)
     work = (
         (q_ptr, q_strides, first_q, first_row, rows, head),
         (q_tiles, k_tiles, v_tiles),

@@ -35,9 +35,9 @@ from ..device import interpreting
 
 ROWS = 128
 """Rows of a program, which has a multiprocessor for itself."""
-LEAST_BUSY = 0.85
-"""Part of the multiprocessors that have a program, on average over the waves of programs. Below, the direct kernel
-stays: it splits keys over programs."""
+LEAST_BUSY = {64: 0.84, 128: 0.6}
+"""By head dim: part of the multiprocessors that have a program, on average over the waves of programs. Below, the direct
+kernel stays: it splits keys over programs."""
 
 
 @dataclass(frozen=True)
@@ -47,18 +47,13 @@ class Form:
     Attributes:
         producers: warpgroups; of 2, one loads K and one V.
         stages: tiles of K, and of V, in shared memory.
-        depth: tiles whose loads are under way, with 2 producers.
-        pingpong: whether the consumers take turns to issue their products.
-        poly: of 4 powers of two, how many are computed by a polynomial.
+        depth: tiles whose loads are under way.
         consumer_registers, producer_registers: of a thread.
     """
 
     producers: int
     stages: int
     depth: int
-    pingpong: bool
-    poly: int
-
     consumer_registers: int
     producer_registers: int
 
@@ -84,11 +79,11 @@ class LayerForm:
     sinks: bool
 
 
-WIDE = Form(2, 2, 1, False, 0, 200, 56)
+WIDE = Form(2, 2, 1, 200, 56)
 """Dim 128."""
-SHORT = Form(2, 3, 2, True, 1, 192, 64)
+SHORT = Form(1, 3, 2, 200, 104)
 """Dim 64, one tile of rows: reading the pages takes longest."""
-LONG = Form(1, 2, 2, False, 0, 200, 104)
+LONG = Form(1, 2, 1, 216, 72)
 """Dim 64, more tiles of rows, which find the pages in the L2: products and conversions take longest."""
 
 
@@ -149,11 +144,12 @@ def _in_words(pool: Tensor) -> bool:
     return aligned and inner == 1 and inner_extent(pool) < 2**31
 
 
-def wins(batch: CheckedBatch, rows: int, group: int, kv_heads: int, processors: int) -> bool:
+def wins(batch: CheckedBatch, dim: int, rows: int, group: int, kv_heads: int, processors: int) -> bool:
     """Whether the kernel is at least 1.1 × as fast as the direct kernel.
 
     Args:
         batch: whose layers it attends.
+        dim: head dim.
         rows: the most rows of a (sequence, KV head).
         group, kv_heads: query heads per KV head, and KV heads.
         processors: of the GPU.
@@ -162,7 +158,7 @@ def wins(batch: CheckedBatch, rows: int, group: int, kv_heads: int, processors: 
         return False
     lengths = (batch.max_q,) * batch.num_sequences if batch.seqlens_q is None else batch.seqlens_q
     programs = sum(-(-new * group // ROWS) for new in lengths) * kv_heads
-    return programs >= LEAST_BUSY * -(-programs // processors) * processors > 0
+    return programs >= LEAST_BUSY[dim] * -(-programs // processors) * processors > 0
 
 
 def chosen_form(
@@ -186,7 +182,7 @@ def chosen_form(
         group = q_heads // g.num_kv_heads
         rows = min(batch.max_q, n) * group
         processors = torch.cuda.get_device_properties(g.device).multi_processor_count
-        if not forced and not wins(batch, rows, group, g.num_kv_heads, processors):
+        if not forced and not wins(batch, g.head_dim, rows, group, g.num_kv_heads, processors):
             return (None,)
         return (form_for(g.head_dim, rows),)
 

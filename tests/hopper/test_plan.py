@@ -134,11 +134,14 @@ def test_where_it_is_available(capability: tuple[int, int], version: str, monkey
         ([16] * 16, 128, 8, 32, None),  # 64 rows
         ([15] * 16, 64, 8, 64, None),
         ([1] * 64, 64, 8, 64, None),
-        ([16] * 14, 64, 8, 64, None),  # 112 programs
+        ([16] * 14, 64, 8, 64, plan.SHORT),  # 112 programs
+        ([16] * 13, 64, 8, 64, None),  # 104 programs
         ([16] * 17, 64, 8, 64, None),  # 136 programs: a second wave for 4
         ([16] * 32, 64, 8, 64, plan.SHORT),
         ([512], 128, 8, 32, plan.WIDE),  # one sequence: 128 programs
-        ([256], 128, 8, 32, None),
+        ([320], 128, 8, 32, plan.WIDE),  # 80 programs
+        ([288], 128, 8, 32, None),  # 72 programs
+        ([32] * 20, 128, 8, 32, plan.WIDE),  # 160 programs: two waves
         ([1024, 1], 128, 8, 32, plan.WIDE),
     ],
 )
