@@ -151,7 +151,8 @@ def measure(
         now - then for now, then in zip((attend.calls, attend.bytes_received, attend.bytes_least), before, strict=True)
     )
     buffers, form, ranks = (exchange := local[0]()).buffers, exchange.form, attend.share.ranks
-    gather = partial(all_gather, buffers[:ranks], buffers[ranks:], group=attend.group)
+    own = buffers[attend.share.rank : attend.share.rank + 1]
+    gather = partial(all_gather, buffers, own, group=attend.group)  # in place, as `ContextParallel` does
     gather()
     ways: dict[str, Sequence[Call]] = {
         ONE: alone, TOGETHER: together, LOCAL: local, GATHER: [gather],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Literal, overload
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from ..formats.checks import check_tensor, described
 from ..formats.fp8 import FLOATS
 from .exchange import Exchange
 from .ranks import Ranks
-from .states import least_bytes, merged
+from .states import merged
 
 
 class ContextParallel:
@@ -130,19 +129,18 @@ class ContextParallel:
         out, lse = partial_state(
             q, k_new, v_new, cache, batch, softmax_scale, window, workspace_tokens, path, exchange.own
         )
-        if out.numel():
-            out, lse = self._merged(exchange, sinks)
-        return (out, lse) if return_lse else out
-
-    @torch.no_grad()
-    def _merged(self, exchange: Exchange, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Exchange the states of all ranks, and merge them."""
-        ranks, form = self.share.ranks, exchange.form
+        if out.numel() == 0:
+            return (out, lse) if return_lse else out
         exchange.gather(self.group, self._ranks)
+        wire = exchange.wire
         self.calls += 1
-        self.bytes_received += (ranks - 1) * form.nbytes
-        self.bytes_least += least_bytes(form, ranks)
-        return merged(exchange.buffers, form, ranks, sinks)
+        self.bytes_received += wire.received
+        self.bytes_least += wire.least
+        merged_out, merged_lse = merged(exchange.buffers, wire.form, self.share.ranks, sinks, want_lse=return_lse)
+        if not return_lse:
+            return merged_out
+        assert merged_lse is not None
+        return merged_out, merged_lse
 
     def close(self) -> None:
         """Stop the thread that tells the other ranks that this one lives."""
