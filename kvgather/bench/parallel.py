@@ -168,7 +168,7 @@ def measure(
 def _local(q: Tensor, k_new: Tensor, v_new: Tensor, pool: PagedKVCache, batch: PrefixBatch, share: Share) -> Exchange:
     """A rank's part of a call: it writes, and attends to its own pages."""
     exchange = Exchange(share, q.device)
-    partial_state(q, k_new, v_new, pool, batch, None, None, None, "auto", exchange.own)
+    partial_state(q, k_new, v_new, pool, batch, None, None, None, None, "auto", exchange)
     return exchange
 
 
