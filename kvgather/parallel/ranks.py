@@ -13,11 +13,10 @@ raises; torch's own watchdog ends the process when the time-out is over.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,7 +58,7 @@ class Ranks:
         self._beats = 0
         self._timeout = _timeout_of(group)
         self._seconds = min(BEAT, self._timeout / (8 * MISSED))
-        self._newest: tuple[torch.cuda.Event, float, str] | None = None  # the end of the newest collective on a GPU
+        self._newest: tuple[torch.Event, float, str] | None = None  # the end of the newest collective on a GPU
         self._late: RankError | None = None
         self._ended = threading.Event()
         if self.size > 1:
@@ -78,9 +77,13 @@ class Ranks:
             self._thread.join(5)
             atexit.unregister(self.close)
 
-    @contextlib.contextmanager
-    def collective(self, what: str) -> Iterator[None]:
+    def enter(self, what: str, collective: Callable[..., object], *arguments: object) -> None:
         """Run a collective, and turn its failure into an error that names the missing ranks.
+
+        Args:
+            what: its name, for errors.
+            collective: a function of torch.distributed that does not return its `Work`.
+            arguments: of it.
 
         Raises:
             RankError: the back end raised, or an earlier collective on a GPU has not ended in time.
@@ -89,16 +92,17 @@ class Ranks:
             raise self._late
         self.entered += 1
         try:
-            yield
+            collective(*arguments)
         except RuntimeError as error:
             raise self._named(what, error) from error
 
     def started(self, what: str) -> None:
         """Watch a collective for which the current stream of a GPU waits.
 
-        By an event, which takes 2 µs: keeping the collective's own `Work` takes 27, when it is freed.
+        By an event, which takes 2 µs: keeping the collective's own `Work` takes 27, when it is freed. `torch.Event`
+        finds the current stream itself; `torch.cuda.Event` creates a `torch.cuda.Stream` for that, in Python.
         """
-        event = torch.cuda.Event() if self._newest is None else self._newest[0]
+        event = torch.Event("cuda") if self._newest is None else self._newest[0]
         event.record()
         self._newest = event, time.monotonic(), what
 
