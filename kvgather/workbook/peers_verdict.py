@@ -1,0 +1,157 @@
+"""What the recorded rows say: which implementation is the fastest at which number of new tokens, and by how much."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+from ..bench.peer_targets import LIMIT, MOST_ERROR, OURS
+from .measured_paths import rule_takes
+from .measured_peers import FORMS, LABELS, MeasuredPeers, least_time
+
+__all__ = ["error_range", "limit_rows", "limits_verdict", "paths_taken", "time_rows", "verdict", "verdict_rows"]
+
+LEVEL = 1.02
+"""Times that differ by at most 2 % count as equal: the spread of most rows."""
+
+
+class _Place(NamedTuple):
+    """Ours among others at one number of new tokens: how it ends, the fastest other, and the times' ratio."""
+
+    outcome: str
+    other: str
+    ratio: float
+
+
+def verdict(points: Mapping[int, MeasuredPeers], most_error: float | None = None) -> str:
+    """Who is the fastest, in sentences.
+
+    Args:
+        points: of one layer, by the number of new tokens.
+        most_error: others with a larger error are left out; None leaves out none.
+    """
+    places = [(new, _place(at, most_error)) for new, at in sorted(points.items())]
+    sentences = []
+    for (outcome, other), group in groupby(places, key=lambda place: place[1][:2]):
+        run = list(group)
+        news, ratios = [new for new, _ in run], _numbers(f"{place.ratio:.2f}" for _, place in run)
+        at = f"At {_numbers(map(str, news))} new token{'s' * (news != [1])}"
+        label = LABELS.get(other, "")
+        sentences.append(
+            {
+                "none": f"{at} no other was timed.",
+                "leads": f"{at} ours is the fastest; {label} takes {ratios} times as long.",
+                "level": f"{at} ours and {label} are level.",
+                "trails": f"{at} {label} is the fastest; ours takes {ratios} times as long.",
+            }[outcome]
+        )
+    return " ".join(sentences)
+
+
+def _place(at: MeasuredPeers, most_error: float | None) -> _Place:
+    others = [
+        name
+        for name in FORMS
+        if name != OURS and name in at.times and (most_error is None or at.errors[name] <= most_error)
+    ]
+    if not others:
+        return _Place("none", "", 0.0)
+    other = min(others, key=at.times.__getitem__)
+    ratio = at.times[OURS] / at.times[other]
+    if ratio > LEVEL:
+        return _Place("trails", other, ratio)
+    if ratio >= 1 / LEVEL:
+        return _Place("level", other, ratio)
+    return _Place("leads", other, 1 / ratio)
+
+
+def _numbers(texts: Iterable[str]) -> str:
+    """Such as "1, 16 and 128"."""
+    *first, last = texts
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def verdict_rows(layers: Mapping[str, Mapping[int, MeasuredPeers]]) -> list[tuple[str, str, str]]:
+    """Rows of a table: the layer, which implementations are compared with ours, and the verdict."""
+    among = {"all": None, f"error ≤ {_error(MOST_ERROR)}": MOST_ERROR}
+    return [(title, name, verdict(points, most)) for title, points in layers.items() for name, most in among.items()]
+
+
+def time_rows(points: Mapping[int, MeasuredPeers]) -> tuple[list[tuple[str | None, ...]], list[str]]:
+    """Times of one layer, each with its ratio to ours, above the dtypes and the error of each implementation.
+
+    Returns:
+        Rows and headers for `tables.table`.
+    """
+    names = [name for name in (*FORMS, LIMIT) if any(name in at.times for at in points.values())]
+    rows: list[tuple[str | None, ...]] = [
+        (str(new), *(_time(at, name) for name in names)) for new, at in sorted(points.items())
+    ]
+    dtypes = [f"{FORMS[name].pool}, {FORMS[name].q}" if name in FORMS else None for name in names]
+    errors = [error_range(list(points.values()), name) if name in FORMS else None for name in names]
+    rows += [("dtypes of pool, Q", *dtypes), ("error", *errors)]
+    return rows, ["new tokens", *(LABELS[name] for name in names)]
+
+
+def _time(at: MeasuredPeers, name: str) -> str | None:
+    if name not in at.times:
+        return None
+    ratio = at.ratio(name)
+    return f"{at.times[name]:,.0f} µs" + ("" if name == OURS or ratio is None else f" ({ratio:.2f})")
+
+
+def error_range(measured: Sequence[MeasuredPeers], name: str) -> str | None:
+    """The smallest and the largest error of an implementation, such as "1.7e-3 to 3.5e-3"; None without one."""
+    errors = [at.errors[name] for at in measured if name in at.errors]
+    if not errors:
+        return None
+    least, most = _error(min(errors)), _error(max(errors))
+    return least if least == most else f"{least} to {most}"
+
+
+def _error(error: float) -> str:
+    """Such as 3.5e-3; two digits of an exponent would make a table's columns wider."""
+    mantissa, _, exponent = f"{error:.1e}".partition("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def limit_rows(points: Mapping[int, MeasuredPeers]) -> tuple[list[tuple[str | None, ...]], list[str]]:
+    """Of one layer: what limits each implementation, bytes or products, and which share of this limit it reaches.
+
+    Returns:
+        Rows and headers for `tables.table`.
+    """
+    names = [name for name in (*FORMS, LIMIT) if any(name in at.times for at in points.values())]
+    rows = [(str(new), *(_share(at, name) for name in names)) for new, at in sorted(points.items())]
+    return rows, ["new tokens", *(LABELS[name] for name in names)]
+
+
+def _share(at: MeasuredPeers, name: str) -> str | None:
+    share = at.share(name)
+    if share is None:
+        return None
+    return f"{'bytes' if name == LIMIT else least_time(at.case, FORMS[name]).limit}, {share:.0%}"
+
+
+def limits_verdict(measured: Sequence[MeasuredPeers], name: str) -> str:
+    """Ours and another implementation, where bytes limit both and where products do: the shares that they reach."""
+    both = [at for at in measured if OURS in at.times and name in at.times]
+    sentences = []
+    for limit in ("bytes", "products"):
+        alike = [at for at in both if {least_time(at.case, FORMS[one]).limit for one in (OURS, name)} == {limit}]
+        if alike:
+            ours, other = (_range([at.share(one) or 0.0 for at in alike]) for one in (OURS, name))
+            sentences.append(f"Where {limit} limit both, ours reaches {ours} of its limit, {LABELS[name]} {other}.")
+    return " ".join(sentences) or f"{LABELS[name]} was not timed next to ours."
+
+
+def _range(shares: Sequence[float]) -> str:
+    least, most = (f"{share:.0%}" for share in (min(shares), max(shares)))
+    return least if least == most else f"{least} to {most}"
+
+
+def paths_taken(points: Mapping[int, MeasuredPeers]) -> str:
+    """Which path `auto` takes now, such as "auto takes the direct path at 1 and 16 new tokens"."""
+    runs = groupby(sorted(points), key=lambda new: rule_takes(points[new].case))
+    return "auto takes " + ", ".join(f"the {path} path at {_numbers(map(str, news))}" for path, news in runs)
