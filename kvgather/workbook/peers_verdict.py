@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
+from ..bench.peer_fa3 import BF16_POOL
 from ..bench.peer_targets import LIMIT, MOST_ERROR, OURS
 from .measured_paths import rule_takes
 from .measured_peers import FORMS, LABELS, MeasuredPeers, least_time
@@ -134,20 +135,24 @@ def _share(at: MeasuredPeers, name: str) -> str | None:
     return f"{'bytes' if name == LIMIT else least_time(at.case, FORMS[name]).limit}, {share:.0%}"
 
 
-def limits_verdict(measured: Sequence[MeasuredPeers], name: str) -> str:
-    """Ours and another implementation, where bytes limit both and where products do: the shares that they reach."""
+def limits_verdict(measured: Sequence[MeasuredPeers], name: str = BF16_POOL) -> list[str]:
+    """Ours next to another implementation, where bytes limit both and where products do: times, and shares reached."""
     both = [at for at in measured if OURS in at.times and name in at.times]
     sentences = []
     for limit in ("bytes", "products"):
         alike = [at for at in both if {least_time(at.case, FORMS[one]).limit for one in (OURS, name)} == {limit}]
         if alike:
-            ours, other = (_range([at.share(one) or 0.0 for at in alike]) for one in (OURS, name))
-            sentences.append(f"Where {limit} limit both, ours reaches {ours} of its limit, {LABELS[name]} {other}.")
-    return " ".join(sentences) or f"{LABELS[name]} was not timed next to ours."
+            ratios = _range([at.times[OURS] / at.times[name] for at in alike], ".2f")
+            ours, other = (_range([at.share(one) or 0.0 for at in alike], ".0%") for one in (OURS, name))
+            sentences.append(
+                f"Where {limit} limit both, ours takes {ratios} times as long as {LABELS[name]}; "
+                f"ours reaches {ours} of its limit, {LABELS[name]} {other}."
+            )
+    return sentences or [f"{LABELS[name]} was not timed next to ours."]
 
 
-def _range(shares: Sequence[float]) -> str:
-    least, most = (f"{share:.0%}" for share in (min(shares), max(shares)))
+def _range(numbers: Sequence[float], form: str) -> str:
+    least, most = (format(number, form) for number in (min(numbers), max(numbers)))
     return least if least == most else f"{least} to {most}"
 
 
