@@ -11,7 +11,7 @@ from ..bench.peer_targets import LIMIT, MOST_ERROR, OURS
 from .measured_paths import rule_takes
 from .measured_peers import FORMS, LABELS, MeasuredPeers, least_time
 
-__all__ = ["error_range", "limit_rows", "limits_verdict", "paths_taken", "time_rows", "verdict", "verdict_rows"]
+__all__ = ["error_range", "limit_rows", "limits_verdict", "time_rows", "verdict", "verdict_rows"]
 
 LEVEL = 1.02
 """Times that differ by at most 2 % count as equal: the spread of most rows."""
@@ -79,27 +79,35 @@ def verdict_rows(layers: Mapping[str, Mapping[int, MeasuredPeers]]) -> list[tupl
     return [(title, name, verdict(points, most)) for title, points in layers.items() for name, most in among.items()]
 
 
-def time_rows(points: Mapping[int, MeasuredPeers]) -> tuple[list[tuple[str | None, ...]], list[str]]:
-    """Times of one layer, each with its ratio to ours, above the dtypes and the error of each implementation.
+def time_rows(title: str, points: Mapping[int, MeasuredPeers]) -> tuple[list[tuple[str | None, ...]], list[str]]:
+    """Times of one layer, above the dtypes and the error of each implementation.
+
+    A time of ours has the path that `auto` takes now, the others have their ratio to ours.
 
     Returns:
-        Rows and headers for `tables.table`.
+        Rows and headers for `tables.table`; the first header is the title.
     """
     names = [name for name in (*FORMS, LIMIT) if any(name in at.times for at in points.values())]
     rows: list[tuple[str | None, ...]] = [
-        (str(new), *(_time(at, name) for name in names)) for new, at in sorted(points.items())
+        (_new(new), *(_time(at, name) for name in names)) for new, at in sorted(points.items())
     ]
     dtypes = [f"{FORMS[name].pool}, {FORMS[name].q}" if name in FORMS else None for name in names]
     errors = [error_range(list(points.values()), name) if name in FORMS else None for name in names]
     rows += [("dtypes of pool, Q", *dtypes), ("error", *errors)]
-    return rows, ["new tokens", *(LABELS[name] for name in names)]
+    return rows, [title, *(LABELS[name] for name in names)]
+
+
+def _new(new: int) -> str:
+    return f"{new} new token{'s' * (new != 1)}"
 
 
 def _time(at: MeasuredPeers, name: str) -> str | None:
     if name not in at.times:
         return None
-    ratio = at.ratio(name)
-    return f"{at.times[name]:,.0f} µs" + ("" if name == OURS or ratio is None else f" ({ratio:.2f})")
+    time, ratio = f"{at.times[name]:,.0f} µs", at.ratio(name)
+    if name == OURS:
+        return f"{time}, {rule_takes(at.case)}"
+    return time if ratio is None else f"{time} ({ratio:.2f})"
 
 
 def error_range(measured: Sequence[MeasuredPeers], name: str) -> str | None:
@@ -117,15 +125,15 @@ def _error(error: float) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
-def limit_rows(points: Mapping[int, MeasuredPeers]) -> tuple[list[tuple[str | None, ...]], list[str]]:
+def limit_rows(title: str, points: Mapping[int, MeasuredPeers]) -> tuple[list[tuple[str | None, ...]], list[str]]:
     """Of one layer: what limits each implementation, bytes or products, and which share of this limit it reaches.
 
     Returns:
-        Rows and headers for `tables.table`.
+        Rows and headers for `tables.table`; the first header is the title.
     """
     names = [name for name in (*FORMS, LIMIT) if any(name in at.times for at in points.values())]
-    rows = [(str(new), *(_share(at, name) for name in names)) for new, at in sorted(points.items())]
-    return rows, ["new tokens", *(LABELS[name] for name in names)]
+    rows = [(_new(new), *(_share(at, name) for name in names)) for new, at in sorted(points.items())]
+    return rows, [title, *(LABELS[name] for name in names)]
 
 
 def _share(at: MeasuredPeers, name: str) -> str | None:
@@ -154,9 +162,3 @@ def limits_verdict(measured: Sequence[MeasuredPeers], name: str = BF16_POOL) -> 
 def _range(numbers: Sequence[float], form: str) -> str:
     least, most = (format(number, form) for number in (min(numbers), max(numbers)))
     return least if least == most else f"{least} to {most}"
-
-
-def paths_taken(points: Mapping[int, MeasuredPeers]) -> str:
-    """Which path `auto` takes now, such as "auto takes the direct path at 1 and 16 new tokens"."""
-    runs = groupby(sorted(points), key=lambda new: rule_takes(points[new].case))
-    return "auto takes " + ", ".join(f"the {path} path at {_numbers(map(str, news))}" for path, news in runs)

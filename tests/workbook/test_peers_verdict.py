@@ -13,13 +13,13 @@ from kvgather.bench.peer_flashinfer import NAME as FLASHINFER
 from kvgather.bench.peer_targets import LIMIT, OURS
 from kvgather.bench.peers import cases
 from kvgather.workbook.figures import png
+from kvgather.workbook.measured_paths import rule_takes
 from kvgather.workbook.measured_peers import MeasuredPeers, least_time, measured_peers, peers_by_layer
 from kvgather.workbook.peers_picture import NOTHING, peers_alt, peers_picture
 from kvgather.workbook.peers_verdict import (
     error_range,
     limit_rows,
     limits_verdict,
-    paths_taken,
     time_rows,
     verdict,
     verdict_rows,
@@ -94,17 +94,24 @@ def test_missing_rows_are_said() -> None:
 
 
 def test_the_table_has_times_ratios_dtypes_and_errors() -> None:
-    rows, headers = time_rows(POINTS)
-    assert headers == ["new tokens", "ours", "FA3 BF16", "FA3 FP8", "FlashInfer", "read limit"]
-    assert rows[0] == ("1", "100 µs", "150 µs (1.50)", "120 µs (1.20)", "140 µs (1.40)", "70 µs (0.70)")
-    assert rows[1] == ("16", "100 µs", "101 µs (1.01)", "80 µs (0.80)", None, None)
+    rows, headers = time_rows("layer", POINTS)
+    assert headers == ["layer", "ours", "FA3 BF16", "FA3 FP8", "FlashInfer", "read limit"]
+    assert rows[0] == (
+        "1 new token",
+        "100 µs, direct",
+        "150 µs (1.50)",
+        "120 µs (1.20)",
+        "140 µs (1.40)",
+        "70 µs (0.70)",
+    )
+    assert rows[1][0] == "16 new tokens" and rows[1][2:] == ("101 µs (1.01)", "80 µs (0.80)", None, None)
     assert rows[4] == ("dtypes of pool, Q", "FP8, BF16", "BF16, BF16", "FP8, FP8", "FP8, BF16", None)
     assert rows[5] == ("error", "2.0e-3", "3.0e-3", "3.0e-2", "2.5e-3", None)
 
 
 def test_a_peer_without_times_has_no_column() -> None:
     points = {16: at(16, ours=100)}
-    assert time_rows(points)[1] == limit_rows(points)[1] == ["new tokens", "ours"]
+    assert time_rows("layer", points)[1] == limit_rows("layer", points)[1] == ["layer", "ours"]
 
 
 def test_errors_are_a_range() -> None:
@@ -115,7 +122,7 @@ def test_errors_are_a_range() -> None:
 
 def test_limits_are_named_with_the_share_reached() -> None:
     least = least_time(CASES[128]).us
-    rows, _ = limit_rows({1: POINTS[1], 128: at(128, ours=2 * least)})
+    rows, _ = limit_rows("layer", {1: POINTS[1], 128: at(128, ours=2 * least)})
     assert rows[1][1:] == ("products, 50%", None, None, None, None)
     assert rows[0][1] == f"bytes, {least_time(CASES[1]).us / 100:.0%}"
     assert rows[0][-1] == f"bytes, {least_time(CASES[1]).us / 70:.0%}"
@@ -128,9 +135,10 @@ def test_the_limits_verdict_keeps_bytes_and_products_apart() -> None:
 
 
 def test_the_paths_of_auto_are_those_of_the_rule() -> None:
-    assert paths_taken({1: POINTS[1]}) == "auto takes the direct path at 1"
-    told = paths_taken(POINTS)
-    assert told.startswith("auto takes the direct path at 1") and all(str(new) in told for new in POINTS)
+    rows, _ = time_rows("layer", POINTS)
+    assert [row[1] for row in rows[:4]] == [
+        f"{at.times[OURS]:,.0f} µs, {rule_takes(at.case)}" for at in POINTS.values()
+    ]  # fmt: skip
 
 
 def test_the_picture_draws_every_ratio() -> None:
