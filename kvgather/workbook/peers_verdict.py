@@ -80,7 +80,7 @@ def verdict_rows(layers: Mapping[str, Mapping[int, MeasuredPeers]]) -> list[tupl
 
 
 def time_rows(title: str, points: Mapping[int, MeasuredPeers]) -> tuple[list[tuple[str | None, ...]], list[str]]:
-    """Times of one layer, above the dtypes and the error of each implementation.
+    """Times of one layer, above the dtypes and the largest error of each implementation.
 
     A time of ours has the path that `auto` takes now, the others have their ratio to ours.
 
@@ -92,8 +92,8 @@ def time_rows(title: str, points: Mapping[int, MeasuredPeers]) -> tuple[list[tup
         (_new(new), *(_time(at, name) for name in names)) for new, at in sorted(points.items())
     ]
     dtypes = [f"{FORMS[name].pool}, {FORMS[name].q}" if name in FORMS else None for name in names]
-    errors = [error_range(list(points.values()), name) if name in FORMS else None for name in names]
-    rows += [("dtypes of pool, Q", *dtypes), ("error", *errors)]
+    errors = [max((at.errors[name] for at in points.values() if name in at.errors), default=None) for name in names]
+    rows += [("dtypes of pool, Q", *dtypes), ("largest error", *(None if e is None else _error(e) for e in errors))]
     return rows, [title, *(LABELS[name] for name in names)]
 
 
@@ -152,10 +152,10 @@ def limits_verdict(measured: Sequence[MeasuredPeers], name: str = BF16_POOL) -> 
         if alike:
             ratios = _range([at.times[OURS] / at.times[name] for at in alike], ".2f")
             ours, other = (_range([at.share(one) or 0.0 for at in alike], ".0%") for one in (OURS, name))
-            sentences.append(
-                f"Where {limit} limit both, ours takes {ratios} times as long as {LABELS[name]}; "
-                f"ours reaches {ours} of its limit, {LABELS[name]} {other}."
-            )
+            sentences += [
+                f"Where {limit} limit both, ours takes {ratios} times as long as {LABELS[name]}.",
+                f"There ours reaches {ours} of its limit, {LABELS[name]} {other}.",
+            ]
     return sentences or [f"{LABELS[name]} was not timed next to ours."]
 
 

@@ -106,7 +106,7 @@ def test_the_table_has_times_ratios_dtypes_and_errors() -> None:
     )
     assert rows[1][0] == "16 new tokens" and rows[1][2:] == ("101 µs (1.01)", "80 µs (0.80)", None, None)
     assert rows[4] == ("dtypes of pool, Q", "FP8, BF16", "BF16, BF16", "FP8, FP8", "FP8, BF16", None)
-    assert rows[5] == ("error", "2.0e-3", "3.0e-3", "3.0e-2", "2.5e-3", None)
+    assert rows[5] == ("largest error", "2.0e-3", "3.0e-3", "3.0e-2", "2.5e-3", None)
 
 
 def test_a_peer_without_times_has_no_column() -> None:
@@ -129,9 +129,11 @@ def test_limits_are_named_with_the_share_reached() -> None:
 
 
 def test_the_limits_verdict_keeps_bytes_and_products_apart() -> None:
-    by_bytes, by_products = limits_verdict([*POINTS.values()])
-    assert by_bytes.startswith("Where bytes limit both, ours takes 0.67 to 0.99 times as long as FA3 BF16;")
-    assert by_products.startswith("Where products limit both, ours takes 1.25 to 1.60 times as long as FA3 BF16;")
+    by_bytes, _, by_products, shares = limits_verdict([*POINTS.values()])
+    assert by_bytes == "Where bytes limit both, ours takes 0.67 to 0.99 times as long as FA3 BF16."
+    assert by_products == "Where products limit both, ours takes 1.25 to 1.60 times as long as FA3 BF16."
+    reached = [f"{least_time(CASES[new]).us / us:.0%}" for new, us in ((128, 200), (512, 800), (128, 160), (512, 500))]
+    assert shares == "There ours reaches {} to {} of its limit, FA3 BF16 {} to {}.".format(*reached)
 
 
 def test_the_paths_of_auto_are_those_of_the_rule() -> None:
