@@ -12,7 +12,7 @@ from ..attention.batch import PrefixBatch
 from ..attention.prefix import check_sinks, partial_state, prefix_attention
 from ..batch.share import Share
 from ..cache import PagedKVCache
-from ..formats.checks import check_tensor, described
+from ..formats.checks import check_tensor, described, resolved
 from ..formats.fp8 import FLOATS
 from .exchange import Exchange
 from .ranks import Ranks
@@ -26,7 +26,9 @@ class ContextParallel:
     attends to its own pages with the kernels of `prefix_attention`. One all-gather then moves each rank's output and
     log-sum-exp to all others, and every rank merges them; the sink enters once, there.
 
-    All ranks make the same calls in the same order, with the same shapes.
+    All ranks make the same calls in the same order, with the same shapes. A call of which one rank's arguments are
+    refused is a call that this rank has not made. Calls of different shapes can give wrong rows, as any collective's
+    can; with the variable TORCH_DISTRIBUTED_DEBUG=DETAIL, torch compares the shapes, and every rank raises.
 
     Attributes:
         group: the group of the ranks.
@@ -124,9 +126,10 @@ class ContextParallel:
         if batch.share != self.share:
             raise ValueError(f"batch has the share {batch.share}; accepted: {self.share}, that of this rank")
         if sinks is not None:
+            q, sinks = resolved(q), resolved(sinks)
             check_tensor(q, "q", ndim=3, dtypes=FLOATS)
             check_sinks(sinks, q)
-        exchange = Exchange(self.share, q.device)
+        exchange = Exchange(self.share, batch.device)
         out, lse = partial_state(
             q, k_new, v_new, cache, batch, softmax_scale, window, workspace_tokens, path, exchange.own
         )
