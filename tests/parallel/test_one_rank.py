@@ -12,6 +12,7 @@ from kvgather.batch.share import Share
 from kvgather.cases import sinks_of
 from kvgather.parallel import ContextParallel, RankError
 from kvgather.parallel import ranks as module
+from kvgather.parallel.exchange import Exchange
 from kvgather.parallel.ranks import LATE, Ranks
 from tests.attention.batches import assert_close, setup
 
@@ -70,7 +71,8 @@ class Watched:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, group: dist.ProcessGroup) -> None:
         self.event, self.now = Event(), 0.0
         self.ranks = Ranks(group, "watched")
-        monkeypatch.setattr(torch.cuda, "Event", lambda: self.event)
+        for where in (torch, torch.cuda):
+            monkeypatch.setattr(where, "Event", lambda *_: self.event)
         monkeypatch.setattr(module.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(self.ranks, "missing", lambda: {1: "hangs"})
         monkeypatch.setattr(self.ranks, "_timeout", TIMEOUT)
@@ -79,8 +81,11 @@ class Watched:
         self.ranks._look_at_newest()
 
     def collective(self) -> None:
-        with self.ranks.collective("a sum"):
-            self.ranks.started("a sum")
+        """One that the host has launched, and that a GPU waits for from now on."""
+        exchange = Exchange(Share(0, 1), torch.device("cpu"))
+        exchange.own((1, 1, 4), torch.float32)
+        exchange.gather(self.ranks.group, self.ranks)
+        self.ranks.started("a sum")
 
 
 @pytest.fixture
