@@ -113,8 +113,8 @@ def test_scaling_picture_has_a_line_for_each_context_and_the_ideal(folder: Path)
     assert list(share.lines[0].get_ydata()) == [0.8, 0.7]
     assert png(drawing).startswith(b"\x89PNG")
     assert scaling_alt(found).endswith(
-        "The lowest efficiency is 70%, with 1 new token at 1,000 on 4 GPUs; the highest 80%, with 1 new token at 1,000 on "
-        "2 GPUs."
+        "The lowest efficiency is 70%, with 1 new token at 1,000 on 4 GPUs; the highest 80%, with 1 new token at 1,000 "
+        "on 2 GPUs."
     )
 
 
