@@ -24,7 +24,9 @@ class ContextParallel:
     attends to its own pages with the kernels of `prefix_attention`. One all-gather then moves each rank's output and
     log-sum-exp to all others, and every rank merges them; the sink enters once, there.
 
-    All ranks make the same calls in the same order, with the same shapes.
+    All ranks make the same calls in the same order, with the same shapes. A call of which one rank's arguments are
+    refused is a call that this rank has not made. Calls of different shapes can give wrong rows, as any collective's
+    can; with the variable TORCH_DISTRIBUTED_DEBUG=DETAIL, torch compares the shapes, and every rank raises.
 
     Attributes:
         group: the group of the ranks.

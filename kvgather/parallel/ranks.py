@@ -16,6 +16,7 @@ import atexit
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,8 @@ BEAT = 0.5
 """Seconds between two messages of a rank; less for a group with a short time-out."""
 MISSED = 4
 """Beats without news after which a rank counts as dead."""
+_MADE: Counter[str] = Counter()
+"""How many `Ranks` of a name this process has made: several of one group must not write to the same keys."""
 
 
 class RankError(RuntimeError):
@@ -59,12 +62,14 @@ class Ranks:
         self._timeout = _timeout_of(group)
         self._seconds = min(BEAT, self._timeout / (8 * MISSED))
         self._newest: tuple[torch.Event, float, str] | None = None  # the end of the newest collective on a GPU
+        self._over: object = None  # the newest collective that was seen to have finished
         self._late: RankError | None = None
         self._ended = threading.Event()
         if self.size > 1:
             # A connection of its own: a thread that waits on the store would hold up this one.
             store: Any = group.get_group_store()
-            self._store = distributed_c10d.PrefixStore(f"kvgather/{name}", store.clone())
+            _MADE[name] += 1
+            self._store = distributed_c10d.PrefixStore(f"kvgather/{name}/{_MADE[name]}", store.clone())
             self._write()
             self._thread = threading.Thread(target=self._beat, name="kvgather ranks", daemon=True)
             self._thread.start()
@@ -103,16 +108,26 @@ class Ranks:
         finds the current stream itself; `torch.cuda.Event` creates a `torch.cuda.Stream` for that, in Python.
         """
         event = torch.Event("cuda") if self._newest is None else self._newest[0]
-        event.record()
         self._newest = event, time.monotonic(), what
+        event.record()  # last: the thread must not find it unfinished with the time of the collective before
 
     def _look_at_newest(self) -> None:
-        if self._newest is None:
+        newest = self._newest
+        if newest is None or newest is self._over or self._late is not None:
             return
-        event, since, what = self._newest
-        if not event.query() and time.monotonic() - since > LATE * self._timeout and self._late is None:
-            waited = RuntimeError(f"it has not ended after {time.monotonic() - since:.0f} s")
-            self._late = self._named(what, waited)
+        event, since, what = newest
+        seconds = time.monotonic() - since
+        # At most one query of each event, and a late one: it would end a CUDA graph's capture in another thread.
+        if seconds < LATE * self._timeout:
+            return
+        try:
+            over = event.query()
+        except RuntimeError:  # a capture, or a GPU that has failed, of which the host's next call hears
+            return
+        if over:
+            self._over = newest
+        elif self._newest is newest:  # the same event has not been recorded again
+            self._late = self._named(what, RuntimeError(f"it has not ended after {seconds:.0f} s"))
             sys.stderr.write(f"kvgather: {self._late}\n")
 
     def _named(self, what: str, error: RuntimeError) -> RankError:

@@ -34,7 +34,7 @@ def merged(
     Args:
         buffers: `[n, nbytes]` uint8, contiguous, of which the first `ranks` have the states.
         form: of the states.
-        ranks: how many.
+        ranks: how many, two or more: one rank merges nothing.
         sinks: `[heads]`, or None.
         backend: "triton", "torch", or "auto": Triton on a GPU, torch on a CPU.
         want_lse: whether the caller reads the log-sum-exp; False saves an allocation on a GPU.
