@@ -168,6 +168,13 @@ class PagedKVCache:
         return likeness.number
 
     @property
+    def addresses(self) -> tuple[int, ...]:
+        """The addresses of `key_cache`, `value_cache`, `k_scale` and `v_scale`, 0 for None; for the caller who has just
+        read `likeness`, which is checked."""
+        assert self._likeness is not None
+        return self._likeness.addresses
+
+    @property
     def layout(self) -> str:
         return self.geometry.layout
 
@@ -261,7 +268,8 @@ class PagedKVCache:
             return False
         try:
             for launch in self._write_launches.get((backend, interpreting()), ()):
-                if launch.fits(k, v, slots):
+                addresses = launch.again(k, v, slots)
+                if addresses is not None:
                     break
             else:
                 return False
@@ -269,7 +277,7 @@ class PagedKVCache:
             return False
         if not launch.on_gpu:
             check_slots(slots, self.num_slots)
-        launch(k, v, slots)
+        launch(k, v, slots, addresses)
         self._last_slots = slots
         return True
 

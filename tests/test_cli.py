@@ -16,6 +16,8 @@ import pytest
 
 from kvgather import cli, files
 from kvgather.bench import machine, report
+from kvgather.cli import version
+from kvgather.cli.bench import BENCHMARKS
 from kvgather.lab import crash
 from kvgather.lab.crash import Outcome
 
@@ -177,8 +179,8 @@ def test_the_version(capsys, monkeypatch):
     assert ended.value.code == 0
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert capsys.readouterr().out == f"kvgather {project['version']}\n"
-    monkeypatch.setattr(cli, "__file__", "/somewhere/kvgather/cli.py")  # an installed copy
-    assert cli._version() == project["version"]
+    monkeypatch.setattr(version, "__file__", "/somewhere/kvgather/cli/version.py")  # an installed copy
+    assert version.version() == project["version"]
 
 
 class Measured:
@@ -241,7 +243,7 @@ def test_bench_keeps_rows_where_they_belong(monkeypatch, tmp_path, capsys):
 
 
 def test_every_benchmark_has_its_module():
-    for what in cli.BENCHMARKS:
+    for what in BENCHMARKS:
         assert callable(importlib.import_module(f"kvgather.bench.{what}").run)
 
 
@@ -294,8 +296,27 @@ def test_wrong_usage_is_one_line_and_status_2(monkeypatch, capsys, arguments, me
     assert printed.err.count("\n") == 1
 
 
-def test_as_a_module():
-    done = subprocess.run([sys.executable, "-m", "kvgather", "--help"], capture_output=True, text=True, cwd=ROOT)
+@pytest.mark.parametrize("module", ["kvgather", "kvgather.cli"])
+def test_as_a_module(module):
+    done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0
     assert "doctor" in done.stdout
     assert "crash" in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["bench", "--help"], ["replay", "--help"], ["--version"]])
+def test_help_loads_no_command(arguments):
+    """Above what `import kvgather` loads: the parsers, and the folder of results, which a help text names."""
+    code = (
+        "import sys, kvgather\nbefore = set(sys.modules)\nfrom kvgather import cli\n"
+        f"try:\n    cli.main({arguments})\nexcept SystemExit:\n    print(*sorted(set(sys.modules) - before))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    loaded = done.stdout.splitlines()[-1].split()
+    parsers = ("kvgather.cli", "kvgather.replay.arguments", "kvgather.replay.commands", "kvgather.bench.results")
+    assert "kvgather.cli.entry" in loaded
+    packages = {"kvgather.replay", "kvgather.bench"}
+    ours = [name for name in loaded if name.startswith("kvgather") and not name.startswith(parsers)]
+    assert set(ours) <= packages
+    roots = {name.partition(".")[0] for name in loaded}
+    assert not roots & {"IPython", "matplotlib", "openai", "tqdm", "transformers"}

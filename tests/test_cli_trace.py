@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import kvgather
 from kvgather import cli
 from kvgather.device import has_gpu
 from kvgather.lab.child import environment
@@ -101,7 +102,7 @@ def test_a_kernel_that_raises_shows_its_line_and_no_frame_of_ours(tmp_path: Path
     status, stdout, stderr = run(write(tmp_path, "scale_kernel[(1,)](None, torch.empty(8), 8, BLOCK=8)\n"))
     assert status == cli.FAILED and stdout.startswith("no access outside its tensor; accesses: 0, launches: 1")
     assert f"line {LOAD_LINE}, in scale_kernel" in stderr and "InterpreterError" in stderr
-    package = str(Path(cli.__file__).parent)
+    package = str(Path(kvgather.__file__).parent)
     assert package not in stderr and "runpy" not in stderr
 
 

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from kvgather.bench import call_tables, report
+from kvgather.bench.ranks.rows import read as read_ranks
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 README = (ROOT / "README.md").read_text()
 
 
@@ -28,11 +30,7 @@ def test_the_examples_print_what_they_say() -> None:
 
 
 def test_the_figures_are_the_measured_ones() -> None:
-    rows = {
-        row.case: row
-        for row in report.read(ROOT / "benchmarks" / "results" / "gather_h100.csv")
-        if row.implementation == "kvgather"
-    }
+    rows = {row.case: row for row in report.read(RESULTS / "gather_h100.csv") if row.implementation == "kvgather"}
     told = re.findall(r"\| (\d+), (\w+), ([\w-]+) \| ([\d.]+) µs \| ([\d.]+) \| ([\d.]+) × \|", README)
     assert len(told) == 5
     for dim, layout, kind, time, share, faster in told:
@@ -43,8 +41,34 @@ def test_the_figures_are_the_measured_ones() -> None:
         assert row.device in README and row.date in README
 
 
+def test_the_figures_of_several_gpus_are_the_measured_ones() -> None:
+    measured = {
+        ranks: {(row.context, row.new, row.what): row for row in read_ranks(RESULTS / f"parallel_h200_x{ranks}.csv")}
+        for ranks in (2, 4)
+    }
+    time = r"([\d.,]+) (µs|ms)"
+    cell = rf"{time} \((\d+) %(?: of the ideal)?\) \|"
+    told = re.findall(rf"\| (\d+), ([\d,]+) \| {time} \| {cell} {cell}", README)
+    assert len(told) == 3
+    for new, context, *figures in told:
+        key = int(context.replace(",", "")), int(new)
+        alone = measured[2][*key, "one GPU"]
+        expected = list(_as_told(alone.graph_us, figures[1]))
+        for ranks in (2, 4):
+            row = measured[ranks][*key, "context parallel"]
+            assert row.efficiency_graph is not None
+            unit = figures[3 if ranks == 2 else 6]
+            expected += [*_as_told(row.graph_us, unit), f"{100 * row.efficiency_graph:.0f}"]
+        assert figures == expected, (new, context)
+
+
+def _as_told(microseconds: float | None, unit: str) -> tuple[str, str]:
+    assert microseconds is not None
+    return f"{microseconds:,.0f}" if unit == "µs" else f"{microseconds / 1000:.1f}", unit
+
+
 def test_the_prefix_paths_figures_are_the_measured_ones() -> None:
-    rows = report.read(ROOT / "benchmarks" / "results" / "prefix_h100.csv")
+    rows = report.read(RESULTS / "prefix_h100.csv")
     times = {(row.case, row.implementation): row.p50_us for row in rows}
     paths = ("direct", "gather", "hybrid")
     columns = r"([\d,]+) µs \| " * len(paths)

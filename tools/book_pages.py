@@ -94,21 +94,14 @@ def public_names(package: Any) -> dict[str, list[tuple[str, str]]]:
     return {title: names for title, names in found.items() if names}
 
 
-def lab_pages(root: Path) -> dict[str, str]:
-    """The page of the lab and one for each of its public modules; the keys are paths in the book."""
+def lab_pages() -> dict[str, str]:
+    """The page of the lab and one for each module in its `__all__`; the keys are paths in the book."""
     lab = importlib.import_module("kvgather.lab")
     blocks = ["# kvgather.lab", "", inspect.getdoc(lab) or "", "", "```{toctree}", ":maxdepth: 1", ""]
     pages = {}
-    for name in lab_modules(root):
-        blocks.append(name)
-        pages[f"api/{name}.md"] = f"# kvgather.{name}\n\n```{{eval-rst}}\n.. automodule:: kvgather.{name}\n```\n"
+    for name in lab.__all__:
+        blocks.append(f"lab.{name}")
+        pages[f"api/lab.{name}.md"] = (
+            f"# kvgather.lab.{name}\n\n```{{eval-rst}}\n.. automodule:: kvgather.lab.{name}\n```\n"
+        )
     return {"api/lab.md": "\n".join([*blocks, "```", ""])} | pages
-
-
-def lab_modules(root: Path) -> list[str]:
-    """The lab's public modules and packages, without those whose name begins with an underscore."""
-    return [
-        f"lab.{path.stem}"
-        for path in sorted((root / "kvgather/lab").iterdir())
-        if not path.name.startswith("_") and (path.suffix == ".py" or (path / "__init__.py").exists())
-    ]

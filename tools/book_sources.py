@@ -172,7 +172,7 @@ def assemble(out: Path, root: Path = ROOT) -> None:
         sources.write(page, sources.relinked(sources.read(name), name, page))
     write_benchmarks(sources)
     sources.write("api/index.md", book_pages.public_page())
-    for page, text in book_pages.lab_pages(root).items():
+    for page, text in book_pages.lab_pages().items():
         sources.write(page, text)
     # The reference links to every module that defines a documented name.
     sources.shown |= {path.relative_to(root).as_posix() for path in (root / "kvgather").rglob("*.py")}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -145,6 +146,7 @@ def direct_attention(
     want_lse: bool = True,
     into: tuple[Tensor, Tensor] | None = None,
     hopper: bool | None = None,
+    remember: Callable[[DirectAgain], None] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend to the keys and values in the cache, the new tokens' included; everything was checked by the caller.
 
@@ -164,6 +166,8 @@ def direct_attention(
         into: what is returned, contiguous, each at a multiple of 16 bytes; None allocates it.
         hopper: None lets the Hopper kernel attend where it is faster, True wherever it runs (see `hopper.plan`), False
             nowhere. It never attends with a given tile, beginnings or a state.
+        remember: called with what repeats this call for tensors that differ in their addresses alone; not called if
+            the call depends on more (on `begin`, on a state, on a copy of the sinks), nor by the Hopper kernel.
 
     Returns:
         out `[n, q_heads, v_head_dim]` in q's dtype and its natural log-sum-exp `[n, q_heads]` in FP32; None in place
@@ -172,7 +176,7 @@ def direct_attention(
         `batch.max_q`.
     """
     if sinks is not None and not sinks.is_contiguous():
-        sinks = sinks.contiguous()
+        sinks, remember = sinks.contiguous(), None
     if window is not None and window >= batch.max_k:
         window = None
     shape = (*q.shape[:2], cache.geometry.v_head_dim)
@@ -202,7 +206,11 @@ def direct_attention(
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
     tiles = call.tiles
     launch = prepared_once("direct attention", call.signature(addresses, tiles), lambda: DirectLaunch(call))
-    launch(call, tiles, softmax_scale * LOG2E.value, tensors, addresses, out, lse)
+    cut = launch.cut(call, tiles, out.shape, lse is not None)
+    scale_log2 = softmax_scale * LOG2E.value
+    launch(call, cut, scale_log2, tensors, addresses, out, lse)
+    if remember is not None and begin is None and state is None:
+        remember(DirectAgain(launch, cut, scale_log2, addresses[1:4], lse is not None, interpreted))
     return out, lse
 
 
@@ -264,6 +272,71 @@ class DirectCall(NamedTuple):
             q.stride(),
             tuple([address & 15 for address in addresses[:8]]), self.begin is None, tiles == 1, tiles & 15 == 0,
             None if state is None else state[0].dtype, None if self.sinks is None else self.sinks.dtype,
+        )  # fmt: skip
+
+
+class Cut(NamedTuple):
+    """Numbers of the launches of a call, which do not depend on addresses.
+
+    Attributes:
+        programs, numbers: of the direct kernel.
+        part: FP32 elements of the memory for the parts of split keys; 0 if keys are not split.
+        merged, begin: elements from there to the rows of the parts, and to their log-sum-exps.
+        combined, parts: programs and numbers of the kernel that combines the parts.
+    """
+
+    programs: int
+    numbers: tuple[int, ...]
+    part: int
+    merged: int
+    begin: int
+    combined: int
+    parts: tuple[int, int]
+
+
+class DirectAgain(NamedTuple):
+    """A call of `direct_attention`, to be repeated with tensors that differ in their addresses alone.
+
+    q and the sinks have the alignment and all other properties of the first call's, the cache has its likeness, and the
+    batch is the same.
+
+    Attributes:
+        has_lse: whether it needs memory for the log-sum-exp.
+    """
+
+    launch: DirectLaunch
+    cut: Cut
+    scale_log2: float
+    indices_at: list[int]  # addresses of the block table and of both offsets
+    has_lse: bool
+    interpreted: bool
+
+    def __call__(
+        self, q: Tensor, batch: CheckedBatch, cache: PagedKVCache, sinks: Tensor | None, out_at: int, lse_at: int
+    ) -> bool:
+        """Attend; `cache.likeness` was just read.
+
+        Args:
+            q, batch, cache, sinks: as in `direct_attention`.
+            out_at, lse_at: addresses at which the output and its log-sum-exp go, multiples of 16; 0 for no log-sum-exp.
+
+        Returns:
+            False if the kernels cannot be launched from addresses now; what is at `out_at` and `lse_at` is then
+            undefined.
+        """
+        table_at, cu_q_at, cu_k_at = self.indices_at
+        if (
+            batch.block_table.data_ptr() != table_at
+            or batch.cu_seqlens_q.data_ptr() != cu_q_at
+            or batch.cu_seqlens_k.data_ptr() != cu_k_at
+            or interpreting() != self.interpreted
+        ):
+            return False
+        key_at, value_at, k_scale_at, v_scale_at = cache.addresses
+        sinks_at = cu_q_at if sinks is None else sinks.data_ptr()  # the offsets stand in for what is never read
+        return self.launch.again(
+            self.cut, q, (q.data_ptr(), table_at, cu_q_at, cu_k_at, cu_q_at, sinks_at), None,
+            (key_at, k_scale_at or cu_q_at, value_at, v_scale_at or cu_q_at), self.scale_log2, out_at, lse_at,
         )  # fmt: skip
 
 
@@ -331,52 +404,82 @@ class DirectLaunch:
         }  # fmt: skip
         self._combine = PreparedLaunch(combine_kernel, (None,) * 5, (), merged, interpreted)
 
-    def __call__(
-        self, call: DirectCall, tiles: int, scale_log2: float, tensors: tuple[Tensor | None, ...],
-        addresses: list[int], out: Tensor, lse: Tensor | None,
-    ) -> None:  # fmt: skip
-        """Launch: see `direct_attention`; `tiles` are the call's, `out` and `lse` are what it returns."""
+    def cut(self, call: DirectCall, tiles: int, shape: Sequence[int], has_lse: bool) -> Cut:
+        """The numbers of a call's launches.
+
+        Args:
+            call: has the signature for which this was prepared.
+            tiles: the call's.
+            shape: `(n, q_heads, v_head_dim)`, of the output.
+            has_lse: whether there is a tensor for the log-sum-exp.
+        """
         batch, splits = call.batch, self.tile.splits
-        n, q_heads, v_dim = out.shape
+        n, q_heads, v_dim = shape
         sequences, columns = batch.block_table.shape
-        max_q = min(batch.max_q, n)
-        programs, numbers = (
-            (sequences + 1) * tiles * splits * self.kv_heads,
-            (sequences, columns, tiles, splits, n, max_q),
-        )
-        nothing = addresses[2]  # stands in for what is never read
-        read = [at or nothing for at in addresses]
+        numbers = (sequences, columns, tiles, splits, n, min(batch.max_q, n))
+        programs = (sequences + 1) * tiles * splits * self.kv_heads
         if splits == 1:
+            assert has_lse
+            return Cut(programs, numbers, 0, 0, 0, 0, (n, splits))
+        # The log-sum-exps, if nobody reads them; the parts' rows; the parts' log-sum-exps. Each begins at a multiple of
+        # 16 bytes: kernels are compiled for that.
+        rows = n * q_heads
+        merged = 0 if has_lse else rows + (-rows & 3)
+        begin = merged + splits * rows * v_dim
+        begin += -begin & 3
+        return Cut(programs, numbers, begin + splits * rows, merged, begin, -(-rows // self._together), (n, splits))
+
+    def again(
+        self, cut: Cut, q: Tensor, before: tuple[int, ...], state: tuple[int, int] | None, pools: tuple[int, ...],
+        scale_log2: float, out_at: int, lse_at: int,
+    ) -> bool:  # fmt: skip
+        """Launch from addresses alone, if the kernels are compiled for the current GPU; see `PreparedLaunch.again`.
+
+        Args:
+            cut: from `cut`.
+            q: for its device.
+            before, state, pools: addresses of the kernel's pointers: q to sinks, the state, pools and scales.
+            scale_log2: the softmax scale for powers of 2.
+            out_at, lse_at: addresses of the output and of its log-sum-exp; 0 for none.
+
+        Returns:
+            Whether both kernels were launched. The first one may have been in any case.
+        """
+        if cut.part == 0:
+            outs = out_at, lse_at
+            return self._attend.again(cut.programs, (*before, *(state or outs), *outs, *pools, scale_log2), cut.numbers)
+        first = q.new_empty(cut.part, dtype=torch.float32).data_ptr()
+        outs = first + 4 * cut.merged, first + 4 * cut.begin
+        return self._attend.again(
+            cut.programs, (*before, *(state or outs), *outs, *pools, scale_log2), cut.numbers
+        ) and self._combine.again(cut.combined, (*outs, before[5], out_at, lse_at or first), cut.parts)
+
+    def __call__(
+        self, call: DirectCall, cut: Cut, scale_log2: float, tensors: tuple[Tensor | None, ...], addresses: list[int],
+        out: Tensor, lse: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Launch: see `direct_attention`; `cut` is the call's, `out` and `lse` are what it returns."""
+        nothing = addresses[2]  # stands in for what is never read
+        read = tuple([at or nothing for at in addresses])
+        before, pools = read[:6], read[8:]
+        state = None if call.state is None else (read[6], read[7])
+        out_at, lse_at = out.data_ptr(), 0 if lse is None else lse.data_ptr()
+        if self.again(cut, call.q, before, state, pools, scale_log2, out_at, lse_at):
+            return
+        if cut.part == 0:
             assert lse is not None
-            part, final = None, (out.data_ptr(), lse.data_ptr())
-            outs = final
+            outs = out, lse
         else:
-            # The log-sum-exps, if nobody reads them; the parts' rows; the parts' log-sum-exps. Each begins at a
-            # multiple of 16 bytes: kernels are compiled for that.
-            rows = n * q_heads
-            merged = rows + (-rows & 3) if lse is None else 0
-            begin = merged + splits * rows * v_dim
-            begin += -begin & 3
-            part = call.q.new_empty(begin + splits * rows, dtype=torch.float32)
-            first = part.data_ptr()
-            outs = first + 4 * merged, first + 4 * begin
-            final = out.data_ptr(), first if lse is None else lse.data_ptr()
-        state = read[6:8] if call.state is not None else outs
-        order = (*read[:6], *state, *outs, *read[8:], scale_log2)
-        sink = read[5]
-        combine = (-(-n * q_heads // self._together), (*outs, sink, *final), (n, splits))
-        if not self._attend.again(programs, order, numbers):
-            if part is None:
-                assert lse is not None
-                views = out, lse
-            else:
-                views = _parts(part, merged, begin, splits, out.shape)
-            self._attend(programs, _pointers(tensors, views, scale_log2), order, numbers)
-        if part is not None and not self._combine.again(*combine):
-            views = _parts(part, merged, begin, splits, out.shape)
-            stand_in = batch.cu_seqlens_q if call.sinks is None else call.sinks
-            lse = part[: n * q_heads] if lse is None else lse
-            self._combine(combine[0], (*views, stand_in, out, lse), *combine[1:])
+            part = call.q.new_empty(cut.part, dtype=torch.float32)
+            outs = _parts(part, cut.merged, cut.begin, self.tile.splits, out.shape)
+            lse = part[: out.shape[0] * out.shape[1]] if lse is None else lse
+        at = outs[0].data_ptr(), outs[1].data_ptr()
+        order = (*before, *(state or at), *at, *pools, scale_log2)
+        self._attend(cut.programs, _pointers(tensors, outs, scale_log2), order, cut.numbers)
+        if cut.part:
+            stand_in = call.batch.cu_seqlens_q if call.sinks is None else call.sinks
+            pointers = (*outs, stand_in, out, lse)
+            self._combine(cut.combined, pointers, (*at, before[5], out_at, lse.data_ptr()), cut.parts)
 
 
 def _parts(part: Tensor, first: int, second: int, splits: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:

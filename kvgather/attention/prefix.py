@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -14,16 +14,29 @@ from ..batch.pieces import Attend, Piece
 from ..batch.refused import refuse_rows
 from ..cache import PagedKVCache
 from ..device import require_triton
-from ..formats.checks import check_choice, check_int, check_positive, check_tensor, check_window, described, resolved
+from ..formats.checks import (
+    check_choice,
+    check_int,
+    check_positive,
+    check_tensor,
+    check_window,
+    described,
+    extent,
+    resolved,
+)
 from ..formats.fp8 import FLOATS
 from ..formats.layout import Geometry
 from ..gather.dispatch import check_made_for
+from ..kernels.guards import guard_of
 from ..kernels.signatures import signature
 from ..scatter import SlotError
 from .batch import PrefixBatch
 from .choose import PATHS, Layer, Route, route_of
 from .dense import dense_attention
 from .merge import RunningState, apply_sinks
+
+if TYPE_CHECKING:  # imports triton, which may be missing
+    from .direct import DirectAgain
 
 
 @overload
@@ -100,43 +113,51 @@ def prefix_attention(
     """
     arguments = q, k_new, v_new, cache, batch, softmax_scale, sinks, window, workspace_tokens, path
     out, lse = _written_and_attended(arguments, return_lse, None)
+    assert out is not None
     if not return_lse:
         return out
     assert lse is not None
     return out, lse
 
 
-StateInto = Callable[[tuple[int, int, int], torch.dtype], tuple[Tensor, Tensor]]
-"""Given the shape and dtype of an output, where it and its log-sum-exp go."""
+class StateInto(Protocol):
+    """Where an output and its log-sum-exp go. One of its methods is called, or both; the last one counts."""
+
+    def allocate(self, shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[int, int]:
+        """The addresses of both, given the shape and dtype of the output; each a multiple of 16 on a GPU."""
+
+    def own(self, shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Both as tensors, contiguous."""
 
 
 def partial_state(
     q: Tensor, k_new: Tensor | None, v_new: Tensor | None, cache: PagedKVCache, batch: PrefixBatch,
-    softmax_scale: float | None, window: int | None, workspace_tokens: int | None, path: str, into: StateInto,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`prefix_attention` without sinks, whose output and log-sum-exp are stored where the caller says.
+    softmax_scale: float | None, sinks: Tensor | None, window: int | None, workspace_tokens: int | None, path: str,
+    into: StateInto,
+) -> None:  # fmt: skip
+    """`prefix_attention` whose output and log-sum-exp, both without the sinks, are stored where the caller says.
 
     Args:
-        into: called once, after the arguments were checked and the new tokens written; returns `[total_q, q_heads,
-            v_head_dim]` in q's dtype and `[total_q, q_heads]` FP32, contiguous, each at a multiple of 16 bytes.
+        sinks: checked as in `prefix_attention`; the caller applies them.
+        into: called after the arguments were checked and the new tokens written, with `[total_q, q_heads, v_head_dim]`
+            in q's dtype; the log-sum-exp is `[total_q, q_heads]` FP32.
         q, k_new, v_new, cache, batch, softmax_scale, window, workspace_tokens, path: as in `prefix_attention`.
-
-    Returns:
-        What `into` returned.
 
     Raises:
         TypeError, ValueError, CaptureError: as `prefix_attention`.
     """
-    arguments = q, k_new, v_new, cache, batch, softmax_scale, None, window, workspace_tokens, path
-    out, lse = _written_and_attended(arguments, True, into)
-    assert lse is not None
-    return out, lse
+    arguments = q, k_new, v_new, cache, batch, softmax_scale, sinks, window, workspace_tokens, path
+    _written_and_attended(arguments, True, into)
 
 
 def _written_and_attended(
     arguments: tuple[Any, ...], want_lse: bool, into: StateInto | None
-) -> tuple[Tensor, Tensor | None]:
-    """Check the arguments of `prefix_attention`, write and attend."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """Check the arguments of `prefix_attention`, write and attend.
+
+    Returns:
+        The output and its log-sum-exp, which may be None if it is not wanted; both None with `into`.
+    """
     try:
         call = _checked_call(*arguments)
     except ValueError:
@@ -153,9 +174,25 @@ def _written_and_attended(
     if k_new is not None and v_new is not None:
         _write(cache, k_new, v_new, batch, arguments)
 
-    state = None if into is None else into((q.shape[0], q.shape[1], call.geometry.v_head_dim), q.dtype)
+    if into is not None:
+        sinks = None
+    again = call.again.get((want_lse, sinks is None))
+    if again is not None:
+        out: Tensor | None = None
+        lse: Tensor | None = None
+        if into is not None:
+            out_at, lse_at = into.allocate(call.shape, q.dtype)
+        else:
+            out = q.new_empty(call.shape)
+            lse = q.new_empty(call.shape[:2], dtype=torch.float32) if again.has_lse else None
+            out_at, lse_at = out.data_ptr(), 0 if lse is None else lse.data_ptr()
+        if again(q, batch, cache, sinks, out_at, lse_at):
+            return out, lse
+
+    state = None if into is None else into.own(call.shape, q.dtype)
     if call.route.path == "direct" and not call.has_no_keys:
-        return _direct(q, cache, batch, call, sinks, want_lse, state)
+        out, lse = _direct(q, cache, batch, call, sinks, want_lse, state)
+        return (out, lse) if state is None else (None, None)
     if call.has_no_keys:
         out, lse = _without_keys(q, batch, call, sinks)
     elif call.route.path == "gather":
@@ -164,13 +201,14 @@ def _written_and_attended(
         out, lse = _hybrid(q, cache, batch, call, sinks)
     if state is None:
         return out, lse
+    assert lse is not None
     state[0].copy_(out)
     state[1].copy_(lse)
-    return state
+    return None, None
 
 
 class _Call(NamedTuple):
-    """The result of checking the arguments; equal for calls whose tensors differ only in their addresses.
+    """The result of checking the arguments; the same for calls whose tensors differ only in their addresses.
 
     Attributes:
         geometry: the cache's.
@@ -179,6 +217,8 @@ class _Call(NamedTuple):
         route: the path, and its plans.
         has_no_keys: whether no row can see a key.
         likeness: the cache's.
+        shape: of the output.
+        again: repeats the call on the direct path, by whether the log-sum-exp is wanted and whether there are no sinks.
     """
 
     geometry: Geometry
@@ -187,6 +227,27 @@ class _Call(NamedTuple):
     route: Route
     has_no_keys: bool
     likeness: int
+    shape: tuple[int, int, int]
+    again: dict[tuple[bool, bool], DirectAgain]
+
+
+class _Known(NamedTuple):
+    """A call that was checked, and what tells whether another one passes the same checks.
+
+    Attributes:
+        matches: the guard over the tensors that are not None.
+        q, sinks: alignment, and bytes from the first to the last element.
+        call: the result.
+    """
+
+    matches: Callable[..., bool]
+    q: tuple[int, int]
+    sinks: tuple[int, int] | None
+    call: _Call
+
+
+MOST_KNOWN = 8
+"""Calls with equal options whose tensors differ, for example in strides; further ones are checked by signatures."""
 
 
 def _checked_call(
@@ -201,13 +262,24 @@ def _checked_call(
     if type(cache) is not PagedKVCache or type(batch) is not PrefixBatch:
         return _check_call(*arguments)
     try:
+        options = (
+            _likeness_of(cache), k_new is None, v_new is None, sinks is None,
+            # True equals 1 as a key, but a window of True is rejected: types are part of the key.
+            type(softmax_scale), softmax_scale, type(window), window, type(workspace_tokens), workspace_tokens, path,
+        )  # fmt: skip
+        calls: list[_Known] = batch.decided(("known", options), list)
+        tensors: tuple[Tensor, ...] = (q,) if k_new is None or v_new is None else (q, k_new, v_new)
+        if sinks is not None:
+            tensors = (*tensors, sinks)
+        if not torch.compiler.is_compiling():
+            for known in calls:
+                if known.matches(*tensors) and _in_memory(q, known.q) and _in_memory(sinks, known.sinks):
+                    return known.call
         key = (
-            "call", _likeness_of(cache), signature(q),
+            "call", options, signature(q),
             None if k_new is None else (k_new.shape, k_new.dtype, k_new.device),
             None if v_new is None else (v_new.shape, v_new.dtype, v_new.device),
             None if sinks is None else signature(sinks),
-            # True equals 1 as a key, but a window of True is rejected: types are part of the key.
-            type(softmax_scale), softmax_scale, type(window), window, type(workspace_tokens), workspace_tokens, path,
         )  # fmt: skip
         call: _Call | None = batch.recall(key)
     except (AttributeError, RuntimeError, TypeError):  # an argument is not a tensor, or not hashable
@@ -215,7 +287,25 @@ def _checked_call(
     if call is None:
         call = _check_call(*arguments)
         batch.decided(key, lambda: call)
+    if len(calls) < MOST_KNOWN and (k_new is None) == (v_new is None) and not torch.compiler.is_compiling():
+        matches = guard_of(tensors)
+        if matches is not None:
+            calls.append(_Known(matches, _memory(q), None if sinks is None else _memory(sinks), call))
     return call
+
+
+def _memory(tensor: Tensor) -> tuple[int, int]:
+    """The alignment of a tensor, and the bytes from its first to its last element."""
+    return tensor.data_ptr() & 15, extent(tensor) * tensor.element_size()
+
+
+def _in_memory(tensor: Tensor | None, memory: tuple[int, int] | None) -> bool:
+    """Whether a tensor that matches a guard has this alignment, and is inside its storage; None is."""
+    if tensor is None or memory is None:
+        return True
+    alignment, size = memory
+    begin = tensor.storage_offset() * tensor.element_size()
+    return tensor.data_ptr() & 15 == alignment and begin + size <= tensor.untyped_storage().nbytes()
 
 
 def _check_call(
@@ -227,17 +317,18 @@ def _check_call(
     g = cache.geometry
     scale = _softmax_scale(softmax_scale, g.head_dim)
     if sinks is not None:
-        check_sinks(sinks, q)
+        _check_sinks(sinks, q)
     window = check_window(window)
     if workspace_tokens is not None:
         workspace_tokens = check_int(workspace_tokens, "workspace_tokens", minimum=1)
     check_choice(path, "path", PATHS)
     route = route_of(batch, cache, Layer(q.shape[1], q.dtype, window, workspace_tokens, path))
     has_no_keys = batch.num_sequences == 0 or min(batch.max_q, batch.max_k) == 0
-    return _Call(g, scale, window, route, has_no_keys, _likeness_of(cache))
+    shape = (q.shape[0], q.shape[1], g.v_head_dim)
+    return _Call(g, scale, window, route, has_no_keys, _likeness_of(cache), shape, {})
 
 
-def check_sinks(sinks: object, q: Tensor) -> None:
+def _check_sinks(sinks: object, q: Tensor) -> None:
     """Raise unless `sinks` is a tensor with a logit for each query head of `q`, on its device.
 
     Raises:
@@ -323,9 +414,11 @@ def _direct(
     into: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Attend directly from the pages. The log-sum-exp may be None if it is not wanted."""
+    rows = _contiguous_dims(q)
+    remember = functools.partial(call.again.__setitem__, (want_lse, sinks is None)) if rows is q else None
     return _direct_attention()(
-        _contiguous_dims(q), cache, batch, softmax_scale=call.scale, sinks=sinks, window=call.window,
-        likeness=call.likeness, want_lse=want_lse, into=into,
+        rows, cache, batch, softmax_scale=call.scale, sinks=sinks, window=call.window, likeness=call.likeness,
+        want_lse=want_lse, into=into, remember=remember,
     )  # fmt: skip
 
 

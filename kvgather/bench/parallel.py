@@ -151,7 +151,8 @@ def measure(
         now - then for now, then in zip((attend.calls, attend.bytes_received, attend.bytes_least), before, strict=True)
     )
     buffers, form, ranks = (exchange := local[0]()).buffers, exchange.form, attend.share.ranks
-    gather = partial(all_gather, buffers[:ranks], buffers[ranks:], group=attend.group)
+    own = buffers[attend.share.rank : attend.share.rank + 1]
+    gather = partial(all_gather, buffers, own, group=attend.group)  # in place, as `ContextParallel` does
     gather()
     ways: dict[str, Sequence[Call]] = {
         ONE: alone, TOGETHER: together, LOCAL: local, GATHER: [gather],
@@ -167,7 +168,7 @@ def measure(
 def _local(q: Tensor, k_new: Tensor, v_new: Tensor, pool: PagedKVCache, batch: PrefixBatch, share: Share) -> Exchange:
     """A rank's part of a call: it writes, and attends to its own pages."""
     exchange = Exchange(share, q.device)
-    partial_state(q, k_new, v_new, pool, batch, None, None, None, "auto", exchange.own)
+    partial_state(q, k_new, v_new, pool, batch, None, None, None, None, "auto", exchange)
     return exchange
 
 

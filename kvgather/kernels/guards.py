@@ -8,6 +8,7 @@ to torch: if it is missing or incompatible, the check in Python replaces it.
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -45,6 +46,28 @@ def guard(tensors: Sequence[Tensor], sizes: Sequence[Sizes], strides: Sequence[S
         except (AttributeError, RuntimeError, TypeError):
             pass
     return python_guard(tensors, sizes, strides)
+
+
+def guard_of(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
+    """A `guard` for tensors of exactly these sizes and strides, created once for all that are alike.
+
+    Returns:
+        The guard; None if a tensor occurs twice.
+    """
+    if len({id(tensor) for tensor in tensors}) < len(tensors):
+        return None
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    kinds = [(type(t), t.dtype, t.device, t.shape, t.stride(), t.is_neg(), t.requires_grad) for t in tensors]
+    key = (modes, *kinds)
+    found = _GUARDS.get(key)
+    if found is None or not found(*tensors):
+        if len(_GUARDS) >= 1024:  # as `Likeness`
+            _GUARDS.clear()
+        found = _GUARDS[key] = guard(tensors, [t.shape for t in tensors], [t.stride() for t in tensors])
+    return found
+
+
+_GUARDS: dict[Hashable, Callable[..., bool]] = {}
 
 
 def _unless_nested(check: Callable[..., bool]) -> Callable[..., bool]:
@@ -97,6 +120,7 @@ class Likeness:
 
     Attributes:
         number: the number.
+        addresses: of the tensors; 0 for a missing one.
     """
 
     def __init__(self, tensors: Sequence[Tensor | None], properties: Hashable) -> None:
@@ -107,10 +131,10 @@ class Likeness:
             properties: further properties that groups with the same number share.
         """
         self._tensors = tuple(tensors)
-        distinct = list({id(tensor): tensor for tensor in tensors if tensor is not None}.values())
-        self._distinct = tuple(distinct)
-        self._memory = [(tensor.data_ptr(), tensor.untyped_storage().nbytes()) for tensor in distinct]
-        self._matches = guard(distinct, [t.shape for t in distinct], [t.stride() for t in distinct])
+        self._distinct = list({id(tensor): tensor for tensor in tensors if tensor is not None}.values())
+        self._memory = self._memory_now()
+        self._matches = guard(self._distinct, [t.shape for t in self._distinct], [t.stride() for t in self._distinct])
+        self.addresses = tuple([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
         key = properties, *(None if tensor is None else signature(tensor) for tensor in tensors)
         if len(_NUMBERS) >= 1024:  # an engine needs one or two; a test suite with all shapes needs more
             _NUMBERS.clear()
@@ -118,13 +142,16 @@ class Likeness:
 
     def is_current(self, *tensors: Tensor | None) -> bool:
         """Whether these are the same tensor objects, with unchanged properties and memory."""
-        for tensor, original in zip(tensors, self._tensors, strict=True):
-            if tensor is not original:
-                return False
-        for tensor, (address, size) in zip(self._distinct, self._memory, strict=True):
-            if tensor.data_ptr() != address or tensor.untyped_storage().nbytes() != size:
-                return False
-        return self._matches(*self._distinct)
+        return (
+            len(tensors) == len(self._tensors)
+            and all(map(operator.is_, tensors, self._tensors))
+            and self._memory_now() == self._memory
+            and self._matches(*self._distinct)
+        )
+
+    def _memory_now(self) -> list[tuple[int, int]]:
+        """The address of each tensor, and the bytes of its storage, which is not kept: an engine may free it."""
+        return [(tensor.data_ptr(), tensor.untyped_storage().nbytes()) for tensor in self._distinct]
 
 
 _NUMBERS: dict[Hashable, int] = {}

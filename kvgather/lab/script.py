@@ -13,6 +13,9 @@ from types import TracebackType
 __all__ = ["ScriptError", "check_script", "format_exception", "run_in_place"]
 
 OURS = str(Path(__file__).resolve().parents[1]) + os.sep
+FOLDERS = tuple(os.path.join(OURS, name, "") for name in ("lab", "cli"))
+FILES = {OURS + name for name in ("__main__.py", "interpreter.py")}
+"""Code of this package whose frames are left out of a traceback."""
 
 
 class ScriptError(ValueError):
@@ -69,9 +72,6 @@ def _without_ours(frames: TracebackType | None) -> TracebackType | None:
         return None
     rest = _without_ours(frames.tb_next)
     file = frames.tb_frame.f_code.co_filename
-    if file in ("<frozen runpy>", runpy.__file__) or file.startswith(os.path.join(OURS, "lab", "")) or file in TOP:
+    if file in ("<frozen runpy>", runpy.__file__) or file.startswith(FOLDERS) or file in FILES:
         return rest
     return TracebackType(rest, frames.tb_frame, frames.tb_lasti, frames.tb_lineno)
-
-
-TOP = {OURS + name for name in ("cli.py", "__main__.py", "interpreter.py")}

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from typing import Any, Literal, overload
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..attention.batch import PrefixBatch
-from ..attention.prefix import check_sinks, partial_state, prefix_attention
+from ..attention.prefix import partial_state, prefix_attention
 from ..batch.share import Share
 from ..cache import PagedKVCache
-from ..formats.checks import check_tensor, described
-from ..formats.fp8 import FLOATS
+from ..formats.checks import described, resolved
 from .exchange import Exchange
 from .ranks import Ranks
-from .states import least_bytes, merged
+from .states import merged
 
 
 class ContextParallel:
@@ -26,7 +24,9 @@ class ContextParallel:
     attends to its own pages with the kernels of `prefix_attention`. One all-gather then moves each rank's output and
     log-sum-exp to all others, and every rank merges them; the sink enters once, there.
 
-    All ranks make the same calls in the same order, with the same shapes.
+    All ranks make the same calls in the same order, with the same shapes. A call of which one rank's arguments are
+    refused is a call that this rank has not made. Calls of different shapes can give wrong rows, as any collective's
+    can; with the variable TORCH_DISTRIBUTED_DEBUG=DETAIL, torch compares the shapes, and every rank raises.
 
     Attributes:
         group: the group of the ranks.
@@ -123,26 +123,22 @@ class ContextParallel:
             )
         if batch.share != self.share:
             raise ValueError(f"batch has the share {batch.share}; accepted: {self.share}, that of this rank")
-        if sinks is not None:
-            check_tensor(q, "q", ndim=3, dtypes=FLOATS)
-            check_sinks(sinks, q)
-        exchange = Exchange(self.share, q.device)
-        out, lse = partial_state(
-            q, k_new, v_new, cache, batch, softmax_scale, window, workspace_tokens, path, exchange.own
-        )
-        if out.numel():
-            out, lse = self._merged(exchange, sinks)
-        return (out, lse) if return_lse else out
-
-    @torch.no_grad()
-    def _merged(self, exchange: Exchange, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Exchange the states of all ranks, and merge them."""
-        ranks, form = self.share.ranks, exchange.form
+        exchange = Exchange(self.share, batch.device)
+        partial_state(q, k_new, v_new, cache, batch, softmax_scale, sinks, window, workspace_tokens, path, exchange)
+        wire = exchange.wire
+        if wire.received == 0:  # no rows
+            out, lse = exchange.own(wire.form[:3], wire.form.dtype)
+            return (out, lse) if return_lse else out
         exchange.gather(self.group, self._ranks)
         self.calls += 1
-        self.bytes_received += (ranks - 1) * form.nbytes
-        self.bytes_least += least_bytes(form, ranks)
-        return merged(exchange.buffers, form, ranks, sinks)
+        self.bytes_received += wire.received
+        self.bytes_least += wire.least
+        logits = None if sinks is None else resolved(sinks)
+        result, merged_lse = merged(exchange.buffers, wire.form, self.share.ranks, logits, want_lse=return_lse)
+        if not return_lse:
+            return result
+        assert merged_lse is not None
+        return result, merged_lse
 
     def close(self) -> None:
         """Stop the thread that tells the other ranks that this one lives."""

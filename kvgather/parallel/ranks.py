@@ -13,11 +13,11 @@ raises; torch's own watchdog ends the process when the time-out is over.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ BEAT = 0.5
 """Seconds between two messages of a rank; less for a group with a short time-out."""
 MISSED = 4
 """Beats without news after which a rank counts as dead."""
+_MADE: Counter[str] = Counter()
+"""How many `Ranks` of a name this process has made: several of one group must not write to the same keys."""
 
 
 class RankError(RuntimeError):
@@ -59,13 +61,15 @@ class Ranks:
         self._beats = 0
         self._timeout = _timeout_of(group)
         self._seconds = min(BEAT, self._timeout / (8 * MISSED))
-        self._newest: tuple[torch.cuda.Event, float, str] | None = None  # the end of the newest collective on a GPU
+        self._newest: tuple[torch.Event, float, str] | None = None  # the end of the newest collective on a GPU
+        self._over: object = None  # the newest collective that was seen to have finished
         self._late: RankError | None = None
         self._ended = threading.Event()
         if self.size > 1:
             # A connection of its own: a thread that waits on the store would hold up this one.
             store: Any = group.get_group_store()
-            self._store = distributed_c10d.PrefixStore(f"kvgather/{name}", store.clone())
+            _MADE[name] += 1
+            self._store = distributed_c10d.PrefixStore(f"kvgather/{name}/{_MADE[name]}", store.clone())
             self._write()
             self._thread = threading.Thread(target=self._beat, name="kvgather ranks", daemon=True)
             self._thread.start()
@@ -78,9 +82,13 @@ class Ranks:
             self._thread.join(5)
             atexit.unregister(self.close)
 
-    @contextlib.contextmanager
-    def collective(self, what: str) -> Iterator[None]:
+    def enter(self, what: str, collective: Callable[..., object], *arguments: object) -> None:
         """Run a collective, and turn its failure into an error that names the missing ranks.
+
+        Args:
+            what: its name, for errors.
+            collective: a function of torch.distributed that does not return its `Work`.
+            arguments: of it.
 
         Raises:
             RankError: the back end raised, or an earlier collective on a GPU has not ended in time.
@@ -89,26 +97,37 @@ class Ranks:
             raise self._late
         self.entered += 1
         try:
-            yield
+            collective(*arguments)
         except RuntimeError as error:
             raise self._named(what, error) from error
 
     def started(self, what: str) -> None:
         """Watch a collective for which the current stream of a GPU waits.
 
-        By an event, which takes 2 µs: keeping the collective's own `Work` takes 27, when it is freed.
+        By an event, which takes 2 µs: keeping the collective's own `Work` takes 27, when it is freed. `torch.Event`
+        finds the current stream itself; `torch.cuda.Event` creates a `torch.cuda.Stream` for that, in Python.
         """
-        event = torch.cuda.Event() if self._newest is None else self._newest[0]
-        event.record()
+        event = torch.Event("cuda") if self._newest is None else self._newest[0]
         self._newest = event, time.monotonic(), what
+        event.record()  # last: the thread must not find it unfinished with the time of the collective before
 
     def _look_at_newest(self) -> None:
-        if self._newest is None:
+        newest = self._newest
+        if newest is None or newest is self._over or self._late is not None:
             return
-        event, since, what = self._newest
-        if not event.query() and time.monotonic() - since > LATE * self._timeout and self._late is None:
-            waited = RuntimeError(f"it has not ended after {time.monotonic() - since:.0f} s")
-            self._late = self._named(what, waited)
+        event, since, what = newest
+        seconds = time.monotonic() - since
+        # At most one query of each event, and a late one: it would end a CUDA graph's capture in another thread.
+        if seconds < LATE * self._timeout:
+            return
+        try:
+            over = event.query()
+        except RuntimeError:  # a capture, or a GPU that has failed, of which the host's next call hears
+            return
+        if over:
+            self._over = newest
+        elif self._newest is newest:  # the same event has not been recorded again
+            self._late = self._named(what, RuntimeError(f"it has not ended after {seconds:.0f} s"))
             sys.stderr.write(f"kvgather: {self._late}\n")
 
     def _named(self, what: str, error: RuntimeError) -> RankError:

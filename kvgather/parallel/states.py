@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from ..attention.merge import apply_sinks, merge_states
@@ -25,23 +27,32 @@ def least_bytes(form: StateForm, ranks: int) -> int:
 
 
 def merged(
-    buffers: Tensor, form: StateForm, ranks: int, sinks: Tensor | None, backend: str = "auto"
-) -> tuple[Tensor, Tensor]:
+    buffers: Tensor, form: StateForm, ranks: int, sinks: Tensor | None, backend: str = "auto", want_lse: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """Merge the states of all ranks; the sink enters once, here.
 
     Args:
         buffers: `[n, nbytes]` uint8, contiguous, of which the first `ranks` have the states.
         form: of the states.
-        ranks: how many.
+        ranks: how many, two or more: one rank merges nothing.
         sinks: `[heads]`, or None.
         backend: "triton", "torch", or "auto": Triton on a GPU, torch on a CPU.
+        want_lse: whether the caller reads the log-sum-exp; False saves an allocation on a GPU.
 
     Returns:
-        out `[rows, heads, v_dim]` in the form's dtype and the natural log-sum-exp `[rows, heads]` in FP32.
+        out `[rows, heads, v_dim]` in the form's dtype and the natural log-sum-exp `[rows, heads]` in FP32; None in its
+        place if it is not wanted.
     """
     if choose_backend(backend, buffers.device) == "triton":
-        out, lse = _kernels().merge_ranks(buffers, form, ranks, sinks)
-        return out, lse
+        merge: Callable[..., tuple[Tensor, Tensor | None]] = _kernels().merge_ranks
+        return merge(buffers, form, ranks, sinks, want_lse)
+    out, lse = _merged_in_torch(buffers, form, ranks, sinks)
+    return out, lse if want_lse else None
+
+
+@torch.no_grad()  # a model's sinks may be parameters
+def _merged_in_torch(buffers: Tensor, form: StateForm, ranks: int, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The twin of `states_kernel.merge_ranks`."""
     outs, lses = form.views(buffers, ranks)
     out, lse = outs[0].float(), lses[0]
     for other, other_lse in zip(outs[1:], lses[1:], strict=True):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -18,11 +21,12 @@ from .form import StateForm
 def merge_ranks_kernel(
     state_ptr, state_lse_ptr, sink_ptr, out_ptr, lse_ptr, rows, stride_out, stride_lse,
     HEADS: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, RANKS: tl.constexpr, R: tl.constexpr,
-    SINKS: tl.constexpr, BY_HAND: tl.constexpr,
+    SINKS: tl.constexpr, LSE: tl.constexpr, BY_HAND: tl.constexpr,
 ):  # fmt: skip
     """Merge R rows (token, head) of every rank, by the formula of `kernels.merge`, and their head's sink.
 
-    A rank without keys has lse −inf and weighs 0: its output is not read. Strides are those between ranks.
+    A rank without keys has lse −inf and weighs 0: its output is not read. Strides are those between ranks. The merged
+    log-sum-exp is stored if LSE.
     """
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     in_use = row < rows
@@ -52,41 +56,71 @@ def merge_ranks_kernel(
     out = acc / divisor_of(total)[:, None]
     mask = in_use[:, None] & (dim < DIM)[None, :]
     tl.store(out_ptr + row[:, None] * DIM + dim[None, :], round_to(out, out_ptr.dtype.element_ty, BY_HAND), mask=mask)
-    tl.store(lse_ptr + row, log_sum_exp(shift, total), mask=in_use)
+    if LSE:
+        tl.store(lse_ptr + row, log_sum_exp(shift, total), mask=in_use)
 
 
-def merge_ranks(buffers: Tensor, form: StateForm, ranks: int, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+def merge_ranks(
+    buffers: Tensor, form: StateForm, ranks: int, sinks: Tensor | None, want_lse: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """Merge the states of the first `ranks` buffers; see `states.merged`."""
     rows, heads, dim, dtype = form
     out = buffers.new_empty((rows, heads, dim), dtype=dtype)
-    lse = buffers.new_empty((rows, heads), dtype=torch.float32)
-    if out.numel() == 0:
+    lse = buffers.new_empty((rows, heads), dtype=torch.float32) if want_lse else None
+    if rows == 0 or heads == 0 or dim == 0:
         return out, lse
     if sinks is not None and not sinks.is_contiguous():
         sinks = sinks.contiguous()
-    state, result, size = buffers.data_ptr(), (out.data_ptr(), lse.data_ptr()), form.nbytes
-    addresses = (state, state + form.lse_at, state if sinks is None else sinks.data_ptr(), *result)
-    numbers = (rows * heads, size // dtype.itemsize, size // 4)
-    interpreted, sink_dtype = interpreting(), None if sinks is None else sinks.dtype
-    key = (
-        heads, dim, dtype, ranks, sink_dtype, buffers.device, interpreted, tuple([at & 15 for at in addresses]),
-        numbers[1] & 15, numbers[2] & 15,
-    )  # fmt: skip
-    launch = prepared_once("ranks", key, lambda: _prepared(heads, dim, ranks, sinks is not None, interpreted))
-    programs = triton.cdiv(rows * heads, _rows_of_program(dim))
-    if not launch.again(programs, addresses, numbers):
+    state = buffers.data_ptr()
+    # The states stand in for what is not read or stored.
+    sink_at = state if sinks is None else sinks.data_ptr()
+    out_at, lse_at = out.data_ptr(), state if lse is None else lse.data_ptr()
+    alignment = state & 15, sink_at & 15, out_at & 15, lse_at & 15
+    sink_dtype = None if sinks is None else sinks.dtype
+    work = _work_of(form, ranks, sink_dtype, want_lse, buffers.device, interpreting(), alignment)
+    addresses = (state, state + work.lse_at, sink_at, out_at, lse_at)
+    if not work.launch.again(work.programs, addresses, work.numbers):
         outs, lses = form.views(buffers, ranks)
-        launch(programs, (outs, lses, lses if sinks is None else sinks, out, lse), addresses, numbers)
+        pointers = (outs, lses, outs if sinks is None else sinks, out, outs if lse is None else lse)
+        work.launch(work.programs, pointers, addresses, work.numbers)
     return out, lse
 
 
-def _rows_of_program(dim: int) -> int:
-    return max(1, 1024 // triton.next_power_of_2(dim))
+class _Work(NamedTuple):
+    """A launch for states of one form.
+
+    Attributes:
+        launch: prepared.
+        programs: the grid.
+        numbers: of the launch: rows, and the strides between ranks.
+        lse_at: byte of the first rank's log-sum-exp.
+    """
+
+    launch: PreparedLaunch
+    programs: int
+    numbers: tuple[int, int, int]
+    lse_at: int
 
 
-def _prepared(heads: int, dim: int, ranks: int, sinks: bool, interpreted: bool) -> PreparedLaunch:
-    constants = {
-        "HEADS": heads, "DIM": dim, "DIMS": triton.next_power_of_2(dim), "RANKS": ranks, "R": _rows_of_program(dim),
-        "SINKS": sinks, "BY_HAND": interpreted,
-    }  # fmt: skip
-    return PreparedLaunch(merge_ranks_kernel, (None,) * 5, (), constants, interpreted)
+@functools.lru_cache(maxsize=1024)
+def _work_of(
+    form: StateForm, ranks: int, sink_dtype: torch.dtype | None, want_lse: bool, device: torch.device,
+    interpreted: bool, alignment: tuple[int, ...],
+) -> _Work:  # fmt: skip
+    rows, heads, dim, dtype = form
+    together = max(1, 1024 // triton.next_power_of_2(dim))
+    numbers = (rows * heads, form.nbytes // dtype.itemsize, form.nbytes // 4)
+    key = (
+        heads, dim, dtype, ranks, sink_dtype, want_lse, device, interpreted, alignment, numbers[1] & 15,
+        numbers[2] & 15,
+    )  # fmt: skip
+
+    def prepare() -> PreparedLaunch:
+        constants = {
+            "HEADS": heads, "DIM": dim, "DIMS": triton.next_power_of_2(dim), "RANKS": ranks, "R": together,
+            "SINKS": sink_dtype is not None, "LSE": want_lse, "BY_HAND": interpreted,
+        }  # fmt: skip
+        return PreparedLaunch(merge_ranks_kernel, (None,) * 5, (), constants, interpreted)
+
+    launch = prepared_once("ranks", key, prepare)
+    return _Work(launch, -(-numbers[0] // together), numbers, form.lse_at)

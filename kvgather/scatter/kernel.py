@@ -15,7 +15,7 @@ from ..formats.scale import Scale
 from ..kernels.address import PoolForm, element_offset, pool_strides, scale_address
 from ..kernels.guards import guard
 from ..kernels.launch import PreparedLaunch
-from ..kernels.signatures import inside, row_reach
+from ..kernels.signatures import row_reach
 from ..kernels.values import computed_scale, encode_fp8, round_to, widen
 
 
@@ -142,51 +142,57 @@ class ScatterLaunch:
         self.on_gpu = not interpreted
 
     def remember(self, k: Tensor, v: Tensor, slots: Tensor) -> None:
-        """Remember rows and slots that passed every check, for `fits`."""
+        """Remember rows and slots that passed every check, for `again`."""
         rows = (k, v, slots)
         self._looks_like = guard(rows, [(None, *t.shape[1:]) for t in rows], [t.stride() for t in rows])
         self._alignment = (k.data_ptr() & 15, v.data_ptr() & 15, slots.data_ptr() & 15)
-        self._sizes = k.element_size(), v.element_size()
-        self._reach = row_reach(k), row_reach(v)
+        self._sizes = k.element_size(), v.element_size(), slots.element_size()
+        self._reach = row_reach(k) * k.element_size(), row_reach(v) * v.element_size()
+        self._step = k.stride(0) * k.element_size(), v.stride(0) * v.element_size(), slots.stride(0)
         self._ends = [
             at + extent(pool) * pool.element_size()
             for at, pool in ((self._k_at[0], self._k[0]), (self._v_at[0], self._v[0]))
         ]
 
-    def fits(self, k: Tensor, v: Tensor, slots: Tensor) -> bool:
+    def again(self, k: Tensor, v: Tensor, slots: Tensor) -> tuple[int, int, int] | None:
         """Whether this launch can write these rows to these slots: they pass the checks of the remembered ones.
 
         Rows that may share memory with a pool do not. The values of slots are not checked, nor are the pools and
         scales, which the cache has just checked.
+
+        Returns:
+            The addresses of k, v and slots, or None.
         """
         if not self._looks_like(k, v, slots):
-            return False
-        k_begin, v_begin = k.data_ptr(), v.data_ptr()
-        if (k_begin & 15, v_begin & 15, slots.data_ptr() & 15) != self._alignment:
-            return False
+            return None
+        k_begin, v_begin, slots_at = k.data_ptr(), v.data_ptr(), slots.data_ptr()
+        if (k_begin & 15, v_begin & 15, slots_at & 15) != self._alignment:
+            return None
         tokens = slots.shape[0]
         if k.shape[0] != tokens or v.shape[0] != tokens or tokens == 0:
-            return False
-        (k_size, v_size), (k_reach, v_reach) = self._sizes, self._reach
-        k_bytes = ((tokens - 1) * k.stride(0) + k_reach) * k_size
-        v_bytes = ((tokens - 1) * v.stride(0) + v_reach) * v_size
-        k_pool, k_pool_end, v_pool, v_pool_end = self._k_at[0], self._ends[0], self._v_at[0], self._ends[1]
+            return None
+        (k_size, v_size, slot_size), (k_step, v_step, slot_step) = self._sizes, self._step
+        k_reach, v_reach = self._reach
+        more = tokens - 1
+        k_bytes, v_bytes = more * k_step + k_reach, more * v_step + v_reach
+        (k_pool, _), (v_pool, _), (k_pool_end, v_pool_end) = self._k_at, self._v_at, self._ends
         k_end, v_end = k_begin + k_bytes, v_begin + v_bytes
-        return (
+        fits = (
             k.storage_offset() * k_size + k_bytes <= k.untyped_storage().nbytes()
             and v.storage_offset() * v_size + v_bytes <= v.untyped_storage().nbytes()
-            and inside(slots, (tokens - 1) * slots.stride(0))
+            and (slots.storage_offset() + more * slot_step + 1) * slot_size <= slots.untyped_storage().nbytes()
             and (k_end <= k_pool or k_pool_end <= k_begin)
             and (k_end <= v_pool or v_pool_end <= k_begin)
             and (v_end <= k_pool or k_pool_end <= v_begin)
             and (v_end <= v_pool or v_pool_end <= v_begin)
         )
+        return (k_begin, v_begin, slots_at) if fits else None
 
-    def __call__(self, k: Tensor, v: Tensor, slots: Tensor) -> None:
-        """Write rows `[n, heads, dim]` into their slots `[n]`."""
-        self._launch(
-            slots.shape[0] * self._groups,
-            (slots, self._too_large, *self._k, k, *self._v, v),
-            (slots.data_ptr(), self._too_large_at, *self._k_at, k.data_ptr(), *self._v_at, v.data_ptr()),
-            (self._num_blocks,),
-        )
+    def __call__(self, k: Tensor, v: Tensor, slots: Tensor, addresses: tuple[int, int, int] | None = None) -> None:
+        """Write rows `[n, heads, dim]` into their slots `[n]`; `addresses` are from `again`."""
+        k_at, v_at, slots_at = addresses or (k.data_ptr(), v.data_ptr(), slots.data_ptr())
+        programs, numbers = slots.shape[0] * self._groups, (self._num_blocks,)
+        pointers = (slots_at, self._too_large_at, *self._k_at, k_at, *self._v_at, v_at)
+        if programs == 0 or not self._launch.again(programs, pointers, numbers):
+            tensors = (slots, self._too_large, *self._k, k, *self._v, v)
+            self._launch(programs, tensors, pointers, numbers)

@@ -33,7 +33,7 @@ class RequestCancelled(RuntimeError):
 
 
 class CountingManager(engine.ContinuousBatchingManager):
-    """The stock engine, with its steps counted.
+    """The stock engine, with its steps counted, and without requests that a failed exchange between ranks loses.
 
     Attributes:
         counters: of all steps since the manager was created.
@@ -57,6 +57,12 @@ class CountingManager(engine.ContinuousBatchingManager):
         """Wait until the engine has stopped. On a rank other than 0, this is when rank 0 stops it, or when it dies."""
         if self._generation_thread is not None:
             self._generation_thread.join()
+
+    def _create_batch_processor(self) -> Any:
+        processor = super()._create_batch_processor()
+        if len(self.processes) > 1:
+            keep_requests(processor)
+        return processor
 
     def _generation_step(self) -> None:
         begin = time.perf_counter()
@@ -159,8 +165,6 @@ class EngineManager(CountingManager):
             processor = super()._create_batch_processor()
         if not getattr(processor.scheduler, "answers_cancelled", False):
             _answer_cancelled(processor)
-            if len(self.processes) > 1:
-                keep_requests(processor)
         return processor
 
 

@@ -1,7 +1,7 @@
 """Requests that rank 0 has taken from its queue for an exchange with the other ranks that then failed.
 
-The stock engine has them in a local variable at that time, and their clients wait forever. They are put back into the
-queue, where the engine's end finds and fails them.
+Transformers' engine has them in a local variable at that time, and their clients would wait forever. They are put back
+into the queue, where the engine's end finds and fails them: with our cache and with transformers' own.
 """
 
 from __future__ import annotations
@@ -39,8 +39,11 @@ class TakenQueue:
 
 
 def keep_requests(processor: Any) -> None:
-    """Make a batch processor put requests back if their exchange fails, or if another rank stops the engine in it."""
-    if processor.input_queue is None:  # on the other ranks
+    """Make a batch processor put requests back if their exchange fails, or if another rank stops the engine in it.
+
+    A processor that does already is left as it is: a restarted engine has the processor of its first start.
+    """
+    if processor.input_queue is None or isinstance(processor.input_queue, TakenQueue):  # None on the other ranks
         return
     requests = processor.input_queue = TakenQueue(processor.input_queue)
     update = processor._update_tp_group_state

@@ -204,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         root = find_root()
         # In a child process, so that its GPU context does not outlive it.
         start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "kvgather.cli", "doctor"], cwd=root, check=False)
+        subprocess.run([sys.executable, "-m", "kvgather", "doctor"], cwd=root, check=False)
         say_seconds("checking this machine", start)
         start = time.perf_counter()
         for line in copy_notebooks(root):

@@ -25,17 +25,19 @@ class Scaled:
     Attributes:
         ranks, context, new: numbers of GPUs, cached tokens and new tokens.
         us: time of one call on all GPUs, in µs: in a CUDA graph, or eagerly where there is no graph.
+        eager_us: time of one eager call, with the host's part; None if it was not measured.
         one_us: time on one GPU that has the whole context, measured in the same way; None if it was not.
         received, least: bytes that one call brings to a GPU, and that it has to bring at least.
         layer: heads, layout and scale of the layer, such as 64q8x64-NHD-per-tensor.
         device: name of the GPUs.
-        about: their link, versions and date.
+        about: whether `us` is of a CUDA graph, and their link, versions and date.
     """
 
     ranks: int
     context: int
     new: int
     us: float
+    eager_us: float | None
     one_us: float | None
     received: int
     least: int
@@ -80,9 +82,9 @@ def _scaled(row: rows.Row, alone: rows.Row | None) -> Scaled:
     us = row.graph_us if in_graph else row.eager_us
     one_us = None if alone is None else alone.graph_us if in_graph else alone.eager_us
     assert us is not None and row.bytes_received is not None and row.bytes_least is not None
-    about = f"{row.link}, torch {row.torch}, NCCL {row.nccl}, {row.date}"
+    about = f"{'in a CUDA graph' if in_graph else 'eager'}, {row.link}, torch {row.torch}, NCCL {row.nccl}, {row.date}"
     return Scaled(
-        row.ranks, row.context, row.new, us, one_us, row.bytes_received, row.bytes_least,
+        row.ranks, row.context, row.new, us, row.eager_us, one_us, row.bytes_received, row.bytes_least,
         row.case.partition("-1seqs")[0], row.device, about,
     )  # fmt: skip
 
@@ -150,8 +152,10 @@ def scaling_alt(measured: Sequence[Scaled]) -> str:
     )
     if not shares:
         return text
-    worst, best = (pick(shares, key=lambda case: case.efficiency or 0.0) for pick in (min, max))
-    return (
-        f"{text} The lowest efficiency is {worst.efficiency:.0%}, with {worst.new} new tokens at {worst.context:,} on "
-        f"{worst.ranks} GPUs; the highest {best.efficiency:.0%}, with {best.new} at {best.context:,} on {best.ranks}."
-    )
+    worst, best = (_told(pick(shares, key=lambda case: case.efficiency or 0.0)) for pick in (min, max))
+    return f"{text} The lowest efficiency is {worst}; the highest {best}."
+
+
+def _told(case: Scaled) -> str:
+    tokens = f"{case.new:,} new token{'s' * (case.new > 1)} at {case.context:,}"
+    return f"{case.efficiency:.0%}, with {tokens} on {case.ranks} GPUs"

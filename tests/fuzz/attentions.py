@@ -48,7 +48,8 @@ def prefix_attention(draw: Draw) -> Case:
             build.arg(name, "None", wrong)
     page_1 = f"kg.PagedKVCache({of.blocks}, {of.page + 1}, {of.heads}, {of.k_dim}, device='cpu', dtype=torch.float32)"
     build.arg("cache", "cache", bad(*JUNK, page_1, "cache.key_cache", "batch", names=("batch", "q")))
-    build.arg("batch", "batch", bad(*JUNK, "batch.plan", "kg.PrefixBatch", "cache"))
+    plan = [] if given.share else bad("batch.plan")
+    build.arg("batch", "batch", bad(*JUNK, "kg.PrefixBatch", "cache"), plan)
     build.arg("softmax_scale", draw.one("None", "None", "0.3", "1", "np.float32(0.5)", "1e-30"), forms.number(),
               good("fractions.Fraction(1, 2)"), leave_out=0.3)  # fmt: skip
     if draw.chance(0.4):
@@ -63,7 +64,9 @@ def prefix_attention(draw: Draw) -> Case:
     build.arg("window", str(window), forms.integer(1)[1:], bad("0"), leave_out=0.3 if window is None else 0)
     verdict, names = GOOD, ()
     workspace = None if draw.chance(0.6) else draw.choice([1, 2, 4, 8, 100, 2**31 - 1])
-    if workspace is not None and workspace < (window or 1) * (1 if given.known else max(1, len(given.table))):
+    least = (window or 1) * (1 if given.known else max(1, len(given.table)))
+    least = max(of.page, len(given.table)) if given.share else least
+    if workspace is not None and workspace < least:
         verdict, names = EITHER, ("workspace_tokens",)
     build.arg("workspace_tokens", str(workspace), forms.integer(1, names=("window",))[1:], bad("0"),
               leave_out=0.3 if workspace is None else 0)  # fmt: skip
@@ -120,7 +123,6 @@ def rows_of_attention(
     given = args.get("softmax_scale")
     scale = of.k_dim**-0.5 if given is None else float(given)
     sinks = None if args.get("sinks") is None else args["sinks"].float().tolist()
-    window = args.get("window")
     q = args["q"].float().tolist()
     empty = [Row([0.0] * of.v_dim, -math.inf if sinks is None else sinks[h], spare=True) for h in range(q_heads)]
     want = [list(empty) for _ in range(rows)]
@@ -134,12 +136,10 @@ def rows_of_attention(
             continue
         keys, values = ([_token(*pool, ids, j, of.page) for j in range(tokens)] for pool in pools)
         for i in range(new):
-            position = tokens - new + i
-            first = 0 if window is None else max(0, position - window + 1)
-            seen = range(first, position + 1)
+            seen = checked.seen(b, i, args.get("window"))
             for h in range(q_heads):
                 head = h // (q_heads // of.heads)
-                if checked.refused[b] or any(keys[j] is None for j in seen):
+                if checked.is_nan(b) or any(keys[j] is None for j in seen):
                     row = Row([math.nan] * of.v_dim, math.nan)
                 else:
                     row = softmax_row(

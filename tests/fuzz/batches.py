@@ -14,7 +14,7 @@ from tests.fuzz.gathers import TABLE
 from tests.fuzz.junk import JUNK
 from tests.fuzz.pages import rows_of_plan
 from tests.fuzz.pools import KINDS, Sizes, sizes
-from tests.fuzz.prefixes import Prefix, batch_args, batch_lines, build_call, prefix
+from tests.fuzz.prefixes import Checked, Prefix, batch_args, batch_lines, build_call, prefix
 from tests.fuzz.tables import batch
 
 WINDOWS = forms.integer(1)[1:]  # None is none
@@ -32,10 +32,12 @@ def build_batch(draw: Draw) -> Case:
         if made.total_q != total_q or (made.page_size, made.num_blocks) != (of.page, of.blocks):
             raise Wrong(f"total_q {made.total_q}, page {made.page_size}, {made.num_blocks} blocks")
         pairs = [
-            ("block_table", made.block_table.tolist(), want.blocks),
+            ("block_table", made.block_table.tolist(), want.own_blocks()),
             ("cu_seqlens_q", made.cu_seqlens_q.tolist(), want.used_q),
             ("cu_seqlens_k", made.cu_seqlens_k.tolist(), [sum(want.lens_k[:b]) for b in range(len(want.lens_k) + 1)]),
             ("slots", made.slots.tolist(), want.slots(total_q)),
+            ("share", made.share, given.share),
+            ("writers", made.writers.tolist(), writers(given, want)),
             ("max_q, max_k", (made.max_q, made.max_k), (want.max_q, want.max_k)),
             ("dtypes", {t.dtype for t in (made.block_table, made.cu_seqlens_q, made.cu_seqlens_k)}, {torch.int32}),
         ]
@@ -44,6 +46,16 @@ def build_batch(draw: Draw) -> Case:
                 raise Wrong(f"{name} is {got}, and should be {expected}")
 
     return build.finish(check)
+
+
+def writers(given: Prefix, want: Checked) -> list[int]:
+    """The rank that has the page of each new token, whether its block is good or not."""
+    found, ranks = [-1] * given.total_q, want.share[1]
+    for b, tokens in enumerate(want.lens_k):
+        for i in range(want.new(b)):
+            position = tokens - want.new(b) + i
+            found[want.used_q[b] + i] = position // want.page % ranks if position >= 0 else -1
+    return found
 
 
 def faults(given: Prefix, of: Sizes, window: int | None) -> list[str]:
@@ -63,8 +75,10 @@ def faults(given: Prefix, of: Sizes, window: int | None) -> list[str]:
             found.append("cu_seqlens_k")
             continue
         first = 0 if window is None else max(0, tokens - new - window + 1)
+        rank, ranks = checked.share
         columns = range(first // of.page, -(-tokens // of.page))
-        if any(column >= len(row) or not 0 <= row[column] < of.blocks for column in columns):
+        past_the_end = any(column >= len(row) for column in columns)  # of a table that all ranks have
+        if past_the_end or any(not 0 <= row[column] < of.blocks for column in columns if column % ranks == rank):
             found.append("block_table")
         if new > checked.max_q:
             found.append("max_q")

@@ -9,6 +9,7 @@ import torch
 import kvgather as kg
 from kvgather.lab.fence import fenced
 from kvgather.lab.trace import trace
+from kvgather.parallel import Share
 
 def source(seed):
     return torch.Generator().manual_seed(seed)

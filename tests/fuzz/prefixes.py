@@ -23,6 +23,8 @@ class Checked:
         refused: sequences that are longer than the batch's bounds.
         blocks: of each sequence, the block of each of its columns; −1 where there is none of the pool.
         max_q, max_k: the bounds.
+        page: tokens per block.
+        share: rank and ranks where pages are distributed; other ranks' columns have no block.
     """
 
     used_q: list[int]
@@ -32,12 +34,13 @@ class Checked:
     max_q: int
     max_k: int
     page: int
+    share: tuple[int, int] = (0, 1)
 
     @classmethod
     def of(
         cls, table: list[list[int]], columns: int, cu_q: list[int], cu_k: list[int], page: int, num_blocks: int,
         total_q: int, total_k: int, max_q: int | None, max_k: int | None, known_q: list[int] | None,
-        known_k: list[int] | None,
+        known_k: list[int] | None, share: tuple[int, int] = (0, 1),
     ) -> Checked:  # fmt: skip
         used_q, used_k = [0, *used_offsets(cu_q, total_q)[1:]], [0, *used_offsets(cu_k, total_k)[1:]]
         room = min(max(columns, 1) * page, MOST)
@@ -53,16 +56,34 @@ class Checked:
             tokens, new = used_k[b + 1] - used_k[b], used_q[b + 1] - used_q[b]
             refused.append(tokens > min(room, bound_k) or new > bound_q)
             lens_k.append(min(tokens, room, bound_k))
-            reached = [column * page < lens_k[-1] for column in range(max(columns, 1))]
+            own = [column % share[1] == share[0] for column in range(max(columns, 1))]
+            reached = [mine and column * page < lens_k[-1] for column, mine in enumerate(own)]
             ids = row or [-1]
             blocks.append([
                 block if there and 0 <= block < num_blocks and not refused[-1] else -1
                 for block, there in zip(ids, reached, strict=True)
             ])  # fmt: skip
-        return cls(used_q, lens_k, refused, blocks, bound_q, bound_k, page)
+        return cls(used_q, lens_k, refused, blocks, bound_q, bound_k, page, share)
 
     def new(self, sequence: int) -> int:
         return self.used_q[sequence + 1] - self.used_q[sequence]
+
+    def own_blocks(self) -> list[list[int]]:
+        """The block table of the rank: its columns alone, at least one."""
+        rank, ranks = self.share
+        return [ids[rank::ranks] or [-1] for ids in self.blocks]
+
+    def seen(self, sequence: int, row: int, window: int | None) -> list[int]:
+        """The positions that a row sees of those in this rank's pool."""
+        position = self.lens_k[sequence] - self.new(sequence) + row
+        first = 0 if window is None else max(0, position - window + 1)
+        rank, ranks = self.share
+        return [j for j in range(first, position + 1) if j // self.page % ranks == rank]
+
+    def is_nan(self, sequence: int) -> bool:
+        """Whether all rows are NaN, whatever they see: of a sequence that is too long. Of one with too many tokens, a
+        rank has NaN only for the columns that are its own."""
+        return self.refused[sequence] if self.share[1] == 1 else self.new(sequence) > self.max_q
 
     def slots(self, total_q: int) -> list[int]:
         """Where each new token goes; −1 is nowhere."""
@@ -82,6 +103,7 @@ class Prefix:
     Attributes:
         sick: whether its contents are wrong somewhere.
         colliding: whether two new tokens may have one slot.
+        share: rank and ranks where pages are distributed, or None.
     """
 
     table: list[list[int]]
@@ -92,13 +114,14 @@ class Prefix:
     known: tuple[list[int], list[int]] | None
     sick: bool
     colliding: bool
+    share: tuple[int, int] | None
 
     def checked(self, of: Sizes) -> Checked:
         n, known = self.numbers, self.known or (None, None)
         total_q = n["total_q"] if n["total_q"] is not None else self.cu_q[-1]
         total_k = n["total_k"] if n["total_k"] is not None else self.cu_k[-1]
         return Checked.of(self.table, self.columns, self.cu_q, self.cu_k, of.page, of.blocks, total_q, total_k,
-                          n["max_q"], n["max_k"], *known)  # fmt: skip
+                          n["max_q"], n["max_k"], *known, self.share or (0, 1))  # fmt: skip
 
     @property
     def total_q(self) -> int:
@@ -119,6 +142,11 @@ def prefix(draw: Draw, of: Sizes, most_new: int = 4, most_cached: int = 14, sick
         row, ids = ids[:count], ids[count:]
         table.append(row + [draw.choice([-1, 0, of.blocks, MOST, -(2**31)]) for _ in range(columns - count)])
     cu_q, cu_k = ([sum(lens[:b]) for b in range(sequences + 1)] for lens in (lens_q, lens_k))
+    share = None
+    if draw.chance(0.3):
+        ranks = draw.choice([1, 2, 2, 3, 5])
+        share = draw.randrange(ranks), ranks
+        _other_pools(draw, table, share, of)
     is_sick, colliding = draw.chance(sick), False
     if is_sick:
         for _ in range(draw.randint(1, 2)):
@@ -135,7 +163,16 @@ def prefix(draw: Draw, of: Sizes, most_new: int = 4, most_cached: int = 14, sick
     less = 0 if known else draw.choice([0, 0, 0, 1, 2])
     numbers["max_q"] = draw.choice([None, None, max(0, longest_q - less), longest_q + 2])
     numbers["max_k"] = draw.choice([None, None, max(0, longest_k - less), longest_k + 5])
-    return Prefix(table, columns, cu_q, cu_k, numbers, known, is_sick, colliding)
+    return Prefix(table, columns, cu_q, cu_k, numbers, known, is_sick, colliding, share)
+
+
+def _other_pools(draw: Draw, table: list[list[int]], share: tuple[int, int], of: Sizes) -> None:
+    """Other ranks' columns have block ids of other pools, which may be larger than this one."""
+    rank, ranks = share
+    for row in table:
+        for column in range(len(row)):
+            if column % ranks != rank:
+                row[column] = draw.choice([row[column], draw.randint(0, of.blocks + 9), -1])
 
 
 def _spoil(draw: Draw, table: list[list[int]], cu_q: list[int], cu_k: list[int], of: Sizes) -> bool:
@@ -198,6 +235,15 @@ def batch_args(build: Builder, given: Prefix, of: Sizes) -> None:
                 "[2**31]",
                 "object()", "b'x'", "[[1]]", "[10**5000]", "[float('nan')]", "(1, 0)")  # fmt: skip
     build.arg("windows", windows, wrong, leave_out=0.5)
+    wrong = bad("(0, 2)", "3", "'x'", "[0, 1]", "object()", "Share", "torch.zeros(2)", "Share(2, 2)", "Share(0, 0)",
+                "Share(-1, 2)", "Share(0, -1)", "Share(0.0, 2)", "Share(False, 2)", "Share('0', 1)", "Share(0, None)",
+                "Share(0, 2**31)", "Share(10**5000, 2)", "Share(torch.tensor(0), 2)")  # fmt: skip
+    same = [] if given.share is None else good("Share(np.int64({}), np.array({}))".format(*given.share))
+    build.arg("share", share_code(given), wrong, same, leave_out=0.5 if given.share is None else 0)
+
+
+def share_code(given: Prefix) -> str:
+    return "None" if given.share is None else "Share({}, {})".format(*given.share)
 
 
 def build_call(given: Prefix, of: Sizes) -> str:
@@ -205,4 +251,5 @@ def build_call(given: Prefix, of: Sizes) -> str:
     numbers = "".join(f", {name}={number}" for name, number in given.numbers.items() if number is not None)
     lens = f", seqlens_q={given.known[0]}, seqlens_k={given.known[1]}" if given.known else ""
     sizes = f"page_size={of.page}, num_blocks={of.blocks}"
-    return f"kg.PrefixBatch.build({', '.join(BATCH)}, {sizes}{numbers}{lens})"
+    share = "" if given.share is None else f", share={share_code(given)}"
+    return f"kg.PrefixBatch.build({', '.join(BATCH)}, {sizes}{numbers}{lens}{share})"

@@ -62,6 +62,8 @@ def cases() -> dict[str, dict[str, Any]]:
         "new": [2, 1], "cached": [4096, 4100], "page_size": 64, "path": "hybrid", "sinks": "on",
     }  # fmt: skip
     found["a small workspace"] = {"new": [6, 1], "cached": [50, 20], "workspace_tokens": 8, "sinks": "on"}
+    found["without the log-sum-exp"] = {"new": [4, 1], "cached": [9, 30], "sinks": "on", "want_lse": False}
+    found["negated sinks"] = {"new": [4, 1], "cached": [9, 30], "sinks": "on", "negated": True}
     found["spare rows"] = {"new": [3, 1], "cached": [8, 5], "spare": 3, "sinks": "on"}
     found["no lengths"] = {"new": [7, 1, 3], "cached": [12, 30, 2], "lengths": False, "sinks": "on"}
     for dtype in (torch.bfloat16, torch.float16):
@@ -86,7 +88,8 @@ EVERY = int(os.environ.get("EVERY", "1"))
 
 def run(
     attend: ContextParallel, new: list[int], cached: list[int], sinks: str, window: int | None = None,
-    path: str = "auto", workspace_tokens: int | None = None, lengths: bool = True, **pool: Any,
+    path: str = "auto", workspace_tokens: int | None = None, lengths: bool = True, want_lse: bool = True,
+    negated: bool = False, **pool: Any,
 ) -> str:  # fmt: skip
     """Compare a call on the ranks with one on one pool; what is wrong, or ""."""
     rank, ranks = attend.share
@@ -96,6 +99,9 @@ def run(
     k_new, v_new = one.new_tokens()
     logits = sinks_of(sinks, 4)
     logits = None if logits is None else logits.to(DEVICE)
+    if negated:  # a view with the negative bit, of the same values
+        logits = torch.view_as_complex(torch.stack((logits, -logits), -1)).conj().imag
+        assert logits.is_neg()
     sizes: dict[str, Any] = {"total_q": one.rows + one.spare, "total_k": sum(one.total)}
     if lengths:
         sizes |= {"seqlens_q": one.new, "seqlens_k": one.total}
@@ -103,18 +109,21 @@ def run(
     batch = attend.batch(table, *one.offsets, page_size=g.page_size, num_blocks=g.num_blocks, **sizes)
     batch.check(window)
     before = attend.calls
-    out, lse = attend(
-        one.q, k_new, v_new, mine, batch, 0.4, logits, window, workspace_tokens, path, return_lse=True
-    )  # fmt: skip
+    arguments = one.q, k_new, v_new, mine, batch, 0.4, logits, window, workspace_tokens, path
+    given: Any = attend(*arguments, return_lse=want_lse)
+    out, lse = given if want_lse else (given, None)
     wanted, wanted_lse = one.attend(one.batch(lengths), softmax_scale=0.4, sinks=logits, window=window, path="gather")
     if attend.calls != before + (len(one.q) > 0):
         return f"{attend.calls - before} collectives"
     close = 1e-5 if one.q.dtype == torch.float32 else 2e-2
     if not torch.allclose(out.float(), wanted.float(), rtol=close, atol=close):
         return f"out differs by {(out.float() - wanted.float()).abs().max()}"
-    seen = wanted_lse != -math.inf
-    if not torch.equal(seen, lse != -math.inf) or not torch.allclose(lse[seen], wanted_lse[seen], rtol=0, atol=1e-4):
-        return f"lse differs: {lse.tolist()}, {wanted_lse.tolist()}"
+    if lse is not None:
+        seen = wanted_lse != -math.inf
+        if not torch.equal(seen, lse != -math.inf) or not torch.allclose(
+            lse[seen], wanted_lse[seen], rtol=0, atol=1e-4
+        ):
+            return f"lse differs: {lse.tolist()}, {wanted_lse.tolist()}"
     for ours, theirs in pages(one, table, rank, ranks):
         for a, b in parts(mine, ours, one.cache, theirs):
             if not torch.equal(a, b):

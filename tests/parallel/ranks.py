@@ -15,15 +15,18 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
-from transformers import AutoConfig, AutoModelForCausalLM, ContinuousBatchingConfig
+from transformers import AutoConfig, AutoModelForCausalLM, ContinuousBatchingConfig, MistralConfig, Qwen3Config
 
-from kvgather.serving import EngineManager, Options, install
+from kvgather.serving import EngineManager, Options, install, models
 from kvgather.serving.models import random_model
 from kvgather.serving.tensor_parallel import Ranks, load, own_memory, shard
 from tests.serving.engines import CPU, FP32, prompts, wait
 
-CONFIGS = ("tiny-6", "llama-6")
+CONFIGS = ("tiny-6", "llama-6", "qwen3-6", "mistral-6")
 HEADS, NEW = 6, 8
+SIX = models.SMALL | {"num_attention_heads": 12, "num_key_value_heads": HEADS, "hidden_size": 96}
+models.CONFIGS["qwen3-6"] = lambda: Qwen3Config(**SIX)
+models.CONFIGS["mistral-6"] = lambda: MistralConfig(**SIX, sliding_window=24)
 SCALES = torch.tensor([0.02, 0.04, 0.08, 0.16, 0.32, 0.64])
 """Of each head: a wrong slice gives other codes."""
 FP8 = Options(scale="per-head", k_scale=SCALES, v_scale=SCALES.flip(0))

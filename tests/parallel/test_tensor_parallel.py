@@ -123,9 +123,11 @@ def test_replay_with_heads_that_do_not_divide(capsys: pytest.CaptureFixture[str]
     assert "kvgather: num_kv_heads is 1; accepted for 2 ranks: a multiple of 2" in error
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("rank", "engine", "new"), [(0, "kvgather", 300), (1, "kvgather", 300), (1, "stock", 100)])
 def test_a_killed_rank_ends_the_server_and_every_client_knows_why(
-    rank: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    rank: int, engine: str, new: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = [*REPLAY, "--config", "tiny-6", "--new", "300", "--limit", "100"]
+    arguments = [*REPLAY, "--config", "tiny-6", "--engine", engine, "--new", f"{new}", "--limit", "100"]
+    if engine == "stock":  # the default budget takes four times as long
+        arguments += ["--max-batched-tokens", "256"]
     check_replay_with_a_killed_rank(rank, arguments, 20, capsys, monkeypatch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,8 @@ import book_pages
 import book_sources
 import pytest
 from book_sources import BookError, Sources
+
+from kvgather import lab
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = '<html><head><link href="a.css"></head><body id="top"><img src="a.png" alt="a line"><a href="#top">up</a>'
@@ -101,10 +104,26 @@ def test_page_of_a_file_has_an_anchor_for_each_line() -> None:
     assert 'id="L-1"' in book_pages.source_page("LICENSE", "MIT\n")  # a name that no lexer knows
 
 
-def test_every_public_module_of_the_lab_has_a_page() -> None:
-    pages = book_pages.lab_pages(ROOT)
-    assert "api/lab.trace.md" in pages and "lab.trace\n" in pages["api/lab.md"]
-    assert not [page for page in pages if "lab._" in page]
+def test_the_public_modules_of_the_lab_have_pages_and_no_others() -> None:
+    pages = book_pages.lab_pages()
+    assert set(pages) == {"api/lab.md"} | {f"api/lab.{name}.md" for name in lab.__all__}
+    assert "\nlab.trace\n" in pages["api/lab.md"] and "lab.child" not in pages["api/lab.md"]
+    assert "automodule:: kvgather.lab.trace\n" in pages["api/lab.trace.md"]
+
+
+def test_modules_of_the_lab_that_readers_meet_are_public() -> None:
+    """In code of the chapters, in the README and in the CHANGELOG. ARCHITECTURE.md lists the public ones."""
+    chapters = [json.loads(path.read_text("utf-8")) for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))]
+    code = "\n".join("".join(cell["source"]) for book in chapters for cell in book["cells"])
+    imported = re.findall(r"from kvgather\.lab\.(\w+)", code)
+    for names in re.findall(r"from kvgather\.lab import (.+)", code):
+        imported += names.split(", ")
+    documents = "".join((ROOT / name).read_text("utf-8") for name in ("README.md", "CHANGELOG.md"))
+    imported += re.findall(r"kvgather[./]lab[./](\w+)", documents)
+    assert len(set(imported)) > 8 and set(imported) <= set(lab.__all__)
+    drawing = (ROOT / "ARCHITECTURE.md").read_text("utf-8")
+    (listed,) = re.findall(r"the public modules are\n +(.+)\n", drawing)
+    assert listed.split(", ") == lab.__all__
 
 
 DOCSTRINGS = [

@@ -97,7 +97,9 @@ def test_scaling_is_read_from_all_files(folder: Path) -> None:
     ]  # fmt: skip
     assert found[0].ideal_us == 40.0 and found[0].efficiency == 0.8 and found[2].efficiency is None
     assert found[0].layer == "8q2x64-NHD-none" and found[0].device == "GPU"
-    assert found[0].about == "NVLink, torch 2.0, NCCL 2.1, 2026-01-01"
+    assert found[0].about == "in a CUDA graph, NVLink, torch 2.0, NCCL 2.1, 2026-01-01"
+    assert found[2].about == "eager, NVLink, torch 2.0, NCCL 2.1, 2026-01-01"
+    assert [case.eager_us for case in found] == [90.0, 60.0, 700.0]
     assert (found[0].received, found[0].least) == (100, 90)
     assert read_scaling(folder, "other_*.csv") == []
 
@@ -110,7 +112,10 @@ def test_scaling_picture_has_a_line_for_each_context_and_the_ideal(folder: Path)
     assert lines == [[(1, 82.0), (2, 41.0), (4, 20.5)], [(1, 82.0), (2, 50.0), (4, 30.0)], [(2, 700.0)]]
     assert list(share.lines[0].get_ydata()) == [0.8, 0.7]
     assert png(drawing).startswith(b"\x89PNG")
-    assert "lowest efficiency is 70%, with 1 new tokens at 1,000 on 4 GPUs" in scaling_alt(found)
+    assert scaling_alt(found).endswith(
+        "The lowest efficiency is 70%, with 1 new token at 1,000 on 4 GPUs; the highest 80%, with 1 new token at 1,000 "
+        "on 2 GPUs."
+    )
 
 
 def test_scaling_without_one_gpu_has_no_efficiency(folder: Path) -> None:

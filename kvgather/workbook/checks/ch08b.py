@@ -1,4 +1,4 @@
-"""Checks of chapter 08b: merging two states, a sink that is counted once, a rule for the fastest path."""
+"""Checks of chapter 08b: merging two states, a sink that is counted once, a rule for the fastest path, a limit."""
 
 from __future__ import annotations
 
@@ -10,14 +10,20 @@ import torch
 from torch import Tensor
 
 from kvgather.attention.merge import apply_sinks, merge_states
+from kvgather.bench.peers import cases as peers_cases
+from kvgather.cases.prefix import PrefixCase
 from kvgather.workbook.checks import Wrong, exercise, expect
 from kvgather.workbook.checks.shape import pair
 from kvgather.workbook.measured_paths import PATHS, measured_paths
+from kvgather.workbook.measured_peers import FORMS, PRODUCT_SPEED, least_time, measured_peers
 
 HEADS, DIM = 2, 3
 NAN = math.nan
 MOST, USUAL, SHARE = 1.5, 1.1, 0.9
 """Largest time relative to the best path: of every batch, and of this share of them."""
+LIMITS = ("bytes", "products")
+UNRECORDED_US = 1000.0
+"""The time of a batch that an implementation was not timed on."""
 
 State = tuple[Tensor, Tensor]
 
@@ -95,10 +101,7 @@ def my_auto(answer: Callable[..., Any]) -> str | None:
     for measured in batches:
         case = measured.case
         new, cached, sequences = case.new[0], case.cached[0], len(case.new)
-        name = (
-            f"{new} new and {cached:,} cached tokens, {sequences} sequence{'s' * (sequences > 1)}, "
-            f"{case.q_heads} query and {case.kv_heads} KV heads of {case.head_dim}"
-        )
+        name = _batch(case)
         path = answer(new, cached, sequences, case.q_heads, case.kv_heads, case.head_dim)
         if path not in PATHS:
             raise Wrong(f"{name}: expected one of {', '.join(PATHS)}, got {path!r}")
@@ -112,3 +115,38 @@ def my_auto(answer: Callable[..., Any]) -> str | None:
     if within < SHARE * len(batches):
         return f"within {USUAL - 1:.0%} of the best path on {within} of {len(batches)} batches; the worst: {message}"
     return None
+
+
+@exercise("08b.4", correct="the longer of both times is the limit, and its share says how much there is to gain")
+def judge(answer: Callable[..., Any]) -> None:
+    recorded = {measured.case.name: measured.times for measured in measured_peers()}
+    forms = {name: form for name, form in FORMS.items() if form.product_speed == PRODUCT_SPEED}
+    for case in peers_cases(torch.device("cuda")):
+        for name, form in forms.items():
+            us = recorded.get(case.name, {}).get(name, UNRECORDED_US)
+            what = f"{_batch(case)}, {form.label} in {us:,.0f} µs"
+            got = answer(
+                case.new[0],
+                case.cached[0],
+                len(case.new),
+                case.q_heads,
+                case.kv_heads,
+                case.head_dim,
+                form.itemsize,
+                us,
+            )
+            limit, share = pair(what, got)
+            if limit not in LIMITS:
+                raise Wrong(f"{what}: expected one of {', '.join(LIMITS)}, got {limit!r}")
+            least = least_time(case, form)
+            expect(least.limit, limit, f"limit, {what}")
+            expect(least.us / us, share, f"share, {what}", tolerance=1e-3)
+
+
+def _batch(case: PrefixCase) -> str:
+    """Such as "16 new and 8,192 cached tokens, 1 sequence, 64 query and 8 KV heads of 64"."""
+    sequences = len(case.new)
+    return (
+        f"{case.new[0]} new and {case.cached[0]:,} cached tokens, {sequences} sequence{'s' * (sequences > 1)}, "
+        f"{case.q_heads} query and {case.kv_heads} KV heads of {case.head_dim}"
+    )

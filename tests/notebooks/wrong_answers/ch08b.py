@@ -2,6 +2,12 @@
 
 MERGE = "def merge(out_a, lse_a, out_b, lse_b):\n"
 FINISH = "def finish(parts, sinks):\n"
+JUDGE = "def judge(new, cached, sequences, q_heads, kv_heads, head_dim, itemsize, us):\n"
+NUMBERS = "    numbers = 2 * sequences * (cached + new) * kv_heads * head_dim\n"
+PAIRS = "    pairs = sequences * q_heads * (new * cached + new * (new + 1) / 2)\n"
+READ = "    read = itemsize * numbers / READ_SPEED\n"
+MULTIPLY = "    multiply = 4 * head_dim * pairs / PRODUCT_SPEED\n"
+RETURN = "    return 'bytes' if read > multiply else 'products', max(read, multiply) / us\n"
 AUTO = "def my_auto(new, cached, sequences, q_heads, kv_heads, head_dim):\n"
 
 WRONG = {
@@ -137,5 +143,49 @@ WRONG = {
         (AUTO + "    return 'direct' if new <= 128 else 'hybrid'\n", "16 query and 2 KV heads of 256: direct takes"),
         # not a path
         (AUTO + "    return new <= 64\n", "expected one of direct, gather, hybrid, got True"),
+    ],
+    "08b.4": [
+        # K and V have fewer heads than Q
+        (
+            JUDGE + NUMBERS.replace("kv_heads", "q_heads") + PAIRS + READ + MULTIPLY + RETURN,
+            "share, 1 new and 8,192 cached tokens, 16 sequences, 64 query and 8 KV heads of 64, ours",
+        ),
+        # the heads of a group share the bytes, not the products
+        (
+            JUDGE + NUMBERS + PAIRS.replace("q_heads", "kv_heads") + READ + MULTIPLY + RETURN,
+            "limit, 128 new and 8,192 cached tokens, 16 sequences, 64 query and 8 KV heads of 64, ours",
+        ),
+        # Q times K alone
+        (
+            JUDGE + NUMBERS + PAIRS + READ + MULTIPLY.replace("4", "2") + RETURN,
+            "share, 128 new and 8,192 cached tokens, 16 sequences, 64 query and 8 KV heads of 64, ours",
+        ),
+        # every pool has one byte a number
+        (
+            JUDGE + NUMBERS + PAIRS + READ.replace("itemsize * ", "") + MULTIPLY + RETURN,
+            "share, 1 new and 8,192 cached tokens, 16 sequences, 64 query and 8 KV heads of 64, FA3 BF16",
+        ),
+        # a new token sees the new ones after it, too
+        (
+            JUDGE + NUMBERS + "    pairs = sequences * q_heads * new * (cached + new)\n" + READ + MULTIPLY + RETURN,
+            "share, 128 new and 8,192 cached tokens",
+        ),
+        # both times, one after the other
+        (
+            JUDGE + NUMBERS + PAIRS + READ + MULTIPLY + RETURN.replace("max(read, multiply)", "(read + multiply)"),
+            "share, 1 new and 8,192 cached tokens",
+        ),
+        # how many times the limit the measurement is
+        (
+            JUDGE + NUMBERS + PAIRS + READ + MULTIPLY + RETURN.replace("max(read, multiply) / us", "us / read"),
+            "share, 1 new and 8,192 cached tokens",
+        ),
+        # the wrong way round
+        (
+            JUDGE + NUMBERS + PAIRS + READ + MULTIPLY + RETURN.replace(">", "<"),
+            "limit, 1 new and 8,192 cached tokens",
+        ),
+        # not a limit
+        (JUDGE + "    return cached > new, 0.5\n", "expected one of bytes, products, got True"),
     ],
 }

@@ -1,0 +1,3 @@
+"""Exit statuses."""
+
+OK, NOT_AS_EXPECTED, USAGE, FAILED, INTERRUPTED = 0, 1, 2, 3, 130

@@ -1,0 +1,144 @@
+"""A group of this process alone: attention without a collective, and the watch over collectives on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from kvgather.batch.share import Share
+from kvgather.cases import sinks_of
+from kvgather.parallel import ContextParallel, RankError
+from kvgather.parallel import ranks as module
+from kvgather.parallel.exchange import Exchange
+from kvgather.parallel.ranks import LATE, Ranks
+from tests.attention.batches import assert_close, setup
+
+TIMEOUT = 100.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group() -> Iterator[dist.ProcessGroup]:
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("GLOO_SOCKET_IFNAME", "lo")
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    assert dist.group.WORLD is not None
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("path", ["gather", "auto"])
+@pytest.mark.parametrize("shared", [True, False], ids=["its own batch", "a batch without a share"])
+def test_one_rank_attends_without_a_collective(path: str, shared: bool) -> None:
+    made, attend, sinks = setup([2, 1], [13, 30]), ContextParallel(), sinks_of("on", 4)
+    batch = made.batch(share=attend.share if shared else None)
+    got = attend(made.q, *made.new_tokens(), made.cache, batch, sinks=sinks, path=path, return_lse=True)
+    assert_close(got, made.wanted(sinks=sinks), made.rows)
+    assert attend.share == Share(0, 1) and attend.calls == attend.bytes_received == attend.bytes_least == 0
+    assert batch.writers.tolist() == [0, 0, 0]
+    attend.close()
+
+
+class Event:
+    """A GPU's event that finishes when the test says so, and lets the test do something while it is used."""
+
+    def __init__(self) -> None:
+        self.finished = True
+        self.queries = 0
+        self.during: Callable[[], object] | None = None  # once
+
+    def record(self) -> None:
+        self.finished = False
+        self._do()
+
+    def query(self) -> bool:
+        self.queries += 1
+        finished = self.finished
+        self._do()
+        return finished
+
+    def _do(self) -> None:
+        during, self.during = self.during, None
+        if during is not None:
+            during()
+
+
+class Watched:
+    """The watch of a rank's thread over one event, by a clock that the test sets."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, group: dist.ProcessGroup) -> None:
+        self.event, self.now = Event(), 0.0
+        self.ranks = Ranks(group, "watched")
+        for where in (torch, torch.cuda):
+            monkeypatch.setattr(where, "Event", lambda *_: self.event)
+        monkeypatch.setattr(module.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(self.ranks, "missing", lambda: {1: "hangs"})
+        monkeypatch.setattr(self.ranks, "_timeout", TIMEOUT)
+
+    def look(self) -> None:
+        self.ranks._look_at_newest()
+
+    def collective(self) -> None:
+        """One that the host has launched, and that a GPU waits for from now on."""
+        exchange = Exchange(Share(0, 1), torch.device("cpu"))
+        exchange.own((1, 1, 4), torch.float32)
+        exchange.gather(self.ranks.group, self.ranks)
+        self.ranks.started("a sum")
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch, group: dist.ProcessGroup) -> Watched:
+    return Watched(monkeypatch, group)
+
+
+def test_a_collective_on_a_gpu_that_does_not_end_is_reported_once(
+    watched: Watched, capsys: pytest.CaptureFixture[str]
+) -> None:
+    watched.collective()
+    for watched.now in (0.0, LATE * TIMEOUT - 1, LATE * TIMEOUT + 1, TIMEOUT):
+        watched.look()
+    said = "rank 0: a sum of 1 ranks failed: rank 1 hangs. it has not ended after 71 s"
+    assert capsys.readouterr().err == f"kvgather: {said}\n"
+    with pytest.raises(RankError, match=said) as raised:
+        watched.collective()
+    assert raised.value.ranks == (1,)
+
+
+def test_a_collective_that_ended_is_asked_for_once(watched: Watched) -> None:
+    """A query ends a capture in another thread."""
+    watched.collective()
+    watched.event.finished = True
+    for watched.now in range(0, 1000, 10):
+        watched.look()
+    assert watched.event.queries == 1
+    watched.collective()
+    watched.now += LATE * TIMEOUT + 1
+    watched.look()
+    assert watched.event.queries == 2 and watched.ranks._late is not None
+
+
+@pytest.mark.parametrize("when", ["before the event is recorded again", "while the thread queries it"])
+def test_a_collective_after_a_pause_is_not_late(watched: Watched, when: str) -> None:
+    """Both use the same event: the thread must not take the new one's state with the old one's time."""
+    watched.collective()
+    watched.now = 10 * TIMEOUT
+    if when == "while the thread queries it":
+        watched.event.during = lambda: watched.ranks.started("a sum")
+        watched.look()
+    else:
+        watched.event.finished = True
+        watched.event.during = watched.look
+        watched.ranks.started("a sum")
+    assert watched.ranks._late is None
+
+
+def test_a_query_that_is_refused_does_not_end_the_thread(watched: Watched) -> None:
+    def refuse() -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    watched.collective()
+    watched.now, watched.event.during = TIMEOUT, refuse
+    watched.look()
+    assert watched.event.queries == 1 and watched.ranks._late is None
