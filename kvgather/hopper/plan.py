@@ -36,7 +36,7 @@ from ..device import interpreting
 ROWS = 128
 """Rows of a program, which has a multiprocessor for itself."""
 LEAST_BUSY = {64: 0.84, 128: 0.6}
-"""By head dim: part of the multiprocessors that have a program, on average over the waves of programs. Below, the direct
+"""By head dim: part of the multiprocessors that have a program, averaged over the waves of programs. Below, the direct
 kernel stays: it splits keys over programs."""
 
 
