@@ -16,17 +16,56 @@ from kvgather.kernels.guards import guard_of
 from kvgather.kernels.launch import PreparedLaunch
 from kvgather.parallel.exchange import Exchange
 from tests.attention.batches import Setup, assert_close, setup
+from tests.where import interpreted, on_each_device
 
 pytestmark = pytest.mark.triton
 Launch = tuple[str, int, tuple[Any, ...], tuple[int, ...]]
 """A kernel's name, programs, addresses and numbers."""
 
 
-def made_of(splits: int, monkeypatch: pytest.MonkeyPatch) -> Setup:
+def made_of(splits: int, monkeypatch: pytest.MonkeyPatch, device: str = "cpu") -> Setup:
     monkeypatch.setattr(direct, "tile_of", lambda *_: Tile(16, 16, 4, 2, splits))
-    return setup([3, 0, 2], [17, 4, 30], heads=(4, 2), dims=(16, 8), page_size=16, dtype=torch.float8_e4m3fn, spare=1)
+    return setup(
+        [3, 0, 2], [17, 4, 30], heads=(4, 2), dims=(16, 8), page_size=16, dtype=torch.float8_e4m3fn, spare=1,
+        device=device,
+    )  # fmt: skip
 
 
+@on_each_device
+@pytest.mark.parametrize("want_lse", [False, True], ids=["out", "lse"])
+@pytest.mark.parametrize("has_sinks", [False, True], ids=["no sinks", "sinks"])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_a_repeated_call_returns_what_a_first_one_does(
+    splits: int, has_sinks: bool, want_lse: bool, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = made_of(splits, monkeypatch, where)
+    sinks = torch.linspace(-1, 1, 4, device=where) if has_sinks else None
+    repeated: list[bool] = []
+    again = PreparedLaunch.again
+
+    def counted(self: PreparedLaunch, *launch: Any) -> bool:
+        repeated.append(again(self, *launch))
+        return repeated[-1]
+
+    monkeypatch.setattr(PreparedLaunch, "again", counted)
+
+    def call(q: Tensor, batch: Any) -> list[Tensor]:
+        result: Any = kg.prefix_attention(
+            q, *made.new_tokens(), made.cache, batch, None, sinks, path="direct", return_lse=want_lse
+        )
+        return list(result) if want_lse else [result]
+
+    batch, other = made.batch(), made.q.flip(0).contiguous()
+    call(made.q, batch)
+    repeated.clear()
+    for q in (other, made.q):
+        for got, expected in zip(call(q, batch), call(q, made.batch()), strict=True):
+            assert torch.equal(got, expected)
+    # Kernels are launched from addresses alone where they are compiled.
+    assert any(repeated) is (where == "cuda")
+
+
+@interpreted
 @pytest.mark.parametrize("into", [False, True], ids=["returned", "stored"])
 @pytest.mark.parametrize("want_lse", [False, True], ids=["out", "lse"])
 @pytest.mark.parametrize("has_sinks", [False, True], ids=["no sinks", "sinks"])
@@ -83,6 +122,7 @@ def test_a_repeated_call_launches_what_the_first_one_does(
         assert combined[2] == by_tensors[1][2][2] and all(address % 16 == 0 for address in combined)
 
 
+@interpreted
 def test_a_repeated_write_launches_what_the_first_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
     made = made_of(1, monkeypatch)
     (k, v), slots = made.new_tokens(), made.batch().slots
@@ -109,6 +149,7 @@ def shifted(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape).copy_(tensor)
 
 
+@interpreted
 def test_what_tells_two_calls_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """A call that needs another kernel, or has not passed the checks, does not repeat the launches of the first."""
     made = made_of(1, monkeypatch)
@@ -135,6 +176,7 @@ def test_what_tells_two_calls_apart(monkeypatch: pytest.MonkeyPatch) -> None:
         checked()
 
 
+@interpreted
 def test_few_kinds_of_tensors_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """All others are checked by their signatures."""
     made = made_of(1, monkeypatch)
@@ -147,6 +189,7 @@ def test_few_kinds_of_tensors_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(kept) == prefix.MOST_KNOWN
 
 
+@interpreted
 def test_a_moved_table_is_read_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     made = made_of(1, monkeypatch)
     batch = made.batch()
