@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from kvgather.bench import parallel
 from kvgather.bench.ranks import group, rows, targets
 from kvgather.bench.ranks.rows import Row
 from kvgather.cases.context import ContextCase
+from kvgather.lab.child import environment
 from tests.parallel.gloo import ROOT, Rank, run_ranks
 
 WHATS = [
@@ -33,7 +33,7 @@ ROW = Row(
 
 def torchrun(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Two ranks on a CPU, in a folder."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+    env = environment(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
     command = [sys.executable, "-W", "error", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "kvgather", "bench", "parallel", "--device", "cpu", "--seconds", "0.01", *arguments]
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)

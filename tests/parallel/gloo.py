@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvgather.lab.child import environment
+
 DEVICE = os.environ.get("RANKS_ON", "cpu")
 """Of the ranks: "cpu", with gloo, or "cuda", with NCCL and one GPU each."""
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,7 +49,7 @@ def run_ranks(
         settings: further variables of the environment.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", **settings}
+    env = environment(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", **settings)
     children = [
         subprocess.Popen(
             [sys.executable, "-W", "error", "-m", module, str(folder), str(rank), str(size)],

@@ -36,10 +36,12 @@ def check_replay_with_a_killed_rank(
 
         def wait_until_ready(self, seconds: float) -> None:
             super().wait_until_ready(seconds)
-            threading.Thread(target=self.kill).start()
+            threading.Thread(target=self.kill, daemon=True).start()
 
         def kill(self) -> None:
             while (status := self.status()).get("num_steps", 0) < 10:
+                if self.death():
+                    return
                 time.sleep(0.02)
             environment = Path(f"/proc/{status['processes'][rank]}/environ")  # of Linux
             seen.append(environment.read_text() if environment.is_file() else f"{VARIABLE}=0")
@@ -49,8 +51,9 @@ def check_replay_with_a_killed_rank(
     monkeypatch.setenv(VARIABLE, "0")
     monkeypatch.setattr(run, "ServerProcess", Killed)
     status = cli.main(arguments)
-    seconds = time.monotonic() - killed[0]
     text = capsys.readouterr().out
+    assert killed, text
+    seconds = time.monotonic() - killed[0]
     assert status == cli.NOT_AS_EXPECTED and seconds < within, (seconds, text)
     assert [figure(text, name) for name in ("completed", "failed", "timed out")] == ["0", "65", "0"]
     assert f"{VARIABLE}=0" in seen[0]
