@@ -6,8 +6,8 @@ how many collectives it has entered. A rank whose first number stands still is d
 hangs before the collective.
 
 A collective on a GPU does not raise: it waits there, and the host goes on. The thread therefore also looks whether the
-newest one has finished. If not after most of the time-out, it writes who is missing to stderr, and the next call
-raises; torch's own watchdog ends the process when the time-out is over.
+newest one has finished. If not after most of the time-out, it writes who is missing to stderr and aborts the group's
+operations, so that the GPU waits no longer; the next call raises.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 LATE = 0.7
-"""Share of the time-out after which a collective on a GPU counts as failed: before torch ends the process."""
+"""Share of the time-out after which a collective on a GPU counts as failed: before torch's watchdog reports it."""
 BEAT = 0.5
 """Seconds between two messages of a rank; less for a group with a short time-out."""
 MISSED = 4
@@ -129,6 +129,7 @@ class Ranks:
         elif self._newest is newest:  # the same event has not been recorded again
             self._late = self._named(what, RuntimeError(f"it has not ended after {seconds:.0f} s"))
             sys.stderr.write(f"kvgather: {self._late}\n")
+            self.group.abort()  # the GPU would wait for ever, and with it a host that synchronizes
 
     def _named(self, what: str, error: RuntimeError) -> RankError:
         said = str(error).strip().splitlines()[0]

@@ -87,11 +87,13 @@ def join(seconds: float = 60.0) -> tuple[Path, int, int]:
     import torch.distributed as dist
 
     folder, rank, size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    device = None
     if DEVICE == "cuda":
-        torch.cuda.set_device(rank)
+        device = torch.device("cuda", rank)
+        torch.cuda.set_device(device)
     dist.init_process_group(
         "gloo" if DEVICE == "cpu" else "nccl", init_method=(folder / "store").as_uri(), rank=rank, world_size=size,
-        timeout=timedelta(seconds=seconds),
+        timeout=timedelta(seconds=seconds), device_id=device,
     )  # fmt: skip
     return folder, rank, size
 

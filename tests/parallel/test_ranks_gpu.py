@@ -28,9 +28,10 @@ def test_ranks_give_what_one_gpu_gives(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["dies", "hangs"])
 def test_a_missing_rank_is_named_and_the_others_end(how: str, tmp_path: Path) -> None:
-    """The host does not wait for a GPU: the name is on stderr, and torch's watchdog ends the process."""
+    """The host does not wait for a GPU: the name is on stderr, the GPU ends its wait, and the next call raises."""
     ended = run_ranks(
         "tests.parallel._missing_child", 2, tmp_path, 120, waits_for=0, RANKS_ON="cuda", MISSING=f"{how} 1"
     )
-    assert ended[0].code != 0
+    assert ended[0].code == 3, ended[0].text
+    assert ended[0].said["ranks"] == [1] and ended[0].said["call"] == 4
     assert "kvgather: rank 0: the all-gather of attention states of 2 ranks failed: rank 1 " in ended[0].text
