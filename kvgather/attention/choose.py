@@ -48,8 +48,8 @@ class Speeds:
 
 
 SPEEDS = {
-    64: Speeds(direct=310, hopper=365, unmasked=470, masked=300),
-    128: Speeds(direct=285, hopper=517, unmasked=750, masked=350),
+    64: Speeds(direct=310, hopper=406, unmasked=470, masked=300),
+    128: Speeds(direct=285, hopper=558, unmasked=750, masked=350),
     256: Speeds(direct=165, hopper=0, unmasked=865, masked=360),
 }
 """By the larger head dim: up to 64, up to 128, up to 256. `hopper` is from `hopper.plan`, another run on one H100."""

@@ -4,21 +4,28 @@ Measured on one H100, 16 sequences of 8,192 cached tokens, FP8 pages of 16 token
 auto without this kernel; FA3 is FlashAttention-3, with a BF16 pool, and with an FP8 pool and q:
 
     query heads / KV heads × head dim    new tokens    Hopper    direct    auto    FA3 BF16    FA3 FP8
-    32/8 × 128                                   16       137       141     141         191        116
-                                                128       573       872     780         459        510
-                                                512     2,209     3,463   2,236       1,732      1,829
-    64/8 × 64                                    16       108       128     128         128        113
-                                                128       779       867     786         674        620
-                                                512     2,833     3,424   2,670       2,287      2,149
+    32/8 × 128                                   16       136       140     141         191        116
+                                                128       531       876     780         459        510
+                                                512     2,160     3,477   2,236       1,732      1,829
+    64/8 × 64                                    16       106       130     128         128        113
+                                                128       700       859     786         674        620
+                                                512     2,730     3,340   2,670       2,287      2,149
 
-Its error against float64 is 1.7e-3. 64 rows of a KV head, 16 tokens of 32/8 × 128, win 3 %: they stay with the direct
-kernel. Other forms were slower, in µs at 128 new tokens:
+Hopper and direct are one run; auto and FA3 are an earlier one on the same kind of GPU. The error against float64 is
+1.7e-3. 64 rows of a KV head, 16 tokens of 32/8 × 128, win 3 %: they stay with the direct kernel.
 
-    dim 128    tiles of 64 keys, Q in registers 594; turns 610; without overlap 639; one producer 791; 192 rows 925
-    dim 64     Q in registers 789; turns 788; 192 rows 816; two producers 868
-               at 16 new tokens: one producer 119; 64 rows 134; two producers without turns and polynomials 113
+Other forms were slower, in µs at 128 new tokens. At a time when the kernel took 560 with head dim 128 and 710 with 64:
 
-Not compiled without spills: 256 rows, 192 rows × 128 keys, three consumers with two producers.
+    dim 128    one producer 575; 208 and 48 registers 582, 192 and 64 624; polynomials for some of the powers 599
+    dim 64     depth 2 752 to 762; two producers 800 to 823
+
+and before the softmax was a tree:
+
+    dim 128    tiles of 64 keys, Q in registers 594; turns 610; without overlap 639; 192 rows 925
+    dim 64     Q in registers 789; turns 788; 192 rows 816
+
+Not compiled without spills: 256 rows, 192 rows × 128 keys, three consumers with two producers, three consumers with P
+in words. The softmax in two halves of the keys, with Q K issued ahead, makes ptxas run one `wgmma` after the other.
 """
 
 from __future__ import annotations

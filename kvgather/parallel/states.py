@@ -46,12 +46,12 @@ def merged(
     if choose_backend(backend, buffers.device) == "triton":
         merge: Callable[..., tuple[Tensor, Tensor | None]] = _kernels().merge_ranks
         return merge(buffers, form, ranks, sinks, want_lse)
-    out, lse = _merged_in_torch(buffers, form, ranks, sinks)
+    out, lse = merged_in_torch(buffers, form, ranks, sinks)
     return out, lse if want_lse else None
 
 
 @torch.no_grad()  # a model's sinks may be parameters
-def _merged_in_torch(buffers: Tensor, form: StateForm, ranks: int, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+def merged_in_torch(buffers: Tensor, form: StateForm, ranks: int, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     """The twin of `states_kernel.merge_ranks`."""
     outs, lses = form.views(buffers, ranks)
     out, lse = outs[0].float(), lses[0]
