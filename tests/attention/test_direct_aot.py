@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import re
 import subprocess
@@ -17,7 +16,7 @@ import torch
 
 from kvgather.device import fp8_in_hardware
 from kvgather.lab.assembly import width, widths
-from kvgather.lab.child import ROOT
+from kvgather.lab.child import environment
 from tests.attention._direct_assembly_child import Job
 
 pytestmark = pytest.mark.triton
@@ -38,13 +37,10 @@ SHARED = {"cuda:80": 166_912, "cuda:90": 232_448, "cuda:100": 232_448, "hip:gfx9
 
 def compile_in_a_child(jobs: Sequence[Job], folder: Path, timeout: float = 600) -> dict[Job, dict[str, Any]]:
     """What the launcher compiles for each of `jobs`; `folder` keeps Triton's cache."""
-    environment = dict(os.environ) | {
-        "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder),
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-    }  # fmt: skip
+    env = environment(TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(folder))
     child = subprocess.run(
         [sys.executable, "-P", "-m", "tests.attention._direct_assembly_child"],
-        input=pickle.dumps(list(jobs)), env=environment, capture_output=True, timeout=timeout,
+        input=pickle.dumps(list(jobs)), env=env, capture_output=True, timeout=timeout,
     )  # fmt: skip
     answers = [json.loads(line) for line in child.stdout.splitlines() if line.startswith(b"{")]
     assert len(answers) == len(jobs), child.stderr.decode(errors="replace")[-2000:]

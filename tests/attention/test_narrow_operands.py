@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvgather.lab.child import ROOT
+from kvgather.lab.child import environment
 from tests.attention.descriptors import disassembled, faults, tool, version_of
 
 pytestmark = pytest.mark.triton
@@ -29,13 +28,10 @@ WIDE, NARROW = 64, 32
 
 def child(folder: Path, *words: object) -> tuple[list[dict[str, Any]], str]:
     """The child's answers and its standard error, whatever became of it."""
-    environment = dict(os.environ) | {
-        "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder),
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-    }  # fmt: skip
+    env = environment(TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(folder))
     done = subprocess.run(
         [sys.executable, "-P", "-m", "tests.attention._narrow_operands_child", *map(str, words)],
-        env=environment, capture_output=True, text=True, timeout=300,
+        env=env, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert answers, done.stderr[-2000:]

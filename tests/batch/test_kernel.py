@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import kvgather as kg
 from kvgather.batch.contents import BatchTensors, Sizes
 from kvgather.batch.reference import batch_tensors, window_offsets
 from kvgather.device import has_gpu, interpreting
-from kvgather.lab.child import ROOT
+from kvgather.lab.child import environment
 from kvgather.lab.trace import trace
 from tests.where import on_each_device
 
@@ -167,12 +166,9 @@ def test_nothing_of_an_allocation_is_the_callers(where: str) -> None:
 
 @pytest.mark.triton
 def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path: Any) -> None:
-    environment = dict(os.environ) | {
-        "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path),
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-    }  # fmt: skip
+    env = environment(TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
     child = subprocess.run(
-        [sys.executable, "-P", "-m", "tests.batch._assembly_child"], env=environment, capture_output=True,
+        [sys.executable, "-P", "-m", "tests.batch._assembly_child"], env=env, capture_output=True,
         text=True, timeout=600,
     )  # fmt: skip
     assert child.returncode == 0, child.stderr[-2000:]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kvgather.lab.child import ROOT
+from kvgather.lab.child import environment
 
 triton = pytest.importorskip("triton")
 pytestmark = [
@@ -29,12 +28,9 @@ SHARED = 232_448
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     folder: Path = tmp_path_factory.mktemp("triton")
-    environment = dict(os.environ) | {
-        "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder),
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-    }  # fmt: skip
+    env = environment(TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(folder))
     command = [sys.executable, "-P", "-m", "tests.hopper._aot_child"]
-    child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    child = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     answers = [json.loads(line) for line in child.stdout.splitlines() if line.startswith("{")]
     assert len(answers) == len(SPILLED), child.stderr[-2000:]
     return {answer["form"]: answer for answer in answers}

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from kvgather.lab import before_fix, crash, faults
-from kvgather.lab.child import GRACE, ROOT, Ended
+from kvgather.lab.child import GRACE, ROOT, Ended, environment
 from kvgather.lab.crash import CASES, CrashError, Outcome
 
 pytestmark = pytest.mark.triton
@@ -151,8 +151,7 @@ crash.run_child("tests.lab.hanging", sys.argv[1], timeout=2)
 def test_a_child_whose_parent_was_killed_ends_itself(tmp_path):
     """The child ignores signals and hangs in compiled code, where no Python runs."""
     pid_file = tmp_path / "pid"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    parent = subprocess.Popen([sys.executable, "-c", ORPHAN, str(pid_file)], env=environment, stdout=subprocess.PIPE)
+    parent = subprocess.Popen([sys.executable, "-c", ORPHAN, str(pid_file)], env=environment(), stdout=subprocess.PIPE)
     with parent:
         deadline = time.monotonic() + 60
         while not (pid_file.exists() and pid_file.read_text().endswith("\n")) and time.monotonic() < deadline:
@@ -179,9 +178,9 @@ def test_a_path_that_is_not_ascii_keeps_the_line(tmp_path):
     code = (
         "from kvgather.lab import crash; o = crash.run('before/guarded/cpu'); print(o.kind, o.file, o.line, o.source)"
     )
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-P", "-c", code], env=environment | {"PYTHONPATH": str(clone)}, capture_output=True, text=True
+        [sys.executable, "-P", "-c", code], env=env | {"PYTHONPATH": str(clone)}, capture_output=True, text=True
     )
     line = Path(before_fix.__file__).read_text(encoding="utf-8").splitlines().index(f"        {LOAD}") + 1
     assert done.stdout.strip() == f"segfault kvgather/lab/before_fix.py {line} {LOAD}", done.stderr

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from kvgather import cli, files
+from kvgather.lab.child import environment
 from kvgather.workbook import checks, launch, progress
 from kvgather.workbook.chapter_map import chapter_map
 from kvgather.workbook.checks import check, exercise
 from kvgather.workbook.progress import ProgressError, note_solved, remember, solved
 from tests.workbook.test_chapters import BANNER, write
 
-ROOT = Path(__file__).resolve().parents[2]
 NAMES = ["08b.1", "08b.2", "08b.3"]
 
 
@@ -170,9 +170,9 @@ print(progress.note_solved("08b.1", ["08b.1"]))
 
 
 def run_child(code: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    env = environment(PYTHONDONTWRITEBYTECODE="1")
     command = [sys.executable, "-c", code]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60, **options)
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=60, **options)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="without a lock on Windows")
@@ -184,9 +184,9 @@ from kvgather.workbook.progress import remember
 for number in range(25):
     remember(Path(sys.argv[1]), f"{sys.argv[2]}.{number}")
 """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     children = [
-        subprocess.Popen([sys.executable, "-c", code, str(copy), name], env=environment) for name in ("01", "02", "03")
+        subprocess.Popen([sys.executable, "-c", code, str(copy), name], env=environment())
+        for name in ("01", "02", "03")
     ]
     assert [child.wait(60) for child in children] == [0, 0, 0]
     assert solved(copy) == {f"{name}.{number}" for name in ("01", "02", "03") for number in range(25)}
