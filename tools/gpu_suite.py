@@ -110,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("torch sees no GPU here; with --out FILE the tests run and are skipped", file=sys.stderr)
         return 2
     suite = Suite(options.log)
+    # Children of a killed test may still write into the folder.
     with tempfile.TemporaryDirectory(prefix="gpu_suite", ignore_cleanup_errors=True) as folder:
         work = Path(folder)
         tests, broken = collect(root, candidates(root, options.paths), work, options.limit)

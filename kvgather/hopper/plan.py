@@ -11,8 +11,9 @@ auto without this kernel; FA3 is FlashAttention-3, with a BF16 pool, and with an
                                                 128       700       859     786         674        620
                                                 512     2,730     3,340   2,670       2,287      2,149
 
-Hopper and direct are one run; auto and FA3 are an earlier one on the same kind of GPU. The error against float64 is
-1.7e-3. 64 rows of a KV head, 16 tokens of 32/8 × 128, win 3 %: they stay with the direct kernel.
+Hopper and direct are one run; auto and FA3 are an earlier one on the same kind of GPU, of `kvgather bench prefix
+--peers`, which times this kernel as auto where it is chosen. The error against float64 is 1.7e-3. 64 rows of a KV head,
+16 tokens of 32/8 × 128, win 3 %: they stay with the direct kernel.
 
 Other forms were slower, in µs at 128 new tokens. At a time when the kernel took 560 with head dim 128 and 710 with 64:
 

@@ -113,7 +113,8 @@ class ContextParallel:
 
         Raises:
             TypeError, ValueError: an argument is wrong; nothing was written, launched or sent.
-            RankError: the collective failed within the group's time-out; names the missing ranks.
+            RankError: the collective failed within the group's time-out; names the missing ranks. On GPUs the call
+                after it raises, and the group's operations have been aborted: further calls need a new group.
         """
         if not isinstance(batch, PrefixBatch):
             raise TypeError(f"batch is {described(batch)}; accepted: a PrefixBatch, from ContextParallel.batch(...)")

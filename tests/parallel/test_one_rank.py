@@ -76,6 +76,8 @@ class Watched:
         monkeypatch.setattr(module.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(self.ranks, "missing", lambda: {1: "hangs"})
         monkeypatch.setattr(self.ranks, "_timeout", TIMEOUT)
+        self.aborted: list[dist.ProcessGroup] = []
+        monkeypatch.setattr(dist.ProcessGroup, "abort", lambda group: self.aborted.append(group))
 
     def look(self) -> None:
         self.ranks._look_at_newest()
@@ -104,6 +106,7 @@ def test_a_collective_on_a_gpu_that_does_not_end_is_reported_once(
     with pytest.raises(RankError, match=said) as raised:
         watched.collective()
     assert raised.value.ranks == (1,)
+    assert watched.aborted == [watched.ranks.group]
 
 
 def test_a_collective_that_ended_is_asked_for_once(watched: Watched) -> None:
@@ -116,7 +119,7 @@ def test_a_collective_that_ended_is_asked_for_once(watched: Watched) -> None:
     watched.collective()
     watched.now += LATE * TIMEOUT + 1
     watched.look()
-    assert watched.event.queries == 2 and watched.ranks._late is not None
+    assert watched.event.queries == 2 and watched.ranks._late is not None and len(watched.aborted) == 1
 
 
 @pytest.mark.parametrize("when", ["before the event is recorded again", "while the thread queries it"])
@@ -131,7 +134,7 @@ def test_a_collective_after_a_pause_is_not_late(watched: Watched, when: str) -> 
         watched.event.finished = True
         watched.event.during = watched.look
         watched.ranks.started("a sum")
-    assert watched.ranks._late is None
+    assert watched.ranks._late is None and not watched.aborted
 
 
 def test_a_query_that_is_refused_does_not_end_the_thread(watched: Watched) -> None:
