@@ -29,7 +29,6 @@ class ContextParallel:
     can; with the variable TORCH_DISTRIBUTED_DEBUG=DETAIL, torch compares the shapes, and every rank raises.
 
     Attributes:
-        group: the group of the ranks.
         share: this rank's share of every sequence's pages.
         calls: how many calls used the group.
         bytes_received: bytes of the other ranks' states that these calls brought here.
@@ -53,10 +52,18 @@ class ContextParallel:
         group = dist.group.WORLD if group is None else group
         if not isinstance(group, dist.ProcessGroup):
             raise TypeError(f"group is {described(group)}; accepted: None, or a ProcessGroup that has this process")
-        self.group = group
         self._ranks = Ranks(group, f"context/{group.group_name}")
         self.share = Share(self._ranks.rank, self._ranks.size)
         self.calls = self.bytes_received = self.bytes_least = 0
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The group of the ranks.
+
+        Raises:
+            RuntimeError: after `close`.
+        """
+        return self._ranks.group
 
     def batch(self, block_table: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **sizes: Any) -> PrefixBatch:
         """`PrefixBatch.build` with this rank's share.
@@ -113,6 +120,7 @@ class ContextParallel:
 
         Raises:
             TypeError, ValueError: an argument is wrong; nothing was written, launched or sent.
+            RuntimeError: after `close`, unless the batch is attended locally; nothing was written, launched or sent.
             RankError: the collective failed within the group's time-out; names the missing ranks. On GPUs the call
                 after it raises, and the group's operations have been aborted: further calls need a new group.
         """
@@ -124,13 +132,14 @@ class ContextParallel:
             )
         if batch.share != self.share:
             raise ValueError(f"batch has the share {batch.share}; accepted: {self.share}, that of this rank")
+        group = self.group
         exchange = Exchange(self.share, batch.device)
         partial_state(q, k_new, v_new, cache, batch, softmax_scale, sinks, window, workspace_tokens, path, exchange)
         wire = exchange.wire
         if wire.received == 0:  # no rows
             out, lse = exchange.own(wire.form[:3], wire.form.dtype)
             return (out, lse) if return_lse else out
-        exchange.gather(self.group, self._ranks)
+        exchange.gather(group, self._ranks)
         self.calls += 1
         self.bytes_received += wire.received
         self.bytes_least += wire.least
@@ -142,5 +151,8 @@ class ContextParallel:
         return result, merged_lse
 
     def close(self) -> None:
-        """Stop the thread that tells the other ranks that this one lives."""
+        """Stop the thread that tells the other ranks that this one lives, and forget the group.
+
+        Call it before `torch.distributed.destroy_process_group`: a group ends with the last reference to it.
+        """
         self._ranks.close()

@@ -50,13 +50,13 @@ class Ranks:
     """The ranks of a group, and what is known of each.
 
     Attributes:
-        group: the group.
-        rank, size: this process in it, and how many there are.
+        rank, size: this process in the group, and how many there are.
         entered: collectives that this rank has entered.
     """
 
     def __init__(self, group: dist.ProcessGroup, name: str) -> None:
-        self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
+        self._group: dist.ProcessGroup | None = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.entered = 0
         self._beats = 0
         self._timeout = _timeout_of(group)
@@ -73,14 +73,30 @@ class Ranks:
             self._write()
             self._thread = threading.Thread(target=self._beat, name="kvgather ranks", daemon=True)
             self._thread.start()
-            atexit.register(self.close)  # a thread that still talks to the store would abort the interpreter's end
+        atexit.register(self.close)
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The group.
+
+        Raises:
+            RuntimeError: after `close`.
+        """
+        if self._group is None:
+            raise RuntimeError("this ContextParallel is closed; accepted: calls before close()")
+        return self._group
 
     def close(self) -> None:
-        """Stop the thread. The other ranks take this one for dead from then on."""
+        """Stop the thread, and forget the group. The other ranks take this one for dead from then on.
+
+        Both must happen before the interpreter ends: a thread that then talks to the store, or one of the group's that
+        then frees a collective's tensors, aborts the process. The group's threads end with the last reference to it.
+        """
         self._ended.set()
         if self.size > 1:
             self._thread.join(5)
-            atexit.unregister(self.close)
+        self._group = None
+        atexit.unregister(self.close)
 
     def enter(self, what: str, collective: Callable[..., object], *arguments: object) -> None:
         """Run a collective, and turn its failure into an error that names the missing ranks.

@@ -14,7 +14,7 @@ from kvgather.bench.ranks import turns
 from kvgather.bench.ranks.inputs import PAGES_AT_ONCE, Pools, build_pools
 from kvgather.cases.context import ContextCase
 from kvgather.parallel import ContextParallel
-from tests.parallel.gloo import join, leave
+from tests.parallel.gloo import finish, join, leave
 
 CPU = torch.device("cpu")
 CASE = ContextCase(100, 2)
@@ -41,11 +41,16 @@ def wrong_lse(pools: Pools, rank: int) -> None:
         scale.mul_(1.01)
 
 
+def timed(*_: Any, **__: Any) -> None:
+    """In place of the timing. No mock: it would keep the calls, and with them the group, until the interpreter ends."""
+    raise AssertionError("timed")
+
+
 def refused(attend: ContextParallel, change: Any) -> str:
     """What `measure` raises with changed pools; it must not time them."""
     pools = build_pools(CASE.context, CASE.new, attend.share, CPU)
     change(pools, attend.share.rank)
-    with mock.patch.object(parallel, "time_on_ranks", side_effect=AssertionError("timed")):
+    with mock.patch.object(parallel, "time_on_ranks", timed):
         try:
             parallel.measure(CASE, attend, pools, CPU)
         except (ArithmeticError, AssertionError) as error:
@@ -101,9 +106,7 @@ def main() -> None:
     said["same pages"] = same_pages(attend)
     said["turns"] = in_turns(rank)
     leave(folder, rank, said)
-    dist.barrier()
-    attend.close()
-    dist.destroy_process_group()
+    finish(attend)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from kvgather.batch.share import Share
 from kvgather.cases import sinks_of
 from kvgather.parallel import ContextParallel, RankError
 from tests.attention.batches import setup
-from tests.parallel.gloo import join, leave
+from tests.parallel.gloo import finish, join, leave
 from tests.parallel.pools import distribute, local_pool
 
 
@@ -128,7 +128,7 @@ def what_no_rank_sees(attend: ContextParallel) -> bool:
 
 
 def two_of_one_group(attend: ContextParallel) -> list[Any]:
-    """Both are used unequally often; none takes the other's ranks for missing."""
+    """Both are used unequally often; none takes the other's ranks for missing. One is closed: what its call raises."""
     other, ready = ContextParallel(), Ready(attend, [1, 2], [13, 30])
     for _ in range(3):
         ready()
@@ -138,7 +138,13 @@ def two_of_one_group(attend: ContextParallel) -> list[Any]:
     missing = [list(each._ranks.missing()) for each in (attend, other)]
     dist.barrier()
     other.close()
-    return missing
+    closed = Ready(other, [1, 2], [13, 30])
+    before = closed.pool.key_cache.clone()
+    try:
+        closed()
+    except RuntimeError as error:
+        said = str(error)
+    return [*missing, said, torch.equal(before, closed.pool.key_cache)]
 
 
 def part_of_the_group(attend: ContextParallel) -> str:
@@ -181,9 +187,7 @@ def main() -> None:
     compared = "TORCH_DISTRIBUTED_DEBUG" in os.environ
     said = {each.__name__: each(attend) for each in (WITH_SHAPES_COMPARED if compared else ALL)}
     leave(folder, rank, said)
-    dist.barrier()
-    attend.close()
-    dist.destroy_process_group()
+    finish(attend)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from kvgather.formats.layout import LAYOUTS
 from kvgather.formats.scale import KINDS
 from kvgather.parallel import ContextParallel
 from tests.attention.batches import setup
-from tests.parallel.gloo import DEVICE, join, leave
+from tests.parallel.gloo import DEVICE, finish, join, leave
 from tests.parallel.pools import distribute, local_pool, pages, parts
 
 MIXES: dict[str, tuple[list[int], list[int]]] = {  # new tokens, cached tokens
@@ -156,9 +156,7 @@ def main() -> None:
             leave(folder, rank, said)
             raise
     leave(folder, rank, said)
-    dist.barrier()
-    attend.close()
-    dist.destroy_process_group()
+    finish(attend)
 
 
 if __name__ == "__main__":

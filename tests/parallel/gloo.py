@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvgather.lab.child import environment
+
+if TYPE_CHECKING:
+    from kvgather.parallel import ContextParallel
 
 DEVICE = os.environ.get("RANKS_ON", "cpu")
 """Of the ranks: "cpu", with gloo, or "cuda", with NCCL and one GPU each."""
@@ -96,6 +101,32 @@ def join(seconds: float = 60.0) -> tuple[Path, int, int]:
         timeout=timedelta(seconds=seconds), device_id=device,
     )  # fmt: skip
     return folder, rank, size
+
+
+def finish(attend: ContextParallel) -> None:
+    """End the group of `join`: close its last user, which must leave it nothing that keeps its threads alive.
+
+    A thread of gloo that frees a collective's tensors while the interpreter ends aborts the process: a rare failure,
+    and therefore the threads themselves are looked for.
+    """
+    import torch.distributed as dist
+
+    dist.barrier()
+    attend.close()
+    dist.destroy_process_group()
+    until = time.monotonic() + 10  # a thread that has been joined stays in the list for a moment
+    while threads := [name for name in _threads() if "gloo" in name]:
+        assert time.monotonic() < until, threads
+        time.sleep(0.01)
+
+
+def _threads() -> list[str]:
+    """The names of this process's threads; none but on Linux."""
+    names = []
+    for thread in Path("/proc/self/task").glob("*"):
+        with contextlib.suppress(OSError):  # it has ended
+            names.append((thread / "comm").read_text().strip())
+    return names
 
 
 def leave(folder: Path, rank: int, said: Any) -> None:
