@@ -30,12 +30,16 @@ SECONDS_A_TEST = {
     "tests/attention/test_max_q.py": 2.3,
     "tests/attention/test_prefix.py": 4.7,
     "tests/attention/test_prefix_gpu.py": 14.0,
+    "tests/attention/test_share.py": 8.0,
     "tests/bench/test_prefix.py": 3.0,
     "tests/gather/test_kernel.py": 0.7,
     "tests/gather/test_ops.py": 3.0,
     "tests/gather/test_properties.py": 5.7,
     "tests/gather/test_sanitizer.py": 12.8,
+    "tests/hopper/test_gpu.py": 12.0,
     "tests/lab/test_crash.py": 8.1,
+    "tests/parallel/test_ranks_gpu.py": 50.0,
+    "tests/parallel/test_tensor_parallel_gpu.py": 40.0,
     "tests/scatter/test_kernel.py": 0.3,
 }
 """Mean seconds of a test with 16 processes on an H100, mostly compilation; files not listed take `USUAL`."""
