@@ -1,6 +1,7 @@
 """The README's example gives the README's output, and its figures are the committed rows'."""
 
 import contextlib
+import csv
 import io
 import json
 import re
@@ -48,18 +49,26 @@ def test_the_figures_of_several_gpus_are_the_measured_ones() -> None:
     }
     time = r"([\d.,]+) (µs|ms)"
     cell = rf"{time} \((\d+) %(?: of the ideal)?\) \|"
-    told = re.findall(rf"\| (\d+), ([\d,]+) \| {time} \| {cell} {cell}", README)
+    told = re.findall(rf"\| (\d+), ([\d,]+) \| {time} \| {cell} {time} \| {cell}", README)
     assert len(told) == 3
     for new, context, *figures in told:
         key = int(context.replace(",", "")), int(new)
-        alone = measured[2][*key, "one GPU"]
-        expected = list(_as_told(alone.graph_us, figures[1]))
-        for ranks in (2, 4):
-            row = measured[ranks][*key, "context parallel"]
+        expected: list[str] = []
+        for ranks, units in ((2, figures[1:4:2]), (4, figures[6:9:2])):
+            alone, row = (measured[ranks][*key, what] for what in ("one GPU", "context parallel"))
             assert row.efficiency_graph is not None
-            unit = figures[3 if ranks == 2 else 6]
-            expected += [*_as_told(row.graph_us, unit), f"{100 * row.efficiency_graph:.0f}"]
+            expected += _as_told(alone.graph_us, units[0])
+            expected += [*_as_told(row.graph_us, units[1]), f"{100 * row.efficiency_graph:.0f}"]
         assert figures == expected, (new, context)
+
+
+def test_the_figures_of_the_replay_on_ranks_are_the_measured_ones() -> None:
+    rows = {row["ranks"]: row for row in csv.DictReader((RESULTS / "serving_h200.csv").read_text().splitlines())}
+    ranks = [rows[count] for count in ("1", "2", "4")]
+    speeds = [f"{float(row['decode_per_s']):,.0f}" for row in ranks]
+    sizes = [f"{int(row['peak_memory']) / 2**30:.0f}" for row in ranks]
+    assert f"decode {speeds[0]}, {speeds[1]} and {speeds[2]} tokens per second on 1, 2 and 4 H200s" in README
+    assert f"take {sizes[0]}, {sizes[1]} and {sizes[2]} GiB of each" in README
 
 
 def _as_told(microseconds: float | None, unit: str) -> tuple[str, str]:

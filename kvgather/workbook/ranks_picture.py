@@ -107,6 +107,8 @@ class MergedRow:
 def merge_picture(rows: Mapping[str, MergedRow]) -> Figure:
     """A panel for each row: the weights of the ranks and the sink as one bar, above the outputs as colored strips.
 
+    Green is positive, purple negative, white 0, by one scale for all strips.
+
     Args:
         rows: by title.
     """
@@ -126,7 +128,7 @@ def merge_picture(rows: Mapping[str, MergedRow]) -> Figure:
         bar.set_xticks([0, 0.5, 1], ["0", "50%", "100%"], fontsize=8)
         picture: Any = {"cmap": "PRGn", "vmin": -top, "vmax": top, "aspect": "auto", "interpolation": "nearest"}
         values = [*row.outs.tolist(), row.out.tolist()]
-        strips.imshow(values, **picture)
+        image = strips.imshow(values, **picture)
         names = [f"rank {rank} × {weight:.2f}" for rank, weight in enumerate(row.weights)]
         strips.set_yticks(range(ranks + 1), [*names, "merged"], fontsize=9)
         strips.axhline(ranks - 0.5, color=INK, linewidth=1.2)
@@ -135,6 +137,7 @@ def merge_picture(rows: Mapping[str, MergedRow]) -> Figure:
         strips.set_xticks([0, len(values[0]) - 1])
         strips.tick_params(length=0)
         strips.set_xlabel("dim")
+    drawing.colorbar(image, ax=list(grid[1]), label="output", pad=0.01)
     handles = [*colors.items(), ("sink", SINK)]
     patches = [_patch(color, name == "sink") for name, color in handles]
     drawing.legend(patches, [name for name, _ in handles], loc="outside upper left", ncols=ranks + 1, fontsize=9)

@@ -26,7 +26,8 @@ class Scaled:
         ranks, context, new: numbers of GPUs, cached tokens and new tokens.
         us: time of one call on all GPUs, in µs: in a CUDA graph, or eagerly where there is no graph.
         eager_us: time of one eager call, with the host's part; None if it was not measured.
-        one_us: time on one GPU that has the whole context, measured in the same way; None if it was not.
+        one_us: time on one GPU that has the whole context, measured beside `us` in the same way; None if it was not.
+        one_eager_us: as `one_us`, of one eager call.
         received, least: bytes that one call brings to a GPU, and that it has to bring at least.
         layer: heads, layout and scale of the layer, such as 64q8x64-NHD-per-tensor.
         device: name of the GPUs.
@@ -39,6 +40,7 @@ class Scaled:
     us: float
     eager_us: float | None
     one_us: float | None
+    one_eager_us: float | None
     received: int
     least: int
     layer: str
@@ -80,11 +82,12 @@ def _scaled(row: rows.Row, alone: rows.Row | None) -> Scaled:
     """A case from its own row, and that of one GPU."""
     in_graph = row.graph_us is not None
     us = row.graph_us if in_graph else row.eager_us
-    one_us = None if alone is None else alone.graph_us if in_graph else alone.eager_us
+    one_eager_us = None if alone is None else alone.eager_us
+    one_us = alone.graph_us if alone is not None and in_graph else one_eager_us
     assert us is not None and row.bytes_received is not None and row.bytes_least is not None
     about = f"{'in a CUDA graph' if in_graph else 'eager'}, {row.link}, torch {row.torch}, NCCL {row.nccl}, {row.date}"
     return Scaled(
-        row.ranks, row.context, row.new, us, row.eager_us, one_us, row.bytes_received, row.bytes_least,
+        row.ranks, row.context, row.new, us, row.eager_us, one_us, one_eager_us, row.bytes_received, row.bytes_least,
         row.case.partition("-1seqs")[0], row.device, about,
     )  # fmt: skip
 
@@ -92,8 +95,8 @@ def _scaled(row: rows.Row, alone: rows.Row | None) -> Scaled:
 def scaling_picture(measured: Sequence[Scaled]) -> Figure:
     """Above, time against the number of GPUs; below, efficiency. A column for each number of new tokens.
 
-    A line for each context begins at one GPU, if it was measured there; the dashed line is the ideal. One GPU's time is
-    the mean of those in the files.
+    A line for each context begins at one GPU, if it was measured there. One GPU is measured again beside each number of
+    GPUs: all these times are drawn, and a dashed line goes from each to its ideal.
 
     Args:
         measured: cases of one device.
@@ -110,12 +113,13 @@ def scaling_picture(measured: Sequence[Scaled]) -> Figure:
         for place, context in enumerate(contexts):
             cases = [case for case in measured if case.new == new and case.context == context]
             style = {"color": PALETTE[place % len(PALETTE)], "marker": MARKS[place % len(MARKS)], "markersize": 5.0}
-            alone = [case.one_us for case in cases if case.one_us is not None]
             points = [(case.ranks, case.us) for case in cases]
+            alone = [(case.ranks, case.one_us, case.ideal_us) for case in cases if case.one_us is not None]
+            for ranks, one_us, ideal_us in alone:
+                time.plot([1, ranks], [one_us, ideal_us], color=INK, linewidth=1.0, linestyle="--")
             if alone:
-                mean = sum(alone) / len(alone)
-                points = [(1, mean), *points]
-                time.plot(counts, [mean / count for count in counts], color=INK, linewidth=1.0, linestyle="--")
+                points = [(1, alone[0][1]), *points]
+                time.plot([1] * len(alone), [one_us for _, one_us, _ in alone], linestyle="", **style)
             if points:
                 time.plot(*zip(*points, strict=True), **style)
             shares = [(case.ranks, case.efficiency) for case in cases if case.efficiency is not None]
@@ -148,7 +152,7 @@ def scaling_alt(measured: Sequence[Scaled]) -> str:
     shares = [case for case in measured if case.efficiency is not None]
     text = (
         f"Time and efficiency against the number of GPUs, for {len({case.new for case in measured})} numbers of new "
-        f"tokens and {len({case.context for case in measured})} contexts, with the ideal as a dashed line."
+        f"tokens and {len({case.context for case in measured})} contexts, with the ideals as dashed lines."
     )
     if not shares:
         return text

@@ -53,10 +53,11 @@ def test_pages_picture_colors_pages_by_rank_also_of_a_short_sequence() -> None:
 
 def test_merge_picture_has_a_bar_of_all_weights_and_a_strip_for_each_rank() -> None:
     row = MergedRow([0.5, 0.0], 0.5, torch.tensor([[1.0, -2.0], [0.0, 0.0]]), torch.tensor([0.5, -1.0]))
-    bar, strips = merge_picture({"one": row}).axes
+    bar, strips, scale = merge_picture({"one": row}).axes
     assert [patch.get_width() for patch in bar.patches if isinstance(patch, Rectangle)] == [0.5, 0.0, 0.5]
     assert strips.images[0].get_array().tolist() == [[1.0, -2.0], [0.0, 0.0], [0.5, -1.0]]
     assert [label.get_text() for label in strips.get_yticklabels()] == ["rank 0 × 0.50", "rank 1 × 0.00", "merged"]
+    assert scale.get_ylabel() == "output" and scale.get_ylim() == (-2.0, 2.0)
 
 
 def test_the_trusting_gather_is_right_with_its_own_scale() -> None:
@@ -99,7 +100,7 @@ def test_scaling_is_read_from_all_files(folder: Path) -> None:
     assert found[0].layer == "8q2x64-NHD-none" and found[0].device == "GPU"
     assert found[0].about == "in a CUDA graph, NVLink, torch 2.0, NCCL 2.1, 2026-01-01"
     assert found[2].about == "eager, NVLink, torch 2.0, NCCL 2.1, 2026-01-01"
-    assert [case.eager_us for case in found] == [90.0, 60.0, 700.0]
+    assert [(case.eager_us, case.one_eager_us) for case in found] == [(90.0, 100.0), (60.0, 100.0), (700.0, None)]
     assert (found[0].received, found[0].least) == (100, 90)
     assert read_scaling(folder, "other_*.csv") == []
 
@@ -109,7 +110,8 @@ def test_scaling_picture_has_a_line_for_each_context_and_the_ideal(folder: Path)
     drawing = scaling_picture(found)
     time, share = drawing.axes
     lines = [list(zip(*map(list, line.get_data()), strict=True)) for line in time.lines]
-    assert lines == [[(1, 82.0), (2, 41.0), (4, 20.5)], [(1, 82.0), (2, 50.0), (4, 30.0)], [(2, 700.0)]]
+    ideals = [[(1, 80.0), (2, 40.0)], [(1, 84.0), (4, 21.0)]]
+    assert lines == [*ideals, [(1, 80.0), (1, 84.0)], [(1, 80.0), (2, 50.0), (4, 30.0)], [(2, 700.0)]]
     assert list(share.lines[0].get_ydata()) == [0.8, 0.7]
     assert png(drawing).startswith(b"\x89PNG")
     assert scaling_alt(found).endswith(

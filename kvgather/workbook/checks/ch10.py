@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvgather.attention.merge import apply_sinks, merge_states
 from kvgather.batch.share import Share
 from kvgather.parallel.form import StateForm
 from kvgather.parallel.heads import heads_of, scale_of_heads
@@ -48,13 +49,22 @@ def place(answer: Callable[..., Any]) -> None:
             assert Share(rank, ranks).held(position + 1, page) == Share(rank, ranks).held(position, page) + 1
 
 
-@exercise("10.3", correct="every rank by its own denominator, the sink once, and a rank without keys not at all")
+@exercise(
+    "10.3",
+    correct="every rank by its own denominator, the sink once, a rank without keys not at all; a lost row stays NaN",
+)
 def merge_ranks(answer: Callable[..., Any]) -> None:
     generator = torch.Generator().manual_seed(0)
     sinks = torch.tensor([0.5, -1.0])
 
     def state(lse: float, second: float) -> State:
         return torch.randn(HEADS, DIM, generator=generator), torch.tensor([lse, second])
+
+    def lost(lse: float) -> State:
+        """A rank whose first head saw a NaN, with a log-sum-exp that shows it, or not."""
+        out, lses = state(lse, 0.0)
+        out[0] = NAN
+        return out, lses
 
     empty = (torch.full((HEADS, DIM), NAN), torch.full((HEADS,), -math.inf))
     cases = {
@@ -64,12 +74,16 @@ def merge_ranks(answer: Callable[..., Any]) -> None:
         "two ranks, lse 200 and 199": [state(200.0, 150.0), state(199.0, 151.0)],
         "three ranks, rank 1 without keys": [state(1.0, 2.0), empty, state(0.0, 1.0)],
         "two ranks, both without keys": [empty, empty],
+        "two ranks, rank 0 saw a NaN": [lost(1.0), state(2.0, -1.0)],
+        "two ranks, rank 1 saw a NaN, and its lse is NaN": [state(2.0, -1.0), lost(NAN)],
     }
     for name, states in cases.items():
         outs, lses = (torch.stack(parts) for parts in zip(*states, strict=True))
-        total = torch.cat([lses, sinks[None]]).logsumexp(0)
-        weights = (lses - total).exp()[..., None]
-        expected = torch.where(weights > 0, weights * outs, 0).sum(0), total
+        one_row = [(out[None], lse[None]) for out, lse in states]
+        total = one_row[0]
+        for following in one_row[1:]:
+            total = merge_states(*total, *following)
+        expected = [part[0] for part in apply_sinks(*total, sinks)]
         got = pair(name, answer(outs.clone(), lses.clone(), sinks.clone()))
         for tensor, right, actual in zip(("out", "lse"), expected, got, strict=True):
             expect(right, actual, f"{tensor}, {name}", tolerance=1e-5)

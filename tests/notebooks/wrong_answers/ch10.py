@@ -87,6 +87,20 @@ WRONG = {
             + "    return ((lses - lse).exp()[..., None] * outs).sum(0), lse\n",
             "out, three ranks, rank 1 without keys: answer[0, 0]: expected",
         ),
+        # a NaN that was seen becomes 0
+        (
+            MERGE
+            + "    lse = torch.cat([lses, sinks[None]]).logsumexp(0)\n"
+            + "    return ((lses - lse).exp()[..., None] * outs.nan_to_num()).sum(0), lse\n",
+            "out, two ranks, rank 0 saw a NaN: answer[0, 0]: expected nan",
+        ),
+        (
+            MERGE
+            + "    lse = torch.cat([lses, sinks[None]]).logsumexp(0)\n"
+            + "    weights = (lses - lse).exp()[..., None]\n"
+            + "    return torch.where(weights > 0, weights * outs, 0).sum(0), lse\n",
+            "out, two ranks, rank 1 saw a NaN, and its lse is NaN: answer[0, 0]: expected nan",
+        ),
         # the sink in the log-sum-exp alone
         (
             MERGE
