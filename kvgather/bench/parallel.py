@@ -89,23 +89,22 @@ def run(
     selected = [case for case in known if only in case.name]
     if not selected:
         raise ValueError(f"--case is {only!r}; accepted: part of one of {', '.join(case.name for case in known)}")
-    attend = ContextParallel()
     rows: list[Row] = []
     pools: Pools | None = None
     context = -1
-    for case in selected if progress is None else progress(selected):
-        if case.context != context or pools is None:
-            pools = None  # frees the memory of the context before
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-            context = case.context
-            check_memory(context, max(new), device)
-            pools = build_pools(context, max(new), attend.share, device)
-        measured = measure(case, attend, pools, device, seconds=seconds)
-        if keep is not None:
-            keep(measured)
-        rows += measured
-    attend.close()
+    with ContextParallel() as attend:
+        for case in selected if progress is None else progress(selected):
+            if case.context != context or pools is None:
+                pools = None  # frees the memory of the context before
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+                context = case.context
+                check_memory(context, max(new), device)
+                pools = build_pools(context, max(new), attend.share, device)
+            measured = measure(case, attend, pools, device, seconds=seconds)
+            if keep is not None:
+                keep(measured)
+            rows += measured
     return rows
 
 

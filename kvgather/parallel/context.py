@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Any, Literal, Self, overload
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -28,6 +29,8 @@ class ContextParallel:
     refused is a call that this rank has not made. Calls of different shapes can give wrong rows, as any collective's
     can; with the variable TORCH_DISTRIBUTED_DEBUG=DETAIL, torch compares the shapes, and every rank raises.
 
+    Replays of a CUDA graph are not watched: if a rank is missing, they wait as long as the back end does.
+
     Attributes:
         share: this rank's share of every sequence's pages.
         calls: how many calls used the group.
@@ -36,9 +39,9 @@ class ContextParallel:
 
     Example, on each of the ranks that `torchrun` started:
 
-        attend = ContextParallel(dist.group.WORLD)
-        batch = attend.batch(block_table, cu_seqlens_q, cu_seqlens_k, page_size=16, num_blocks=1024)
-        out = attend(q, k_new, v_new, cache, batch, sinks=sinks)
+        with ContextParallel(dist.group.WORLD) as attend:
+            batch = attend.batch(block_table, cu_seqlens_q, cu_seqlens_k, page_size=16, num_blocks=1024)
+            out = attend(q, k_new, v_new, cache, batch, sinks=sinks)
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -133,6 +136,7 @@ class ContextParallel:
         if batch.share != self.share:
             raise ValueError(f"batch has the share {batch.share}; accepted: {self.share}, that of this rank")
         group = self.group
+        _check_current(batch.device)
         exchange = Exchange(self.share, batch.device)
         partial_state(q, k_new, v_new, cache, batch, softmax_scale, sinks, window, workspace_tokens, path, exchange)
         wire = exchange.wire
@@ -150,9 +154,24 @@ class ContextParallel:
         assert merged_lse is not None
         return result, merged_lse
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Stop the thread that tells the other ranks that this one lives, and forget the group.
 
         Call it before `torch.distributed.destroy_process_group`: a group ends with the last reference to it.
         """
         self._ranks.close()
+
+
+def _check_current(device: torch.device) -> None:
+    """Refuse a GPU that is not the current one: the back end's collective, and the watch over it, are on that."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        raise ValueError(
+            f"batch is on {device}, and the current GPU is {torch.cuda.current_device()}; accepted: a batch on the GPU "
+            "that torch.cuda.set_device made this rank's"
+        )

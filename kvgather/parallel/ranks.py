@@ -5,14 +5,18 @@ therefore has a thread that writes two numbers to the store of the group once in
 how many collectives it has entered. A rank whose first number stands still is dead; one whose second number is behind
 hangs before the collective.
 
-A collective on a GPU does not raise: it waits there, and the host goes on. The thread therefore also looks whether the
+A collective on a GPU does not raise: it waits there, and the host goes on. Another thread therefore looks whether the
 newest one has finished. If not after most of the time-out, it writes who is missing to stderr and aborts the group's
 operations, so that the GPU waits no longer; the next call raises.
+
+The store may stop to answer, and then it blocks who asks. Whoever waits for it is therefore a thread that does nothing
+else, and nobody waits for that thread without a bound.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import sys
 import threading
 import time
@@ -30,6 +34,8 @@ BEAT = 0.5
 """Seconds between two messages of a rank; less for a group with a short time-out."""
 MISSED = 4
 """Beats without news after which a rank counts as dead."""
+ANSWER = 5.0
+"""Seconds in which the store has to answer; less for a group with a short time-out."""
 _MADE: Counter[str] = Counter()
 """How many `Ranks` of a name this process has made: several of one group must not write to the same keys."""
 
@@ -45,6 +51,10 @@ class RankError(RuntimeError):
         super().__init__(message)
         self.ranks = ranks
 
+    def __reduce__(self) -> tuple[type[RankError], tuple[str, tuple[int, ...]]]:
+        """Pickled with the ranks, as a pool of processes sends it."""
+        return type(self), (str(self), self.ranks)
+
 
 class Ranks:
     """The ranks of a group, and what is known of each.
@@ -56,6 +66,7 @@ class Ranks:
 
     def __init__(self, group: dist.ProcessGroup, name: str) -> None:
         self._group: dist.ProcessGroup | None = group
+        self._group_store: Any = None
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.entered = 0
         self._beats = 0
@@ -65,14 +76,15 @@ class Ranks:
         self._over: object = None  # the newest collective that was seen to have finished
         self._late: RankError | None = None
         self._ended = threading.Event()
+        self._threads: list[threading.Thread] = []
         if self.size > 1:
-            # A connection of its own: a thread that waits on the store would hold up this one.
-            store: Any = group.get_group_store()
             _MADE[name] += 1
-            self._store = distributed_c10d.PrefixStore(f"kvgather/{name}/{_MADE[name]}", store.clone())
-            self._write()
-            self._thread = threading.Thread(target=self._beat, name="kvgather ranks", daemon=True)
-            self._thread.start()
+            self._prefix = f"kvgather/{name}/{_MADE[name]}"
+            self._group_store = group.get_group_store()
+            self._write(self._store())
+            self._start(self._beat)
+            if dist.get_backend(group) != "gloo":
+                self._start(self._watch)
         atexit.register(self.close)
 
     @property
@@ -87,16 +99,29 @@ class Ranks:
         return self._group
 
     def close(self) -> None:
-        """Stop the thread, and forget the group. The other ranks take this one for dead from then on.
+        """Stop the threads, and forget the group. The other ranks take this one for dead from then on.
 
         Both must happen before the interpreter ends: a thread that then talks to the store, or one of the group's that
         then frees a collective's tensors, aborts the process. The group's threads end with the last reference to it.
         """
         self._ended.set()
-        if self.size > 1:
-            self._thread.join(5)
-        self._group = None
+        end = time.monotonic() + ANSWER
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
+        self._threads.clear()
+        self._group = self._group_store = None
         atexit.unregister(self.close)
+
+    def _start(self, target: Callable[[], object]) -> None:
+        thread = threading.Thread(target=target, name="kvgather ranks", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _store(self) -> Any:
+        """A connection to the store, for one thread: a thread that waits on the store holds up others that share it."""
+        if (store := self._group_store) is None:
+            raise RuntimeError("closed")
+        return distributed_c10d.PrefixStore(self._prefix, store.clone())
 
     def enter(self, what: str, collective: Callable[..., object], *arguments: object) -> None:
         """Run a collective, and turn its failure into an error that names the missing ranks.
@@ -131,69 +156,94 @@ class Ranks:
         newest = self._newest
         if newest is None or newest is self._over or self._late is not None:
             return
-        event, since, what = newest
+        _, since, what = newest
         seconds = time.monotonic() - since
-        # At most one query of each event, and a late one: it would end a CUDA graph's capture in another thread.
-        if seconds < LATE * self._timeout:
+        # A late query, and few of them: each would end a CUDA graph's capture in another thread.
+        if seconds < LATE * self._timeout or not self._unfinished(newest):
             return
+        late = self._named(what, RuntimeError(f"it has not ended after {seconds:.0f} s"))
+        if self._unfinished(newest):  # still, after the time that it took to ask the others
+            self._late = late
+            sys.stderr.write(f"kvgather: {late}\n")
+            with contextlib.suppress(RuntimeError):  # closed meanwhile, or nothing is left to abort
+                self.group.abort()  # the GPU would wait for ever, and with it a host that synchronizes
+
+    def _unfinished(self, newest: tuple[torch.Event, float, str]) -> bool:
+        """Whether a collective is the newest one, and has not finished."""
+        event, _, what = newest
         try:
-            over = event.query()
+            if event.query():
+                self._over = newest
+                return False
         except RuntimeError:  # a capture, or a GPU that has failed, of which the host's next call hears
-            return
-        if over:
-            self._over = newest
-        elif self._newest is newest:  # the same event has not been recorded again
-            self._late = self._named(what, RuntimeError(f"it has not ended after {seconds:.0f} s"))
-            sys.stderr.write(f"kvgather: {self._late}\n")
-            self.group.abort()  # the GPU would wait for ever, and with it a host that synchronizes
+            if self._newest is newest:
+                self._newest = event, time.monotonic(), what  # asked again after as long a wait
+            return False
+        return self._newest is newest  # else the event has been recorded again
 
     def _named(self, what: str, error: RuntimeError) -> RankError:
         said = str(error).strip().splitlines()[0]
         missing = self.missing()
         if missing:
             who = "; ".join(f"rank {rank} {state}" for rank, state in missing.items())
+        elif missing is None:
+            who = "the group's store does not answer, and so the process that holds it has died or hangs"
         else:
             who = "every rank answers, and has entered this collective"
-        return RankError(f"rank {self.rank}: {what} of {self.size} ranks failed: {who}. {said}", tuple(missing))
+        return RankError(f"rank {self.rank}: {what} of {self.size} ranks failed: {who}. {said}", tuple(missing or ()))
 
-    def missing(self) -> dict[int, str]:
-        """What is wrong with each rank that is missing; takes a few beats."""
-        try:
-            before = [self._read(rank) for rank in range(self.size)]
-            for _ in range(MISSED):
-                self._write()  # this may run in the thread that writes otherwise
-                self._ended.wait(self._seconds)
-            after = [self._read(rank) for rank in range(self.size)]
-        except (RuntimeError, dist.DistError):
-            return {0: "does not answer: it, or the process that started the ranks, held the store and has died"}
+    def missing(self) -> dict[int, str] | None:
+        """What is wrong with each rank that is missing; None if the store does not answer. Takes a few beats."""
+        found: list[dict[int, str]] = []
+
+        def ask() -> None:
+            with contextlib.suppress(RuntimeError, dist.DistError):
+                found.append(self._ask())
+
+        asking = threading.Thread(target=ask, name="kvgather asks", daemon=True)
+        asking.start()
+        asking.join(MISSED * self._seconds + min(ANSWER, self._timeout / 4))
+        return found[0] if found else None
+
+    def _ask(self) -> dict[int, str]:
+        store = self._store()
+        before = [_read(store, rank) for rank in range(self.size)]
+        self._ended.wait(MISSED * self._seconds)
+        after = [_read(store, rank) for rank in range(self.size)]
         missing = {}
         for rank, (old, new) in enumerate(zip(before, after, strict=True)):
             if rank == self.rank:
                 continue
-            if new is None or old == new:
-                missing[rank] = "has died"
+            if new is None:
+                missing[rank] = "has made no ContextParallel of this group"
+            elif old == new:
+                missing[rank] = f"has died: it gave no sign for {MISSED * self._seconds:.2g} s"
             elif new[1] < self.entered:
                 missing[rank] = f"hangs, or does something else: it has entered {new[1]} of {self.entered} collectives"
         return missing
 
-    def _read(self, rank: int) -> tuple[int, int] | None:
-        key = str(rank)
-        if not self._store.check([key]):
-            return None
-        beats, entered = self._store.get(key).decode().split()
-        return int(beats), int(entered)
-
-    def _write(self) -> None:
+    def _write(self, store: Any) -> None:
         self._beats += 1
-        self._store.set(str(self.rank), f"{self._beats} {self.entered}")
+        store.set(str(self.rank), f"{self._beats} {self.entered}")
 
     def _beat(self) -> None:
+        with contextlib.suppress(RuntimeError, dist.DistError):  # the store has gone: the next collective fails
+            store = self._store()
+            while not self._ended.wait(self._seconds):
+                self._write(store)
+
+    def _watch(self) -> None:
         while not self._ended.wait(self._seconds):
-            try:
-                self._write()
-                self._look_at_newest()
-            except (RuntimeError, dist.DistError):  # the store has gone: the next collective fails
-                return
+            self._look_at_newest()
+
+
+def _read(store: Any, rank: int) -> tuple[int, int] | None:
+    """How often a rank has written, and how many collectives it has entered; None if it has not written yet."""
+    key = str(rank)
+    if not store.check([key]):
+        return None
+    beats, entered = store.get(key).decode().split()
+    return int(beats), int(entered)
 
 
 def _timeout_of(group: dist.ProcessGroup) -> float:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -10,10 +13,10 @@ import torch.distributed as dist
 
 from kvgather.batch.share import Share
 from kvgather.cases import sinks_of
-from kvgather.parallel import ContextParallel, RankError
+from kvgather.parallel import ContextParallel, RankError, context
 from kvgather.parallel import ranks as module
 from kvgather.parallel.exchange import Exchange
-from kvgather.parallel.ranks import LATE, Ranks
+from kvgather.parallel.ranks import ANSWER, LATE, Ranks
 from tests.attention.batches import assert_close, setup
 
 TIMEOUT = 100.0
@@ -32,13 +35,15 @@ def group() -> Iterator[dist.ProcessGroup]:
 @pytest.mark.parametrize("path", ["gather", "auto"])
 @pytest.mark.parametrize("shared", [True, False], ids=["its own batch", "a batch without a share"])
 def test_one_rank_attends_without_a_collective(path: str, shared: bool) -> None:
-    made, attend, sinks = setup([2, 1], [13, 30]), ContextParallel(), sinks_of("on", 4)
-    batch = made.batch(share=attend.share if shared else None)
-    got = attend(made.q, *made.new_tokens(), made.cache, batch, sinks=sinks, path=path, return_lse=True)
+    made, sinks = setup([2, 1], [13, 30]), sinks_of("on", 4)
+    with ContextParallel() as attend:
+        batch = made.batch(share=attend.share if shared else None)
+        got = attend(made.q, *made.new_tokens(), made.cache, batch, sinks=sinks, path=path, return_lse=True)
     assert_close(got, made.wanted(sinks=sinks), made.rows)
     assert attend.share == Share(0, 1) and attend.calls == attend.bytes_received == attend.bytes_least == 0
     assert batch.writers.tolist() == [0, 0, 0]
-    attend.close()
+    with pytest.raises(RuntimeError, match="this ContextParallel is closed"):
+        attend.group  # noqa: B018
 
 
 class Event:
@@ -119,7 +124,22 @@ def test_a_collective_that_ended_is_asked_for_once(watched: Watched) -> None:
     watched.collective()
     watched.now += LATE * TIMEOUT + 1
     watched.look()
-    assert watched.event.queries == 2 and watched.ranks._late is not None and len(watched.aborted) == 1
+    assert watched.event.queries == 3 and watched.ranks._late is not None and len(watched.aborted) == 1
+
+
+def test_a_collective_that_ends_while_the_others_are_asked_is_not_aborted(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ends() -> dict[int, str]:
+        watched.event.finished = True
+        return {}
+
+    monkeypatch.setattr(watched.ranks, "missing", ends)
+    watched.collective()
+    watched.now = LATE * TIMEOUT + 1
+    watched.look()
+    assert watched.ranks._late is None and not watched.aborted and capsys.readouterr().err == ""
+    watched.collective()
 
 
 @pytest.mark.parametrize("when", ["before the event is recorded again", "while the thread queries it"])
@@ -145,3 +165,45 @@ def test_a_query_that_is_refused_does_not_end_the_thread(watched: Watched) -> No
     watched.now, watched.event.during = TIMEOUT, refuse
     watched.look()
     assert watched.event.queries == 1 and watched.ranks._late is None
+    for watched.now in (TIMEOUT + 1, TIMEOUT * (1 + LATE) - 1):  # not at every beat: it may end a capture
+        watched.look()
+    assert watched.event.queries == 1
+    watched.now = TIMEOUT * (1 + LATE) + 1
+    watched.look()
+    assert watched.ranks._late is not None and len(watched.aborted) == 1
+
+
+def test_a_silent_store_holds_nobody_up(group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a TCPStore whose process is stopped: it blocks who asks."""
+    ranks, answers = Ranks(group, "stopped"), threading.Event()
+
+    def block() -> None:
+        answers.wait()
+        raise RuntimeError("closed")
+
+    monkeypatch.setattr(ranks, "_store", block)
+    monkeypatch.setattr(ranks, "_timeout", 0.4)
+    begin = time.monotonic()
+    assert ranks.missing() is None
+    assert time.monotonic() - begin < 4 * ranks._seconds + ANSWER
+    with pytest.raises(RankError, match="the group's store does not answer, and so the process that holds") as raised:
+        ranks.enter("a sum", refused)
+    assert raised.value.ranks == ()
+    answers.set()
+    ranks.close()
+
+
+def refused() -> None:
+    raise RuntimeError("Connection reset by peer")
+
+
+def test_the_error_is_pickled_with_its_ranks() -> None:
+    error = pickle.loads(pickle.dumps(RankError("rank 1 hangs", (1,))))
+    assert type(error) is RankError and str(error) == "rank 1 hangs" and error.ranks == (1,)
+
+
+def test_a_batch_on_another_gpu_than_the_current_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    context._check_current(torch.device("cuda", 0))
+    with pytest.raises(ValueError, match="batch is on cuda:1, and the current GPU is 0; accepted: a batch on the GPU"):
+        context._check_current(torch.device("cuda", 1))
