@@ -13,7 +13,7 @@ __all__ = ["TOOLS", "Bug", "Thread", "geometry_label"]
 
 TOOLS = {
     "oracle": "the result under a trace, compared with plain torch",
-    "poison": "the same with NaN in all slots that no token owns",
+    "poison": "the same with NaN in the slots that no token owns, if the inputs have such slots",
     "report": "a trace's report without the gaps of views (strict=False): accesses before a tensor or behind it",
     "strict": "a trace's report: also accesses between the elements of a view",
     "writers": "a trace's report: elements that two programs store",
@@ -62,13 +62,15 @@ class Bug:
         passes: geometries in which the result is right.
         shows: the geometry that shows the bug; the three questions are about it.
         also: other geometries that show it, for the script.
-        unpoisoned: `shows` with ordinary numbers where no token owns a slot; None where `shows` has no such slots.
+        unpoisoned: `shows` with zeros in the slots that no token owns; None unless `shows` has NaN there.
+        poisoned: `shows` with NaN in these slots; None where `shows` has it already, or the inputs have no such slots.
         hidden: geometries of the check, beside `shows`.
         tight: whether the script puts every tensor at the end of its memory, as an allocator may.
         uncopied: inputs of the size of a pool, which a launcher must not copy.
         tolerance: largest accepted error of the result, relative (absolute below 1).
         arguments, lines, programs: the accepted answers to the three questions; a line is its text.
         near: what to say to a wrong answer that has a reason, by answer.
+        ignored: what to say to a type in a kernel's signature that is a fix on a GPU only, by "argument: type".
         hints: three, each says more.
         found_by: the tools of `TOOLS` that show the bug in the geometry `shows`.
         why: why these, and why the others are silent.
@@ -100,7 +102,9 @@ class Bug:
     lesson: str
     also: tuple[Geometry, ...] = ()
     unpoisoned: Geometry | None = None
+    poisoned: Geometry | None = None
     near: Mapping[Any, str] = field(default_factory=dict)
+    ignored: Mapping[str, str] = field(default_factory=dict)
     tight: bool = False
     uncopied: tuple[str, ...] = ()
     tolerance: float = 0.0

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import textwrap
 from types import FunctionType
 from typing import Any
 
 from .bug import Bug
 
-__all__ = ["WrongKind", "as_functions", "unchanged"]
+__all__ = ["WrongKind", "about_signature", "as_functions", "unchanged"]
 
 
 class WrongKind(TypeError):
@@ -45,9 +46,26 @@ def unchanged(bug: Bug, functions: tuple[Any, ...]) -> bool:
     if len(functions) == 1 and isinstance(functions[0], FunctionType):
         launcher = functions[0]
         own = _code(getattr(bug.module, bug.launcher), {"kernel": bug.kernels[0]})
-        kernels = tuple(launcher.__globals__.get(name) for name in bug.kernels)
-        return _code(launcher) == own and all(map(_same_kernel, kernels, bug.functions))
-    return all(map(_same_kernel, functions, bug.functions))
+        if _code(launcher) != own:
+            return False
+    return all(map(_same_kernel, _kernels(bug, functions), bug.functions))
+
+
+def about_signature(bug: Bug, functions: tuple[Any, ...]) -> str | None:
+    """What the registry says to a type in the signature of `unchanged` functions; None if it says nothing."""
+    for kernel in _kernels(bug, functions):
+        for name, parameter in inspect.signature(kernel.fn).parameters.items():
+            kind = re.sub(r"^i(?=\d)", "int", str(parameter.annotation).rpartition(".")[2])
+            if f"{name}: {kind}" in bug.ignored:
+                return bug.ignored[f"{name}: {kind}"]
+    return None
+
+
+def _kernels(bug: Bug, functions: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The kernels among functions, or those that a launcher finds under the names of the bug's own."""
+    if len(functions) == 1 and isinstance(functions[0], FunctionType):
+        return tuple(functions[0].__globals__.get(name) for name in bug.kernels)
+    return functions
 
 
 def _same_kernel(kernel: Any, own: Any) -> bool:

@@ -45,17 +45,27 @@ def _about_line(bug: Bug, answer: Any) -> str | None:
     if isinstance(answer, bool) or not isinstance(answer, int | str) or not str(answer).strip():
         return f"line is {answer!r:.60}; accepted: the text of a line of the kernel, or its number in the file"
     if isinstance(answer, int):
-        if answer not in lines:
-            return f"line is {answer}; the kernels have the lines {min(lines)} to {max(lines)} of {bug.name}.py"
-        named = {_plain(lines[answer])}
+        named = {_plain(lines[answer])} if answer in lines else set()
+        unknown = f"line is {answer}; the kernels have the lines {min(lines)} to {max(lines)} of {bug.name}.py"
     else:
         named = {text for text in map(_plain, lines.values()) if _plain(answer) in text}
+        unknown = f"line: no line of the kernel as it was contains {answer!r:.80}"
     if not named:
-        return f"line: no line of the kernel as it was contains {answer!r:.80}"
+        return _about_launch(bug, answer) or unknown
     right = {_plain(text) for text in bug.lines}
     if not named & right:
         return f"line: {_near(bug, next(text for text in lines.values() if _plain(text) in named))}"
     return None if named <= right else f"line: {len(named)} lines contain {answer!r:.60}; give the whole line"
+
+
+def _about_launch(bug: Bug, answer: int | str) -> str | None:
+    """What the registry says to the line of the launcher that launches the kernel; None if the answer is another."""
+    source, first = inspect.getsourcelines(getattr(bug.module, bug.launcher))
+    for number, text in enumerate(source, start=first):
+        launch = text.strip().replace("kernel[", f"{bug.kernels[0]}[")  # as in the chapter
+        if launch in bug.near and (answer == number if isinstance(answer, int) else _plain(answer) in _plain(launch)):
+            return f"line: {bug.near[launch]}"
+    return None
 
 
 def _about_program(bug: Bug, answer: Any) -> str | None:

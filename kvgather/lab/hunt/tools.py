@@ -35,7 +35,7 @@ def ask(bug: Bug, fence: Outcome) -> dict[str, str]:
         fence: its outcome among `fence_outcomes`.
     """
     try:
-        plain, poisoned = _wrong(bug, bug.unpoisoned or bug.shows), _wrong(bug, bug.shows)
+        plain, poisoned = _wrong(bug, bug.unpoisoned or bug.shows), _wrong(bug, bug.poisoned or bug.shows)
         reports = [_trace(bug, bug.shows, strict)[0] for strict in (False, True)]
     except NoRoom as error:
         return dict.fromkeys(TOOLS, f"not run: {error}")

@@ -13,7 +13,7 @@ from torch import Tensor
 from kvgather.lab.hunt import BUGS, Bug
 from kvgather.lab.hunt.deadline import OutOfTime
 from kvgather.lab.hunt.differences import difference
-from kvgather.lab.hunt.handed_in import WrongKind, as_functions, unchanged
+from kvgather.lab.hunt.handed_in import WrongKind, about_signature, as_functions, unchanged
 from kvgather.lab.hunt.judge import SECONDS, about_addresses, about_writers, complaint, traced
 from kvgather.lab.hunt.kernels.rows import NoRoom
 from kvgather.lab.hunt.place import place_complaint
@@ -37,7 +37,7 @@ def _found_and_fixed(bug: Bug, place: Any, fixed: Any) -> None:
     except WrongKind as error:
         raise Wrong(str(error)) from None
     if unchanged(bug, functions):
-        raise NotYet("argument, line and program are right; now fix the kernel")
+        raise NotYet(about_signature(bug, functions) or "argument, line and program are right; now fix the kernel")
     for geometry in (bug.shows, *bug.hidden):
         try:
             found = complaint(bug, geometry, *functions)

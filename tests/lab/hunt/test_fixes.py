@@ -72,6 +72,42 @@ def test_a_launcher_may_be_the_fix(verdict: Callable[[str, str], str], name: str
     assert said.startswith("wrong: " if part else "correct: ") and part in said
 
 
+ROWS_LAUNCHER = """
+def launch(out, pool, table):
+    (n, dim), page_size = out.shape, pool.shape[1]
+    rows_kernel[(triton.cdiv(n, 16),)](out, pool, table, n, pool.stride(0), PAGE=page_size, DIM=dim, BLOCK=16)
+
+
+fixed = launch
+"""
+
+
+@pytest.mark.parametrize("launcher", ["", ROWS_LAUNCHER], ids=["kernel", "launcher"])
+@pytest.mark.parametrize(
+    ("signature", "part"),
+    [
+        ("n, stride_block: tl.int64, PAGE", "`tl.int64` in the signature is a fix on a GPU, but"),
+        ('n, stride_block: "i64", PAGE', "widen in the body, such as `block.to(tl.int64)`"),
+        ("n: tl.int64, stride_block, PAGE", "now fix the kernel"),
+        ("n, stride_block: tl.int32, PAGE", "now fix the kernel"),
+    ],
+)
+def test_a_type_in_the_signature_is_not_checked(
+    verdict: Callable[[str, str], str], signature: str, part: str, launcher: str
+) -> None:
+    cell = fixes.answered(hunt.BUGS["rows"], [("n, stride_block, PAGE", signature)])
+    said = verdict("rows", cell + launcher)
+    assert said.startswith("not yet: ") and part in said
+
+
+def test_a_type_in_the_signature_does_not_hide_a_fix_in_the_body(verdict: Callable[[str, str], str]) -> None:
+    signature = [("n, stride_block, PAGE", "n, stride_block: tl.int64, PAGE")]
+    for table, start in ((fixes.RIGHT, "correct: "), (fixes.WRONG, "wrong: ")):
+        change = next(iter(table["rows"].values()))
+        change = change[0] if start == "wrong: " else change
+        assert verdict("rows", fixes.answered(hunt.BUGS["rows"], [*signature, *change])).startswith(start)
+
+
 @pytest.mark.parametrize("name", hunt.BUGS)
 def test_each_bug_has_two_right_and_two_wrong_fixes(name: str) -> None:
     assert len(fixes.RIGHT[name]) >= 2 and len(fixes.WRONG[name]) >= 2

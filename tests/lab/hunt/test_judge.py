@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,28 @@ def test_every_right_place_is_accepted(bug: Any) -> None:
     if len(bug.programs[0]) == 1:
         assert place.place_complaint(bug, bug.arguments[0], bug.lines[0], bug.programs[0][0]) is None
     assert all(len(hint) > 20 for hint in bug.hints) and len(bug.hints) == 3
+
+
+def test_the_line_of_a_launcher() -> None:
+    """Where a launcher passes too little, naming its line gets a reason; other lines of the launcher are unknown."""
+    bug = hunt.BUGS["pages"]
+    source, first = inspect.getsourcelines(bug.module.copy_pages)
+    (launch,) = (first + i for i, text in enumerate(source) if "kernel[" in text)
+
+    def said(line: Any, of: Any = bug) -> str | None:
+        return place.place_complaint(of, of.arguments[0], line, of.programs[0])
+
+    whole = "pages_kernel[(len(table),)](out, k, table, k.stride(1), PAGE=page_size, DIM=dim)"
+    for line in (whole, f"    {whole}  # too little", "k.stride(1)", launch):
+        assert said(line) == "line: the launcher passes too little; name the line of the kernel that relies on it"
+    assert said("_, page_size, dim = k.shape") == (
+        "line: no line of the kernel as it was contains '_, page_size, dim = k.shape'"
+    )
+    assert said(first) == f"line is {first}; the kernels have the lines 13 to 20 of pages.py"
+    scales = hunt.BUGS["scales"]
+    assert said("scales_kernel[(len(table), heads)]", scales) == (
+        "line: no line of the kernel as it was contains 'scales_kernel[(len(table), heads)]'"
+    )
 
 
 def test_a_place_that_is_still_open(capsys: pytest.CaptureFixture[str]) -> None:

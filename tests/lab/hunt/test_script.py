@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from typing import Any
 
 import pytest
+import torch
 
 from kvgather.lab.child import environment
 
@@ -14,6 +16,8 @@ pytestmark = pytest.mark.triton
 hunt = pytest.importorskip("kvgather.lab.hunt", reason="needs Triton, which has no build for this machine")
 
 from kvgather.lab.hunt import script, tools  # noqa: E402
+from kvgather.lab.hunt.judge import about_writers  # noqa: E402
+from kvgather.lab.trace import trace  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +41,35 @@ def test_every_tool_says_what_the_registry_says() -> None:
     for name, said in tools.ask_all(hunt.BUGS.values()):
         assert list(said) == list(hunt.TOOLS)
         assert tuple(tool for tool, text in said.items() if text) == hunt.BUGS[name].found_by, (name, said)
+
+
+def test_poison_is_where_no_token_owns_a_slot() -> None:
+    """The oracle runs without NaN in K, V and scales, poison with it, and right results have none."""
+    poisoned = {"pages": {"k"}, "chunk": {"k"}, "window": {"k", "v"}, "decode": {"k", "v"}, "scales": {"scale"}}
+    for bug in hunt.BUGS.values():
+        found = []
+        for geometry in (bug.unpoisoned or bug.shows, bug.poisoned or bug.shows):
+            inputs = bug.inputs(geometry)
+            expected = bug.expected(inputs)
+            assert not any(tensor.isnan().any() for tensor in expected.values())
+            tensors = {key: value for key, value in inputs.items() if isinstance(value, torch.Tensor)}
+            floats = {key: value for key, value in tensors.items() if value.is_floating_point() and key not in expected}
+            found.append((expected, {key for key, value in floats.items() if value.isnan().any()}))
+        (plain, clean), (right, names) = found
+        assert clean == set() and names == poisoned.get(bug.name, set()), bug.name
+        assert all(torch.equal(right[key], tensor) for key, tensor in plain.items())
+        assert bug.poisoned is None or bug.poisoned in bug.hidden
+
+
+def test_writers_are_reported_in_every_order_and_the_oracle_sees_one_half() -> None:
+    bug = hunt.BUGS["write"]
+    for slots in itertools.permutations([3, 15, 9, -1]):
+        inputs = bug.inputs({"slots": list(slots)})
+        expected = bug.expected(inputs)["pool"]
+        with trace() as t:
+            bug.run(inputs)
+        assert about_writers(t)
+        assert torch.equal(expected, inputs["pool"]) == (slots.index(-1) < slots.index(15))
 
 
 def test_no_tool_finds_every_bug_and_every_tool_finds_one() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from ..bug import Bug, Thread
 from ..kernels import chunk
 
+NAN = float("nan")
+
 BUG = Bug(
     name="chunk",
     title="Somebody else's prompt",
@@ -29,7 +31,9 @@ BUG = Bug(
         {"lengths": [5], "starts": [40]},
         {"lengths": [9, 12], "starts": [4, 3], "width": 3},
         {"lengths": [0, 4], "starts": [8, 5]},
+        {"lengths": [6, 5, 6], "starts": [4, 2, 4], "rest": NAN},
     ),
+    poisoned={"lengths": [6, 5, 6], "starts": [4, 2, 4], "rest": NAN},
     tight=True,
     uncopied=("k",),
     arguments=("table_ptr",),

@@ -38,8 +38,9 @@ BUG = Bug(
         "Both partial results are right. Compute the weights that they should have, from the softmax over all keys, "
         "and compare them with those of the merge.",
         "What is the unit of `sums`? The docstring of the launcher says it. Which kernel keeps to it?",
-        "The sums are logarithms to base 2, and the merge raises e to them. One of `tl.exp` and `tl.log2` has to "
-        "change, on one side only.",
+        "The sums are logarithms to base 2, as the docstring says, and the merge raises e to them. Change the base in "
+        "the merge, where the weights are computed. (`tl.log` in the partial kernel would add a natural logarithm to "
+        "a maximum in base 2.)",
     ),
     found_by=("oracle", "poison"),
     why="Every address is right and every partial result too. Only the weights are wrong, and where both parts weigh "

@@ -5,6 +5,8 @@ from __future__ import annotations
 from ..bug import Bug, Thread
 from ..kernels import pages
 
+NAN = float("nan")
+
 BUG = Bug(
     name="pages",
     title="Fluent nonsense after a change of the allocation",
@@ -24,7 +26,9 @@ BUG = Bug(
         {"table": [4, 1, 3], "planes": 2, "plane": 1},
         {"table": [3, 4, 1], "planes": 3, "plane": 1},
         {"table": [2, 5], "planes": 2, "gap": 8},
+        {"table": [4, 1, 3], "rest": NAN},
     ),
+    poisoned={"table": [4, 1, 3], "rest": NAN},
     uncopied=("k",),
     arguments=("k_ptr",),
     lines=(
@@ -35,6 +39,8 @@ BUG = Bug(
     near={
         (1,): "program (1,) is the first that leaves K; an earlier one reads K of the wrong block",
         (2,): "program (2,) is neither the first that leaves K, nor the first with a wrong row",
+        "pages_kernel[(len(table),)](out, k, table, k.stride(1), PAGE=page_size, DIM=dim)": "the launcher passes too "
+        "little; name the line of the kernel that relies on it",
         "table_ptr": "the block ids are read right; what is made of them?",
     },
     hints=(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from ..bug import Bug, Thread
 from ..kernels import scales
 
+NAN = float("nan")
+
 BUG = Bug(
     name="scales",
     title="Fine with one scale for all",
@@ -26,7 +28,9 @@ BUG = Bug(
         {"table": [2, 5, 0], "heads": 3, "page_size": 8},
         {"table": [5], "heads": 1, "page_size": 2},
         {"table": [1, 4], "heads": 8, "page_size": 2},
+        {"table": [4, 1, 3], "rest": NAN},
     ),
+    poisoned={"table": [4, 1, 3], "rest": NAN},
     uncopied=("codes", "scale"),
     arguments=("scale_ptr",),
     lines=("scale = tl.load(scale_ptr + row)",),

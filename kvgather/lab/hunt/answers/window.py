@@ -21,6 +21,7 @@ BUG = Bug(
     kernels=("window_kernel",),
     passes=({"lengths": [7, 3, 5]},),
     shows={"lengths": [12, 3, 8]},
+    unpoisoned={"lengths": [12, 3, 8], "rest": 0.0},
     hidden=(
         {"lengths": [12, 3, 8], "marked": True},
         {"lengths": [7, 3, 5], "marked": True},

@@ -49,14 +49,20 @@ def oracle(
     return {"out": rows}
 
 
-def inputs(lengths: list[int], starts: list[int], width: int = 2) -> dict[str, Any]:
-    """Requests with `width` blocks each, in a pool of pages of 4 slots."""
+def inputs(lengths: list[int], starts: list[int], width: int = 2, rest: float | None = None) -> dict[str, Any]:
+    """Requests with `width` blocks each, in a pool of pages of 4 slots; `rest`, if given, in slots without a token."""
     blocks = len(lengths) * width + 2
     generator = torch.Generator().manual_seed(3)
     table = torch.randperm(blocks, generator=generator)[: len(lengths) * width].view(-1, width)
+    k = torch.randn(blocks, 4, 8, generator=generator)
+    if rest is not None:
+        slots = (table[:, :, None] * 4 + torch.arange(4)).flatten(1)  # [batch, width * 4]
+        used = [row[: start + length] for row, start, length in zip(slots, starts, lengths, strict=True)]
+        free = torch.ones(blocks * 4, dtype=torch.bool).index_fill(0, torch.cat(used), False)
+        k[free.view(blocks, 4)] = rest
     return {
         "out": torch.full((sum(lengths), 8), float("nan")),
-        "k": torch.randn(blocks, 4, 8, generator=generator),
+        "k": k,
         "table": table.int(),
         "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0).int(),
         "starts": torch.tensor(starts, dtype=torch.int32),

@@ -34,9 +34,16 @@ def oracle(out: Tensor, k: Tensor, table: Tensor) -> dict[str, Tensor]:
     return {"out": k[table.long()].reshape(out.shape)}
 
 
-def inputs(table: list[int], planes: int = 2, plane: int = 0, blocks: int = 6, gap: int = 0) -> dict[str, Any]:
-    """K is one of several planes of an allocation [blocks, planes, 4, 8 + gap]; with one plane it is contiguous."""
+def inputs(
+    table: list[int], planes: int = 2, plane: int = 0, blocks: int = 6, gap: int = 0, rest: float | None = None
+) -> dict[str, Any]:
+    """K is one of several planes of an allocation [blocks, planes, 4, 8 + gap]; with one plane it is contiguous.
+
+    `rest`, if given, is in all blocks that `table` does not name.
+    """
     pool = torch.randn(blocks, planes, 4, 8 + gap, generator=torch.Generator().manual_seed(planes))
+    if rest is not None:
+        pool[[block for block in range(blocks) if block not in table]] = rest
     return {
         "out": torch.full((len(table) * 4, 8), float("nan")),
         "k": pool[:, plane, :, :8],

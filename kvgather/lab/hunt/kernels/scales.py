@@ -44,11 +44,21 @@ def oracle(out: Tensor, codes: Tensor, scale: Tensor, table: Tensor) -> dict[str
 
 
 def inputs(
-    table: list[int], heads: int = 2, page_size: int = 4, equal: bool = False, blocks: int = 6
+    table: list[int],
+    heads: int = 2,
+    page_size: int = 4,
+    equal: bool = False,
+    blocks: int = 6,
+    rest: float | None = None,
 ) -> dict[str, Any]:
-    """Random codes and scales; with `equal`, all scales are 0.5."""
+    """Random codes and scales; with `equal`, all scales are 0.5.
+
+    `rest`, if given, is the scale in all blocks that `table` does not name.
+    """
     generator = torch.Generator().manual_seed(8)
     scale = torch.rand(blocks, heads, page_size, generator=generator) + 0.5
+    if rest is not None:
+        scale[[block for block in range(blocks) if block not in table]] = rest
     codes = torch.randint(-127, 128, (blocks, page_size, heads, 8), generator=generator, dtype=torch.int8)
     return {
         "out": torch.full((len(table) * page_size, heads, 8), float("nan")),

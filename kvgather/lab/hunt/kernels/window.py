@@ -55,15 +55,24 @@ def oracle(out: Tensor, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, window
     return {"out": torch.stack([torch.as_tensor(row) for row in rows])}
 
 
-def inputs(lengths: list[int], window_left: int = 7, marked: bool = False, tokens: int = 12) -> dict[str, Any]:
-    """Random K and V; with `marked`, all keys are alike and each V marks its row, so that no row can hide."""
+def inputs(
+    lengths: list[int],
+    window_left: int = 7,
+    marked: bool = False,
+    tokens: int = 12,
+    rest: float = float("nan"),
+) -> dict[str, Any]:
+    """Random K and V; with `marked`, all keys are alike and each V marks its row, so that no row can hide.
+
+    `rest` is in all rows behind the last token of a request.
+    """
     batch, dim = len(lengths), 16
     generator = torch.Generator().manual_seed(4)
     q, k, v = (torch.randn(batch, tokens, dim, generator=generator) for _ in range(3))
     if marked:
         k, v = torch.zeros_like(k), torch.eye(tokens, dim).repeat(batch, 1, 1)
     for b, length in enumerate(lengths):
-        k[b, length:] = v[b, length:] = float("nan")
+        k[b, length:] = v[b, length:] = rest
     return {
         "out": torch.full((batch, dim), float("nan")),
         "q": q[:, 0].contiguous(),
