@@ -22,7 +22,7 @@ def crossing_picture(
 
     Args:
         panels: by title and path, the time in µs by the number of new tokens.
-        switches: by title, the largest number of new tokens for which `auto` takes the direct path.
+        switches: by title, the smallest number of new tokens for which `auto` does not take the direct path.
     """
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     styles = dict(zip(names, MARKS, strict=False))

@@ -11,13 +11,15 @@ from functools import cache
 
 import torch
 
-from ..attention.choose import Facts, choose
+from ..attention.choose import SPEEDS, Facts, choose, expected_times
 from ..batch.lengths import STEP
 from ..bench import report
 from ..bench.results import find_results
 from ..cases.prefix import PrefixCase, cases
 
-__all__ = ["FILE", "PATHS", "MeasuredPaths", "facts_of_case", "measured_paths", "rule_takes", "switch_of"]
+__all__ = [
+    "FILE", "PATHS", "MeasuredPaths", "expected_of_case", "facts_of_case", "measured_paths", "rule_takes", "switch_of",
+]  # fmt: skip
 
 FILE = "prefix_h100.csv"
 PATHS = ("direct", "gather", "hybrid")
@@ -90,6 +92,16 @@ def facts_of_case(case: PrefixCase) -> Facts:
 def rule_takes(case: PrefixCase) -> str:
     """The path that `auto` takes for a batch of the benchmark on a GPU, by the rule of `kvgather.attention.choose`."""
     return choose(facts_of_case(case)).path
+
+
+def expected_of_case(case: PrefixCase) -> dict[str, float]:
+    """The time of each path in µs that the rule expects for a batch of the benchmark on a GPU.
+
+    Args:
+        case: its head dim is at most the largest of `SPEEDS`.
+    """
+    speeds = next(speeds for dim, speeds in SPEEDS.items() if case.head_dim <= dim)
+    return expected_times(facts_of_case(case), speeds)
 
 
 def switch_of(case: PrefixCase) -> int:

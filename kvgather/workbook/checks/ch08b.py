@@ -14,13 +14,21 @@ from kvgather.bench.peers import cases as peers_cases
 from kvgather.cases.prefix import PrefixCase
 from kvgather.workbook.checks import Wrong, exercise, expect
 from kvgather.workbook.checks.shape import pair
-from kvgather.workbook.measured_paths import PATHS, measured_paths
+from kvgather.workbook.measured_paths import PATHS, expected_of_case, measured_paths
 from kvgather.workbook.measured_peers import FORMS, PRODUCT_SPEED, least_time, measured_peers
 
 HEADS, DIM = 2, 3
 NAN = math.nan
 MOST, USUAL, SHARE = 1.5, 1.1, 0.9
 """Largest time relative to the best path: of every batch, and of this share of them."""
+TOKENS = 64
+EXPECTED = tuple(
+    PrefixCase("auto", q_heads=32, kv_heads=kv_heads, head_dim=256, new=(TOKENS,) * 16, cached=(8192,) * 16)
+    for kv_heads in (2, 32)
+)
+"""Batches without recorded rows: equal new tokens, 16 and 1 query heads for each KV head. The hybrid path is faster on
+the first and the direct path on the second, so a rule by new tokens alone is wrong on one of them. The recorded batches
+do not refuse such a rule: their groups have 4 or 8 query heads."""
 LIMITS = ("bytes", "products")
 UNRECORDED_US = 1000.0
 """The time of a batch that an implementation was not timed on."""
@@ -94,17 +102,12 @@ def finish(answer: Callable[..., Any]) -> None:
             expect(right, actual, f"{tensor}, {name}", tolerance=1e-5)
 
 
-@exercise("08b.3", correct="on every measured batch your rule is near the best path")
+@exercise("08b.3", correct="on every batch your rule is near the best path")
 def my_auto(answer: Callable[..., Any]) -> str | None:
     batches = measured_paths("reach", "auto")
     worse = []
     for measured in batches:
-        case = measured.case
-        new, cached, sequences = case.new[0], case.cached[0], len(case.new)
-        name = _batch(case)
-        path = answer(new, cached, sequences, case.q_heads, case.kv_heads, case.head_dim)
-        if path not in PATHS:
-            raise Wrong(f"{name}: expected one of {', '.join(PATHS)}, got {path!r}")
+        path, name = _path(answer, measured.case), _batch(measured.case)
         best = min(PATHS, key=measured.times.__getitem__)
         ratio = measured.times[path] / measured.times[best]
         worse.append((ratio, f"{name}: {path} takes {measured.times[path]:,.0f} µs, {best} {measured.best:,.0f} µs"))
@@ -114,7 +117,25 @@ def my_auto(answer: Callable[..., Any]) -> str | None:
     within = sum(ratio <= USUAL for ratio, _ in worse)
     if within < SHARE * len(batches):
         return f"within {USUAL - 1:.0%} of the best path on {within} of {len(batches)} batches; the worst: {message}"
+    for case in EXPECTED:
+        path, times = _path(answer, case), expected_of_case(case)
+        best = min(PATHS, key=times.__getitem__)
+        if times[path] > MOST * times[best]:
+            return (
+                f"{_batch(case)}, not measured: the rule of auto expects {times[path]:,.0f} µs of {path} and "
+                f"{times[best]:,.0f} µs of {best}; these {TOKENS} new tokens are {case.rows:,} rows of a KV head, "
+                "and the direct path pays for rows"
+            )
     return None
+
+
+def _path(answer: Callable[..., Any], case: PrefixCase) -> str:
+    """The path that a rule takes for a batch."""
+    new, cached, sequences = case.new[0], case.cached[0], len(case.new)
+    path = answer(new, cached, sequences, case.q_heads, case.kv_heads, case.head_dim)
+    if path not in PATHS:
+        raise Wrong(f"{_batch(case)}: expected one of {', '.join(PATHS)}, got {path!r}")
+    return str(path)
 
 
 @exercise("08b.4", correct="the longer of both times is the limit, and its share says how much there is to gain")

@@ -141,6 +141,21 @@ WRONG = {
         ),
         # a number of tokens, whatever the heads
         (AUTO + "    return 'direct' if new <= 128 else 'hybrid'\n", "16 query and 2 KV heads of 256: direct takes"),
+        # a number of tokens that all recorded batches accept
+        (
+            AUTO + "    return 'direct' if new <= 64 else 'hybrid'\n",
+            "32 query and 2 KV heads of 256, not measured: the rule of auto expects 1,686 µs of direct and",
+        ),
+        # a number of rows, of all KV heads together
+        (
+            AUTO + "    return 'direct' if new * q_heads <= 1024 else 'hybrid'\n",
+            "32 query and 8 KV heads of 128: hybrid",
+        ),
+        # a number of tokens, with an exception for one measured layer
+        (
+            AUTO + "    return 'direct' if new <= (64 if head_dim < 256 else 16) else 'hybrid'\n",
+            "these 64 new tokens are 64 rows of a KV head, and the direct path pays for rows",
+        ),
         # not a path
         (AUTO + "    return new <= 64\n", "expected one of direct, gather, hybrid, got True"),
     ],
