@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import time
 from typing import Any, ClassVar, cast
@@ -38,10 +39,14 @@ class CountingManager(engine.ContinuousBatchingManager):
     Attributes:
         counters: of all steps since the manager was created.
         processes: the process ids of the ranks that run the model together; one rank is usual.
+        number: of the start among all starts of engines in this process; ranks start theirs together.
     """
+
+    _starts = itertools.count(1)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.counters = Counters()
+        self.number = 0
         super().__init__(*args, **kwargs)
         self.processes = [os.getpid()]
         if (group := self.distributed_helper.cpu_comm_group) is not None:
@@ -51,6 +56,7 @@ class CountingManager(engine.ContinuousBatchingManager):
     def start(self) -> None:
         """Start the engine, unless it runs."""
         if not self.is_running():
+            self.number = next(CountingManager._starts)
             super().start()
 
     def wait(self) -> None:
@@ -87,7 +93,8 @@ class CountingManager(engine.ContinuousBatchingManager):
         says so in words of its transport: the reason then names the rank.
         """
         text = (str(error).strip() or type(error).__name__).splitlines()[0].replace('"', "'")
-        reason = EngineStopped(missing_ranks(self.processes, self.distributed_helper.global_rank, text) or text)
+        rank = self.distributed_helper.global_rank
+        reason = EngineStopped(missing_ranks(self.processes, rank, text, self.number) or text)
         reason.__cause__ = error
         self.background_thread_status.record_fatal_error(reason)
         with contextlib.suppress(RuntimeError) if len(self.processes) > 1 else contextlib.nullcontext():

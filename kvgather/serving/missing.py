@@ -17,7 +17,7 @@ EXCHANGE = ("gloo", "nccl", "timed out", "timeout", "connection")
 """Words of errors of gloo and NCCL."""
 
 
-def missing_ranks(processes: Sequence[int], rank: int, reason: str) -> str:
+def missing_ranks(processes: Sequence[int], rank: int, reason: str, engine: int = 1) -> str:
     """What an error says of other ranks: "rank 1 died", "rank 2 does not answer"; empty if it is no failed exchange.
 
     Every rank that meets an error calls it, and is then known to answer. The ranks are processes of one machine, which
@@ -27,10 +27,11 @@ def missing_ranks(processes: Sequence[int], rank: int, reason: str) -> str:
         processes: the process id of each rank.
         rank: this one.
         reason: the error's text.
+        engine: how many engines each process has started with this one: an answer of an earlier engine is none.
     """
     if len(processes) == 1 or os.name != "posix":  # elsewhere, signal 0 is more than a question
         return ""
-    store = _Answers(rank)
+    store = _Answers(processes, rank, engine)
     if not any(word in reason.lower() for word in EXCHANGE):
         return ""
     others = [other for other in range(len(processes)) if other != rank]
@@ -44,20 +45,24 @@ def missing_ranks(processes: Sequence[int], rank: int, reason: str) -> str:
 
 
 class _Answers:
-    """Which ranks have answered, in torchrun's store. It has none if it cannot be reached, and raises never."""
+    """Which ranks have answered, in torchrun's store. It has none if it cannot be reached, and raises never.
 
-    def __init__(self, rank: int) -> None:
+    A key names the rank's process, too: the store outlives processes that torchrun starts again.
+    """
+
+    def __init__(self, processes: Sequence[int], rank: int, engine: int) -> None:
+        self._keys = [f"kvgather/answers/{process}/{engine}" for process in processes]
         self._store: Any = None
         with contextlib.suppress(RuntimeError, KeyError, ValueError):
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             timeout = timedelta(seconds=SECONDS)
             store = dist.TCPStore(address, port, is_master=False, timeout=timeout)  # type: ignore[attr-defined]
-            store.set(f"kvgather/answers/{rank}", "")
+            store.set(self._keys[rank], "")
             self._store = store
 
     def has(self, rank: int) -> bool:
         with contextlib.suppress(RuntimeError):
-            return self._store is not None and bool(self._store.check([f"kvgather/answers/{rank}"]))
+            return self._store is not None and bool(self._store.check([self._keys[rank]]))
         return False
 
 
