@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -54,6 +55,8 @@ GIGABYTES = {
 }
 """Peak GPU memory of a file's process; files not listed take at most `USUAL_GIGABYTES`."""
 USUAL_GIGABYTES = 3
+GRACE = 5.0
+"""Seconds that a process has to end after Ctrl-C; then it is killed."""
 
 
 @dataclass(frozen=True)
@@ -196,14 +199,18 @@ def start(root: Path, shard: Shard, folder: Path, cache: Path) -> Running:
     return Running(shard, process, folder)
 
 
-def kill(running: Running, reason: str) -> None:
-    """End a process and its children."""
-    running.killed = reason
-    try:
-        os.killpg(running.process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        running.process.kill()
-    running.process.wait()
+def kill(running: Sequence[Running], reason: str) -> None:
+    """End processes and their children: first as Ctrl-C does, so that a test can end what it has started elsewhere."""
+    for each in running:
+        each.killed = reason
+        each.process.send_signal(signal.SIGINT)
+    end = time.monotonic() + GRACE
+    for each in running:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            each.process.wait(max(0.0, end - time.monotonic()))
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(each.process.pid, signal.SIGKILL)
+        each.process.wait()
 
 
 def ends_of(running: Running) -> list[End]:
@@ -261,25 +268,30 @@ def run_shards(
     """
     waiting = sorted(shards, key=lambda shard: -shard.seconds)
     running: list[Running] = []
-    while waiting or running:
-        expired = time.monotonic() > until
-        for shard in list(waiting):
+    try:
+        while waiting or running:
+            expired = time.monotonic() > until
+            for shard in list(waiting):
+                if expired:
+                    waiting.remove(shard)
+                    ends = [End(test, "errors", "not begun: the suite's time was over") for test in shard.ids]
+                    ended(shard, ends, 0.0, work)
+                elif len(running) < workers and _fits(shard, running, gigabytes):
+                    waiting.remove(shard)
+                    running.append(start(root, shard, work / f"{len(shards) - len(waiting):03}", work))
             if expired:
-                waiting.remove(shard)
-                ends = [End(test, "errors", "not begun: the suite's time was over") for test in shard.ids]
-                ended(shard, ends, 0.0, work)
-            elif len(running) < workers and _fits(shard, running, gigabytes):
-                waiting.remove(shard)
-                running.append(start(root, shard, work / f"{len(shards) - len(waiting):03}", work))
-        for current in list(running):
-            if current.process.poll() is None and expired:
-                kill(current, "killed: the suite's time was over,")
-            elif current.process.poll() is None and current.quiet() > limit:
-                kill(current, f"killed: no test began or ended for {limit:g} s,")
-            if current.process.poll() is not None:
-                running.remove(current)
-                ended(current.shard, ends_of(current), time.monotonic() - current.begun, current.folder)
-        time.sleep(0.05)
+                kill([each for each in running if each.process.poll() is None], "killed: the suite's time was over,")
+            kill(
+                [each for each in running if each.process.poll() is None and each.quiet() > limit],
+                f"killed: no test began or ended for {limit:g} s,",
+            )
+            for current in list(running):
+                if current.process.poll() is not None:
+                    running.remove(current)
+                    ended(current.shard, ends_of(current), time.monotonic() - current.begun, current.folder)
+            time.sleep(0.05)
+    finally:
+        kill(running, "interrupted")  # after Ctrl-C, or an error; else none is left
 
 
 def _fits(shard: Shard, running: Sequence[Running], gigabytes: float) -> bool:

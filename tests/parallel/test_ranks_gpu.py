@@ -19,7 +19,7 @@ pytestmark = [
 def test_ranks_give_what_one_gpu_gives(tmp_path: Path) -> None:
     size = torch.cuda.device_count()
     for rank, done in enumerate(
-        run_ranks("tests.parallel._context_child", size, tmp_path, 300, RANKS_ON="cuda", EVERY="8")
+        run_ranks("tests.parallel._context_child", size, tmp_path, 200, RANKS_ON="cuda", EVERY="8")
     ):
         assert done.code == 0, done.text[-3000:]
         wrong = {case: said for case, said in done.said.items() if said}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -193,6 +195,60 @@ def test_the_time_for_all_is_kept(tmp_path: Path) -> None:
         ("errors", "not begun: the suite's time was over"),
         ("errors", "killed: the suite's time was over"),
     ]
+
+
+ELSEWHERE = """
+import os, subprocess, sys, time
+from pathlib import Path
+import pytest
+
+@pytest.mark.gpu
+def test_it():
+    sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+    child = subprocess.Popen(sleep, start_new_session=True)
+    Path("child").write_text(str(child.pid))
+    try:
+        child.wait()
+    finally:
+        child.kill()
+"""
+
+
+@pytest.mark.parametrize("how", ["it is quiet for too long", "the suite is interrupted"])
+def test_a_killed_test_ends_what_it_has_started_in_another_session(how: str, tmp_path: Path) -> None:
+    """As the ranks of tests/parallel."""
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs a GPU\n")
+    (tmp_path / "test_elsewhere.py").write_text(ELSEWHERE)
+    work = tmp_path / "work"
+    work.mkdir()
+    shard, ends = Shard("test_elsewhere.py", ("test_elsewhere.py::test_it",)), []
+
+    def interrupt(signal_number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.alarm(6 if how == "the suite is interrupted" else 0)
+    try:
+        with pytest.raises(KeyboardInterrupt) if "interrupted" in how else contextlib.nullcontext():
+            run_shards(
+                tmp_path, [shard], work, workers=1, gigabytes=99, limit=6, until=time.monotonic() + 60,
+                ended=lambda shard, found, seconds, folder: ends.extend(found),
+            )  # fmt: skip
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    child = int((tmp_path / "child").read_text())
+    until = time.monotonic() + 10
+    while _runs(child):
+        assert time.monotonic() < until, "its child still runs"
+        time.sleep(0.05)
+
+
+def _runs(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_no_more_gpu_memory_than_there_is_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
