@@ -217,7 +217,7 @@ class Ranks:
             if new is None:
                 missing[rank] = "has made no ContextParallel of this group"
             elif old == new:
-                missing[rank] = f"has died: it gave no sign for {MISSED * self._seconds:.2g} s"
+                missing[rank] = f"has died, or stands still: it gave no sign for {MISSED * self._seconds:.2g} s"
             elif new[1] < self.entered:
                 missing[rank] = f"hangs, or does something else: it has entered {new[1]} of {self.entered} collectives"
         return missing

@@ -27,7 +27,7 @@ POLL = 0.02
 
 
 class RanksError(RuntimeError):
-    """A rank of `run_ranks` ended without an answer; the message has the last line that it wrote."""
+    """Ranks of `run_ranks` ended without an answer; the message has the last line of each, the first to end first."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,18 @@ def each_rank(
     """
     count = check_int(ranks, "ranks", minimum=1)
     seconds, group_seconds = check_seconds(timeout), check_seconds(group_timeout, "group_timeout")
+    waits_for = set(range(count) if awaited is None else awaited)
+    if not waits_for or not waits_for <= set(range(count)):
+        raise ValueError(
+            f"awaited is {described(awaited)}; accepted: one or more of the ranks 0 to {count - 1}, or None"
+        )
     if not isinstance(job, str) or not all(job.partition(":")):
         raise ValueError(f"job is {described(job)}; accepted: 'module:function'")
     try:
         settings = json.dumps({"job": job, "ranks": count, "timeout": group_seconds, "arguments": arguments})
     except TypeError as error:
         raise TypeError(f"arguments cannot be sent ({error}); accepted: what JSON can hold") from None
-    return _each_rank(settings, count, seconds, set(range(count) if awaited is None else awaited))
+    return _each_rank(settings, count, seconds, waits_for)
 
 
 def _each_rank(settings: str, ranks: int, seconds: float, awaited: set[int]) -> Iterator[RankEnd]:
@@ -125,15 +130,16 @@ def run_ranks(
         RanksError: a rank ended without an answer.
         TypeError, ValueError: as `each_rank`.
     """
-    ended = sorted(
-        each_rank(job, ranks, timeout=timeout, group_timeout=group_timeout, **arguments), key=lambda end: end.rank
-    )
+    ended = list(each_rank(job, ranks, timeout=timeout, group_timeout=group_timeout, **arguments))
+    failed = []
     for end in ended:
         if end.code != 0:
             said = (end.stderr.strip().splitlines() or ["nothing"])[-1].removeprefix(f"[rank{end.rank}]: ")
             status = f"no answer in {timeout:g} s" if end.code is None else f"exit status {end.code}"
-            raise RanksError(f"rank {end.rank}: {status}, and wrote {said}")
-    return [end.answer for end in ended]
+            failed.append(f"rank {end.rank}: {status}, and wrote {said}")
+    if failed:
+        raise RanksError("\n".join(failed))
+    return [end.answer for end in sorted(ended, key=lambda end: end.rank)]
 
 
 def _kill(child: subprocess.Popen[bytes]) -> None:

@@ -32,6 +32,8 @@ def misbehave(rank: int, ranks: int, ways: list[str]) -> str:
     """A job: end as its way says."""
     if ways[rank] == "raises":
         raise ValueError("no such page")
+    if ways[rank] == "waits":
+        dist.barrier()
     if ways[rank] == "ends":
         os._exit(7)
     if ways[rank] == "hangs":
@@ -67,6 +69,15 @@ def test_a_rank_that_raises_is_an_error() -> None:
         run_ranks(f"{__name__}:misbehave", 1, ways=["raises"])
 
 
+def test_the_rank_that_fails_first_is_told_first() -> None:
+    """The other one fails because of it."""
+    with pytest.raises(RanksError) as raised:
+        run_ranks(f"{__name__}:misbehave", 2, ways=["waits", "raises"])
+    told = sorted(str(raised.value).splitlines())
+    assert len(told) == 2 and told[0].startswith("rank 0: exit status 1, and wrote ")
+    assert told[1] == "rank 1: exit status 1, and wrote ValueError: no such page"
+
+
 @pytest.mark.parametrize(
     ("job", "ranks", "more", "error", "said"),
     [
@@ -74,6 +85,8 @@ def test_a_rank_that_raises_is_an_error() -> None:
         ("module:f", 0, {}, ValueError, "ranks is 0"),
         ("module:f", 2, {"timeout": 0}, ValueError, "timeout is 0"),
         ("module:f", 2, {"group_timeout": -1}, ValueError, "group_timeout is -1"),
+        ("module:f", 2, {"awaited": [2]}, ValueError, r"awaited is list \[2\]; accepted: one or more of the ranks 0"),
+        ("module:f", 2, {"awaited": []}, ValueError, "awaited is list"),
         ("module:f", 2, {"x": torch.ones(1)}, TypeError, "accepted: what JSON can hold"),
     ],
 )
