@@ -33,9 +33,10 @@ LATE = 0.7
 BEAT = 0.5
 """Seconds between two messages of a rank; less for a group with a short time-out."""
 MISSED = 4
-"""Beats without news after which a rank counts as dead."""
+"""Beats without news after which a rank counts as dead; on a CPU after `SILENCE` seconds at least."""
+SILENCE = 1.0
 ANSWER = 5.0
-"""Seconds in which the store has to answer; less for a group with a short time-out."""
+"""Seconds in which the store has to answer; less for a group of GPUs with a short time-out."""
 _MADE: Counter[str] = Counter()
 """How many `Ranks` of a name this process has made: several of one group must not write to the same keys."""
 
@@ -72,6 +73,10 @@ class Ranks:
         self._beats = 0
         self._timeout = _timeout_of(group)
         self._seconds = min(BEAT, self._timeout / (8 * MISSED))
+        self._silence, self._patience = MISSED * self._seconds, min(ANSWER, self._timeout / 8)
+        on_gpu = dist.get_backend(group) != "gloo"
+        if not on_gpu:  # the time-out is over when the ranks are asked
+            self._silence, self._patience = max(self._silence, SILENCE), ANSWER
         self._newest: tuple[torch.Event, float, str] | None = None  # the end of the newest collective on a GPU
         self._over: object = None  # the newest collective that was seen to have finished
         self._late: RankError | None = None
@@ -83,7 +88,7 @@ class Ranks:
             self._group_store = group.get_group_store()
             self._write(self._store())
             self._start(self._beat)
-            if dist.get_backend(group) != "gloo":
+            if on_gpu:
                 self._start(self._watch)
         atexit.register(self.close)
 
@@ -202,13 +207,13 @@ class Ranks:
 
         asking = threading.Thread(target=ask, name="kvgather asks", daemon=True)
         asking.start()
-        asking.join(MISSED * self._seconds + min(ANSWER, self._timeout / 4))
+        asking.join(self._silence + self._patience)
         return found[0] if found else None
 
     def _ask(self) -> dict[int, str]:
         store = self._store()
         before = [_read(store, rank) for rank in range(self.size)]
-        self._ended.wait(MISSED * self._seconds)
+        self._ended.wait(self._silence)
         after = [_read(store, rank) for rank in range(self.size)]
         missing = {}
         for rank, (old, new) in enumerate(zip(before, after, strict=True)):
@@ -217,7 +222,7 @@ class Ranks:
             if new is None:
                 missing[rank] = "has made no ContextParallel of this group"
             elif old == new:
-                missing[rank] = f"has died, or stands still: it gave no sign for {MISSED * self._seconds:.2g} s"
+                missing[rank] = f"has died, or stands still: it gave no sign for {self._silence:.2g} s"
             elif new[1] < self.entered:
                 missing[rank] = f"hangs, or does something else: it has entered {new[1]} of {self.entered} collectives"
         return missing
