@@ -1,4 +1,4 @@
-"""Implementations of others, and the forms in which they take a case's pool, pages and lengths."""
+"""Implementations next to ours, mostly of others, and the forms in which they take a case's pool, pages and lengths."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class NotUsable(Exception):
 
 @dataclass(frozen=True)
 class Peer:
-    """An implementation of others.
+    """An implementation to time next to ours.
 
     Attributes:
-        version: the package or file that it comes from, with its version.
+        version: the package or file that it comes from, with its version; "" for this one.
         prepare: builds the call to time. The new tokens of its argument are in the cache already.
         itemsize: bytes of one number of the pool that it reads.
     """

@@ -6,6 +6,7 @@ No row writes the new tokens: they are in the cache before. The rows of a case:
     FlashAttention-3, BF16 pool            over a BF16 copy of the decoded pool: twice the bytes
     FlashAttention-3, FP8 pool and Q       over the FP8 pool, with q quantized before
     FlashInfer                             over the FP8 pool, with q in BF16
+    direct kernel, Hopper kernel           ours, each by itself, where a GPU has both
     read limit, contiguous copy            for one new token, as in `kvgather bench prefix`
 
 Every implementation is compared with the float64 reference before it is timed, on all rows of the first and of the last
@@ -28,7 +29,7 @@ from ..attention.reference import reference_attention
 from ..blocks import cu_seqlens
 from ..cases.prefix import BuiltPrefix, PrefixCase, build_prefix
 from ..plan import GatherPlan
-from . import peer_fa3, peer_flashinfer
+from . import peer_fa3, peer_flashinfer, peer_kernels
 from .peer import Attending, NotUsable, Peer
 from .peer_targets import OURS, summary
 from .prefix import TOLERANCE, memory_limits
@@ -49,6 +50,7 @@ Peers = Mapping[str, Peer | str]
 SOURCES: tuple[tuple[Sequence[str], Callable[[torch.device], dict[str, Peer]]], ...] = (
     (peer_fa3.NAMES, peer_fa3.find),
     (peer_flashinfer.NAMES, peer_flashinfer.find),
+    (peer_kernels.NAMES, peer_kernels.find),
 )
 """The names of rows, and the function that finds their peers."""
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kvgather import cli
 from kvgather.attention.reference import reference_attention
-from kvgather.bench import peer, peer_fa3, peer_flashinfer, peer_targets, peers, report
+from kvgather.bench import peer, peer_fa3, peer_flashinfer, peer_kernels, peer_targets, peers, report
 from kvgather.bench.peer import NotUsable, Peer
 from kvgather.bench.report import Row
 from kvgather.cases.prefix import PrefixCase, build_prefix
@@ -30,6 +30,7 @@ DECODE, PREFILL = peers.cases(CPU)
 RAGGED = replace(PREFILL, new=(3, 1, 16), cached=(61, 0, 33), label="ragged")  # a last page of 16 tokens, 1 and 1
 PACKAGES = ("vllm", "flash_attn_interface", "flashinfer")
 NAMES = ("FlashAttention-3, BF16 pool", "FlashAttention-3, FP8 pool and Q", "FlashInfer")
+KERNELS = ("direct kernel", "Hopper kernel")
 
 
 Install = Callable[..., None]
@@ -97,12 +98,23 @@ def rows_of(case: PrefixCase, only: dict[str, Peer | str] | None = None) -> dict
 
 def test_without_peers_each_row_says_why(install: Install) -> None:
     rows = rows_of(DECODE)
-    assert list(rows) == ["auto, attention alone", *NAMES]
+    assert list(rows) == ["auto, attention alone", *NAMES, *KERNELS]
     ours = rows["auto, attention alone"]
     assert 1e-5 < ours.error < 5e-3 and ours.reason == ours.peer_version == "" and ours.bytes == DECODE.read_bytes
     for name in NAMES[:2]:
         assert rows[name].reason == "vllm and flash_attn_interface are not installed, and KVGATHER_FA3 is not set"
     assert rows["FlashInfer"].reason == "flashinfer is not installed"
+    for name in KERNELS:
+        assert rows[name].reason == "compared on a GPU of compute capability 9.0 with Triton 3.6"
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("case", [DECODE, PREFILL, RAGGED], ids=lambda case: case.name)
+def test_our_kernels_by_themselves(case: PrefixCase, install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer_kernels, "available", lambda _: True)
+    rows = rows_of(case, dict(peer_kernels.find(CPU)))
+    assert rows["direct kernel"].reason == "" and 1e-5 < rows["direct kernel"].error < 5e-3
+    assert rows["Hopper kernel"].reason == "the kernel does not run on this case"
 
 
 @pytest.mark.parametrize("case", [DECODE, PREFILL, RAGGED], ids=lambda case: case.name)
@@ -251,7 +263,7 @@ def test_rows_keep_errors_versions_and_reasons(install: Install, tmp_path: Path)
     assert path.read_text().splitlines()[0].endswith(",commit,date,error,peer_version,reason")
     text = report.table(rows)
     assert text.splitlines()[2].split()[-1] == "error" and f"{rows[0].error:.1e}" in text
-    assert text.endswith(f"{NAMES[1]}: not timed: {rows[2].reason}")
+    assert f"{NAMES[1]}: not timed: {rows[2].reason}" in text.splitlines()
 
 
 def row(case: str, name: str, microseconds: float, error: float = 3e-3, reason: str = "") -> Row:
@@ -297,7 +309,7 @@ def test_the_command(install: Install, monkeypatch: pytest.MonkeyPatch, tmp_path
     command = ["bench", "prefix", "--peers", "--device", "cpu", "--seconds", "0.001", "--csv"]
     assert cli.main(command) == cli.OK
     rows = report.read(tmp_path / "benchmarks" / "results" / "peers_cpu.csv")
-    assert [each.implementation for each in rows] == ["auto, attention alone", *NAMES] * 2
+    assert [each.implementation for each in rows] == ["auto, attention alone", *NAMES, *KERNELS] * 2
     printed = capsys.readouterr()
     assert (
         "FlashInfer: not timed: flashinfer is not installed" in printed.out and "Largest error of ours" in printed.out
