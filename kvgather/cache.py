@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -134,7 +134,25 @@ class PagedKVCache:
         self.geometry = Geometry.of(key_cache, value_cache, layout)
         self.key_cache, self.value_cache = key_cache, value_cache
         g = self.geometry
-        self._scales: tuple[Scale, Scale] = tuple(  # type: ignore[assignment]
+        self._scales = self._resolved(scales, kinds)
+        self._likeness: Likeness | None = None
+        self._write_launches: dict[object, list[ScatterLaunch]] = {}
+        self._last_slots: Tensor | None = None
+        self._kinds = self._scales[0].kind, self._scales[1].kind
+        self._too_large = torch.full((1,), -1, dtype=torch.int64, device=g.device)  # largest skipped slot
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickled and copied without what is prepared for launches on this memory."""
+        return self.__dict__ | {"_likeness": None, "_write_launches": {}}
+
+    def _resolved(
+        self,
+        scales: tuple[Tensor | float | None, Tensor | float | None],
+        kinds: tuple[str | None, str | None],
+    ) -> tuple[Scale, Scale]:
+        """The scales of K and V, checked against the geometry."""
+        g = self.geometry
+        k, v = (
             resolve(
                 scale,
                 f"{name}_scale",
@@ -146,23 +164,21 @@ class PagedKVCache:
             ).in_memory(g.device)
             for name, scale, kind in zip("kv", scales, kinds, strict=True)
         )
-        self._likeness: Likeness | None = None
-        self._write_launches: dict[object, list[ScatterLaunch]] = {}
-        self._last_slots: Tensor | None = None
-        self._kinds = self._scales[0].kind, self._scales[1].kind
-        self._too_large = torch.full((1,), -1, dtype=torch.int64, device=g.device)  # largest skipped slot
+        return k, v
 
     @property
     def likeness(self) -> int:
         """Number of the pools' and scales' signature: one prepared launch reads all caches with the same number.
 
         Raises:
-            ValueError: the storage of a pool or of a scale has shrunk.
+            TypeError, ValueError: the storage of a pool or of a scale has shrunk, or another tensor has taken its place
+                (an engine may assign `.data` where it reloads scales or wakes a pool) that is of another kind.
         """
         tensors = self.key_cache, self.value_cache, self._scales[0].tensor, self._scales[1].tensor
         likeness = self._likeness
         if likeness is None or not likeness.is_current(*tensors):
-            self._check_memory()
+            self._check_again()
+            tensors = self.key_cache, self.value_cache, self._scales[0].tensor, self._scales[1].tensor
             likeness = self._likeness = Likeness(tensors, (self.geometry, *self._kinds))
             self._write_launches.clear()  # they write to the previous memory
         return likeness.number
@@ -232,7 +248,7 @@ class PagedKVCache:
                 codes of one token and the scale of another. `check()` reports both.
         """
         if not torch.compiler.is_compiling():
-            self.likeness  # noqa: B018  # raises if a storage has shrunk
+            self.likeness  # noqa: B018  # checks again what has changed
         if self.write_again(k, v, slots, backend):
             return
         g, k, v = self.geometry, resolved(k), resolved(v)
@@ -281,12 +297,19 @@ class PagedKVCache:
         self._last_slots = slots
         return True
 
-    def _check_memory(self) -> None:
-        """Raise unless pools and scales are inside their storage, which an engine may resize."""
+    def _check_again(self) -> None:
+        """Raise unless pools and scales are inside their storage, and of the sizes and kinds of the beginning.
+
+        An engine may resize a storage, or give a tensor other memory; a scale's may have other strides.
+        """
         tensors = (self.key_cache, self.value_cache, self.k_scale, self.v_scale)
         for name, tensor in zip(("key_cache", "value_cache", "k_scale", "v_scale"), tensors, strict=True):
             if tensor is not None:
                 check_inside_storage(tensor, name)
+        now = Geometry.of(self.key_cache, self.value_cache, self.geometry.layout)
+        if now != self.geometry:
+            raise ValueError(f"key_cache and value_cache are {now} now; accepted: as in the beginning, {self.geometry}")
+        self._scales = self._resolved((self.k_scale, self.v_scale), self._kinds)
 
     def _check_writable(self) -> None:
         """Raise if two elements that a write sets share an address. A gather accepts such a cache."""
@@ -337,7 +360,8 @@ class PagedKVCache:
         if not torch.compiler.is_compiling():
             if (rows := gather_again(options, source, plan, out, out_dtype)) is not None:
                 return rows
-            self._check_memory()
+            self.likeness  # noqa: B018  # checks again what has changed
+            source = self.key_cache, self.value_cache, self._scales[0].tensor, self._scales[1].tensor
         return gather_checked(source, options, plan, self.geometry, self._scales, out_dtype, out, backend, zero_bad_v)
 
     def check(self) -> None:

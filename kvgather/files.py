@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import secrets
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -30,8 +31,9 @@ def replace_text(path: Path, text: str) -> None:
         target.write_text(text, encoding="utf-8", newline="")
         return
     temporary = _temporary(target)
+    file = temporary.open("x", encoding="utf-8", newline="")
     try:
-        with temporary.open("x", encoding="utf-8", newline="") as file:
+        with file:
             file.write(text)
         if target.exists():
             shutil.copymode(target, temporary)
@@ -53,11 +55,10 @@ def check_replaceable(path: Path) -> None:
     if target.exists() and not target.is_file():
         return
     temporary = _temporary(target)
-    try:
-        temporary.touch(exist_ok=False)
-    finally:
-        temporary.unlink(missing_ok=True)
+    temporary.touch(exist_ok=False)
+    temporary.unlink()
 
 
 def _temporary(target: Path) -> Path:
-    return target.with_name(f".{target.name}.{os.getpid()}")
+    """A name that no other thread, process or machine uses."""
+    return target.with_name(f".{target.name}.{secrets.token_hex(8)}")

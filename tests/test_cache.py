@@ -1,8 +1,14 @@
-"""The cache: what an empty one is, what it refuses, and writes that are like one before."""
+"""The cache: what an empty one is, what it refuses, writes that are like one before, and memory that was replaced."""
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
+import threading
+import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +17,7 @@ import torch
 import kvgather as kg
 from tests.where import interpreted
 
+FP8 = torch.float8_e4m3fn
 GOOD: dict[str, Any] = {"num_blocks": 2, "page_size": 16, "num_kv_heads": 2, "head_dim": 16, "device": "cpu"}
 
 
@@ -146,3 +153,102 @@ def test_a_known_write_goes_where_the_pool_is_now() -> None:
     assert torch.equal(before, old) and torch.equal(new.view(16, 2, 16)[slots], k * 2)
     (known,) = cache._write_launches.values()
     assert launch not in known  # it has the address of the old memory, to which a GPU would write
+
+
+def uses(cache: kg.PagedKVCache) -> dict[str, Callable[[], Any]]:
+    """Every call that reads or writes the cache's memory."""
+    table, ends = torch.arange(8, dtype=torch.int32)[None], torch.tensor([0, 30]).int()
+    plan = kg.GatherPlan.build(table, ends, page_size=4, num_blocks=8, total_tokens=30)
+    batch = kg.PrefixBatch.build(table, torch.tensor([0, 1]).int(), ends, page_size=4, num_blocks=8)
+    q = torch.randn(1, 4, 16, generator=torch.Generator().manual_seed(1))
+    row, slots = torch.ones(1, 2, 16), torch.tensor([31])
+    calls: dict[str, Callable[[], Any]] = {}
+    for backend in ("torch", "triton"):
+        calls[f"gather, {backend}"] = partial(cache.gather, plan, backend=backend)
+        calls[f"write, {backend}"] = partial(cache.write, row, row.clone(), slots, backend=backend)
+    for path in ("gather", "direct"):
+        calls[path] = partial(kg.prefix_attention, q, None, None, cache, batch, path=path)
+    return calls
+
+
+@interpreted
+@pytest.mark.parametrize("known", [False, True], ids=["at first", "after a call"])
+@pytest.mark.parametrize(
+    ("name", "other", "message"),
+    [
+        ("k_scale", torch.tensor([0.5]), r"k_scale has shape \[1\]; accepted for 2 heads, 8 blocks, page 4"),
+        ("v_scale", torch.ones(2).double(), r"v_scale has dtype float64; accepted: float32"),
+        ("key_cache", torch.zeros(2, 4, 2, 16).to(FP8), r"value_cache has 8 blocks.* accepted: .* 2 blocks"),
+        ("key_cache", torch.zeros(8, 4, 2, 8).to(FP8), r"are .*head_dim=8.*; accepted: .*head_dim=16"),
+        ("key_cache", torch.zeros(8, 4, 2, 16).bfloat16(), r"value_cache has dtype float8_e4m3fn; accepted: key"),
+    ],
+    ids=["one-element scale", "scale's dtype", "fewer blocks", "smaller head dim", "pool's dtype"],
+)  # fmt: skip
+def test_memory_of_another_kind_is_refused(name: str, other: torch.Tensor, message: str, known: bool) -> None:
+    """The bug of this project, by another way: an engine reloads a scale, or wakes a pool, of another form."""
+    for use in uses(kg.PagedKVCache(8, 4, 2, 16, scale="per-head", device="cpu")):
+        cache = kg.PagedKVCache(8, 4, 2, 16, scale="per-head", device="cpu")
+        call = uses(cache)[use]
+        if known:
+            call()
+        getattr(cache, name).data = other
+        with pytest.raises((TypeError, ValueError), match=message):
+            call()
+        with pytest.raises((TypeError, ValueError), match=message):  # again
+            call()
+
+
+@interpreted
+def test_a_scale_with_other_strides_is_read_by_them() -> None:
+    cache = kg.PagedKVCache(8, 4, 2, 16, scale="per-token-head", device="cpu")
+    cache.write(*torch.randn(2, 32, 2, 16, generator=torch.Generator().manual_seed(0)), torch.arange(32))
+    calls = {name: call for name, call in uses(cache).items() if "write" not in name}
+    before = {name: call() for name, call in calls.items()}
+    for scale in (cache.k_scale, cache.v_scale):
+        assert scale is not None
+        scale.data = scale.transpose(1, 2).contiguous().transpose(1, 2)
+    for name, call in calls.items():
+        for ours, theirs in zip(call(), before[name], strict=True):
+            assert torch.equal(ours, theirs), name
+
+
+@interpreted
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_a_copy_has_memory_and_launches_of_its_own(copied: Callable[[kg.PagedKVCache], kg.PagedKVCache]) -> None:
+    cache = kg.PagedKVCache(8, 4, 2, 16, dtype=torch.float32, scale="none", device="cpu")  # torch does not unpickle FP8
+    for call in uses(cache).values():
+        call()
+    before = cache.key_cache.view(torch.uint8).clone()
+    other = copied(cache)
+    assert torch.equal(other.key_cache.view(torch.uint8), before)
+    for call in uses(other).values():
+        call()
+    other.write(torch.randn(1, 2, 16) + 9, torch.randn(1, 2, 16), torch.tensor([31]), backend="triton")
+    assert torch.equal(cache.key_cache.view(torch.uint8), before)
+    assert not torch.equal(other.key_cache.view(torch.uint8), before)
+
+
+@interpreted
+def test_two_threads_launch_interpreted_kernels() -> None:
+    """Triton's interpreter replaces parts of its language for all threads while a kernel runs."""
+    found: list[object] = []
+
+    def gather(seed: int) -> None:
+        cache = kg.PagedKVCache(8, 4, 2, 16, device="cpu")
+        cache.write(*torch.randn(2, 32, 2, 16, generator=torch.Generator().manual_seed(seed)), torch.arange(32))
+        calls = uses(cache)
+        expected = calls["gather, torch"]()
+        for _ in range(12):
+            try:
+                got = calls["gather, triton"]()
+                found.append(all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)))
+            except Exception as error:
+                found.append(error)
+
+    filters = list(warnings.filters)
+    threads = [threading.Thread(target=gather, args=(seed,)) for seed in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [True] * 24 and warnings.filters == filters

@@ -83,6 +83,7 @@ def test_a_script_with_arguments_a_helper_and_a_path_with_a_space_and_an_accent(
         ("sys.exit(0)", cli.NOT_AS_EXPECTED, ""),
         ("sys.exit(7)", cli.FAILED, "the script exited with status 7\n"),
         ("sys.exit('no é here')", cli.FAILED, "no é here\n"),
+        ("sys.exit('')", cli.FAILED, "the script exited with status 1\n"),
     ],
 )
 def test_a_script_that_exits(tmp_path: Path, ending: str, status: int, stderr: str) -> None:

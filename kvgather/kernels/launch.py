@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, TypeVar, cast
 
@@ -36,9 +37,14 @@ def patch_interpreter() -> None:
     interpreter._patch_lang_tensor = patch_with_index
 
 
+_INTERPRETER = threading.RLock()
+
+
 @contextlib.contextmanager
 def launching(tensor: Tensor, interpreted: bool) -> Iterator[None]:
     """Select the tensor's GPU for a launch. In the interpreter, silence NumPy's floating-point warnings.
+
+    The interpreter replaces parts of Triton's language during a launch, for all threads: one launch at a time.
 
     Args:
         tensor: an argument of the kernel.
@@ -50,7 +56,7 @@ def launching(tensor: Tensor, interpreted: bool) -> Iterator[None]:
         import numpy as np
 
         patch_interpreter()
-        with np.errstate(all="ignore"), warnings.catch_warnings():
+        with _INTERPRETER, np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "All-NaN", RuntimeWarning)  # np.nanmax warns; a GPU does not
             yield
     else:

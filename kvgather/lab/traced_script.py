@@ -80,7 +80,9 @@ def _exit_status(end: SystemExit) -> str:
     """The message of `sys.exit`, or the status; "" for success."""
     if end.code is None or end.code == 0:
         return ""
-    return f"the script exited with status {end.code}" if isinstance(end.code, int) else f"{end.code}"
+    if isinstance(end.code, int):
+        return f"the script exited with status {end.code}"
+    return f"{end.code}" or "the script exited with status 1"  # as Python does after an empty message
 
 
 def _wants_gpu(error: BaseException | None) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,24 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
     files.check_replaceable(Path(os.devnull))
     files.replace_text(Path(os.devnull), "gone")
     assert not Path(os.devnull).is_file() and sorted(tmp_path.iterdir()) == [path, link]
+
+
+def test_threads_that_write_one_file(tmp_path: Path) -> None:
+    path, texts, failed = tmp_path / "a.csv", [f"{i}\n" * 5000 for i in range(2)], []
+
+    def write(text: str) -> None:
+        try:
+            for _ in range(50):
+                files.replace_text(path, text)
+        except OSError as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=write, args=(text,)) for text in texts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed and path.read_text() in texts and list(tmp_path.iterdir()) == [path]
 
 
 def test_committed_results_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
