@@ -13,8 +13,6 @@ from kvgather.formats.layout import byte_offset, value_shape
 from kvgather.lab.trace import Trace, trace
 from kvgather.workbook.checks import NotYet, Wrong, exercise, expect
 
-PAGE = 4
-
 
 @exercise(
     "04.1",
@@ -50,25 +48,30 @@ def _check_rows(kernel: Any, dim: int, lanes: int) -> None:
     not_yet="every token gets slot −1; replace this line",
 )
 def slots_kernel(kernel: Any) -> None:
-    lengths, starts = [5, 0, 6], [3, 0, 6]
-    block_table = torch.tensor([[7, 2, 5], [1, 4, 8], [9, 3, 6]], dtype=torch.int32)
-    cu_seqlens = torch.tensor([0, 5, 5, 11], dtype=torch.int32)
-    batch = torch.tensor([0] * 5 + [2] * 6, dtype=torch.int32)
+    for page, block_ids, starts, lengths in (
+        (4, [[7, 2, 5], [1, 4, 8], [9, 3, 6]], [3, 0, 6], [5, 0, 6]),
+        (5, [[3, 8, 0, 11], [6, 10, 2, 7]], [4, 11], [3, 6]),
+    ):
+        _check_slots(_launchable(kernel), page, block_ids, starts, lengths)
+
+
+def _check_slots(kernel: Any, page: int, block_ids: list[list[int]], starts: list[int], lengths: list[int]) -> None:
+    block_table = torch.tensor(block_ids, dtype=torch.int32)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    batch = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(torch.tensor(lengths))
     expected = [
-        int(block_table[b, (starts[b] + i) // PAGE]) * PAGE + (starts[b] + i) % PAGE
+        block_ids[b][(starts[b] + i) // page] * page + (starts[b] + i) % page
         for b, n in enumerate(lengths)
         for i in range(n)
     ]
     slots = torch.full((len(expected),), -1, dtype=torch.int32)
     seq_starts = torch.tensor(starts, dtype=torch.int32)
     with trace() as t:
-        _launchable(kernel)[(len(expected),)](
-            slots, batch, cu_seqlens, seq_starts, block_table, block_table.stride(0), PAGE
-        )
+        kernel[(len(expected),)](slots, batch, cu_seqlens, seq_starts, block_table, block_table.stride(0), page)
     if bool((slots == -1).all()) and not list(t.select("block_tables_ptr")):
         raise NotYet
     _no_violation(t)
-    expect(expected, slots, f"slots (page {PAGE}, seq_starts {starts}, lengths {lengths})")
+    expect(expected, slots, f"slots (page {page}, seq_starts {starts}, lengths {lengths})")
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,23 @@ WRONG: dict[str, list[tuple[str, str]]] = {
         # the scale forgotten, halved
         (FNUZ.format(start="codes.clone()", steps=f"{MINUS_ZERO}; {NANS}", scale="scale"), "the value of 0x01"),
         (FNUZ.format(start="codes.clone()", steps=f"{MINUS_ZERO}; {NANS}", scale="scale / 2"), "the value of 0x01"),
+        # the codes used as indices
+        (
+            FNUZ.format(
+                start="codes.clone()",
+                steps="converted[128] = 0; converted[127] = 0x80; converted[255] = 0x80",
+                scale="scale * 2",
+            ),
+            "your code raised IndexError: index 128 is out of bounds for dimension 0 with size 16, on line 3",
+        ),
+        # the scale right for the notebook's 0.5 only
+        *(
+            (
+                FNUZ.format(start="codes.clone()", steps=f"{MINUS_ZERO}; {NANS}", scale=scale),
+                "scale 0.3: the value of 0xfe, which became 0xfe: expected -134.4, got -",
+            )
+            for scale in ("1.0", "scale + 0.5", "0.5 / scale", "4 * scale * scale")
+        ),
         # the given codes overwritten
         (
             FNUZ.format(
@@ -81,6 +98,17 @@ WRONG: dict[str, list[tuple[str, str]]] = {
         (SCALES.format("limit / k.abs().amax((0, 2))"), "answer[0]"),
         # one for each token
         (SCALES.format("k.abs().amax(2) / limit"), "expected shape [4], got [20, 4]"),
+        # errors that only small scales show
+        (SCALES.format("k.float().abs().amax((0, 2)) / limit + 9e-7"), "scales divided by the right ones: answer["),
+        (
+            SCALES.format("(s := k.float().abs().amax((0, 2)) / limit).where(s >= 1e-6, 0)"),
+            "limit 57344, scales divided by the right ones: answer[2]: expected 1, got 0",
+        ),
+        # computed in BF16, if K is BF16
+        (
+            SCALES.format("k.abs().amax((0, 2)) / limit"),
+            "in bfloat16, limit 448: expected dtype torch.float32, got torch.bfloat16",
+        ),
     ],
     "02.4": [
         # the scales along dim

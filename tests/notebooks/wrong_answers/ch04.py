@@ -112,6 +112,23 @@ WRONG = {
             ),
             "cell:8 in slots_kernel(): load block_tables_ptr, elements 12–17 of 9, first program (5,)",
         ),
+        # the page size or the width of the table right for the first batch only
+        (
+            SLOTS.format(
+                position=POSITION,
+                block="block = tl.load(block_tables_ptr + batch * 3 + position // 4)",
+                slot=SLOT,
+            ),
+            "slots (page 5, seq_starts [4, 11], lengths [3, 6]): answer[0]",
+        ),
+        (
+            SLOTS.format(position=POSITION, block=BLOCK.replace("stride_table", "3"), slot=SLOT),
+            "slots (page 5, seq_starts [4, 11], lengths [3, 6]): answer[3]",
+        ),
+        (
+            SLOTS.format(position=POSITION, block=BLOCK.replace("page_size", "4"), slot=SLOT),
+            "cell:8 in slots_kernel(): load block_tables_ptr, element 8 of 8, first program (8,)",
+        ),
     ],
     "04.3": [
         # the scale forgotten
