@@ -23,7 +23,7 @@ def add_serve(commands: Any, run: Run) -> None:
     _add_engine(parser)
     parser.add_argument("--greedy", action="store_true", help="always take the likeliest token")
     parser.add_argument("--host", default="localhost", help="default: localhost")
-    parser.add_argument("--port", type=int, default=8000, help="default: 8000")
+    parser.add_argument("--port", type=_port, default=8000, help="0 for any that is free; default: 8000")
     parser.set_defaults(run=run)
 
 
@@ -53,16 +53,39 @@ def add_replay(commands: Any, run: Run) -> None:
         "--ranks", type=_count, default=1, metavar="N", help="processes that share the heads, one a GPU; N divides the "
         "KV heads; default: 1",
     )  # fmt: skip
-    parser.add_argument("--warm-up", type=int, default=0, metavar="N", help="requests before, with another prefix")
+    parser.add_argument(
+        "--warm-up", type=_count_or_none, default=0, metavar="N", help="requests before, with another prefix; "
+        "default: 0",
+    )  # fmt: skip
     parser.add_argument(
         "--no-compare", action="store_true", help="do not compare the texts with those of the fixed gather"
     )
     parser.add_argument(
-        "--csv", metavar="FILE", nargs="?", const="", help="add a row to FILE, or to the folder of results"
-    )
+        "--csv", metavar="FILE", nargs="?", const="", help="add a row to FILE; without FILE to serving_DEVICE.csv in "
+        "the folder of results; - is the standard output",
+    )  # fmt: skip
     parser.add_argument("--commit", metavar="TEXT", help="commit to record; default: KVGATHER_COMMIT, or git's HEAD")
     _add_engine(parser)
     parser.set_defaults(run=run)
+
+
+def _count(text: str) -> int:
+    return _number(text, "a count", 1)
+
+
+def _count_or_none(text: str) -> int:
+    return _number(text, "a count", 0)
+
+
+def _port(text: str) -> int:
+    return _number(text, "a port", 0, 65535)
+
+
+def _number(text: str, what: str, least: int, most: int | None = None) -> int:
+    if not text.isdecimal() or int(text) < least or (most is not None and int(text) > most):
+        accepted = f"{least} or more" if most is None else f"{least} to {most}"
+        raise argparse.ArgumentTypeError(f"{text} is not {what}; accepted: {accepted}")
+    return int(text)
 
 
 ENGINE: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -75,9 +98,9 @@ ENGINE: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--layout", {"default": "NHD", "help": "of the pools: NHD, HND or SHUFFLE; default: NHD"}),
     ("--scale", {"default": "per-tensor", "help": "the kind of the scales; default: per-tensor"}),
     ("--path", {"default": "auto", "help": "of the attention: auto, direct, gather or hybrid"}),
-    ("--page-size", {"type": int, "default": 16, "help": "tokens per block; default: 16"}),
-    ("--num-blocks", {"type": int, "help": "blocks of the cache; default: as many as fit, or as the requests need"}),
-    ("--max-batched-tokens", {"type": int, "default": 16384, "help": "budget of a step in tokens; default: 16384"}),
+    ("--page-size", {"type": _count, "default": 16, "help": "tokens per block; default: 16"}),
+    ("--num-blocks", {"type": _count, "help": "blocks of the cache; default: as many as fit, or as the requests need"}),
+    ("--max-batched-tokens", {"type": _count, "default": 16384, "help": "budget of a step in tokens; default: 16384"}),
     ("--rank-timeout", {"type": float, "default": 120.0, "metavar": "SECONDS",
                         "help": "how long ranks wait for each other; default: 120"}),
     ("--gather", {"choices": GATHERS, "default": "after", "help": "of prefills that find a prefix; default: after"}),
@@ -86,6 +109,29 @@ FLAGS: tuple[tuple[str, str], ...] = (
     ("--guard", "memory that faults follows the scale"),
     ("--no-sharing", "do not share prefixes"),
 )
+OURS = ("--cache-dtype", "--layout", "--scale", "--path", "--gather", "--guard")
+"""Arguments that transformers' own cache does not have."""
+
+
+def check_engine(arguments: argparse.Namespace) -> None:
+    """Raise if the stock engine would ignore an argument.
+
+    Raises:
+        ValueError: with `--engine stock`, an argument of this package's engine is not its default.
+    """
+    if arguments.engine != "stock":
+        return
+    defaults = {name: options["default"] for name, options in ENGINE if name in OURS}
+    for name in OURS:
+        value = value_of(arguments, name)
+        if value != defaults.get(name, False):
+            came, accepted = (value, defaults[name]) if name in defaults else ("given", f"no {name}")
+            raise ValueError(f"{name} is {came}; accepted with --engine stock: {accepted}")
+
+
+def value_of(arguments: argparse.Namespace, name: str) -> Any:
+    """The value of an argument such as `--page-size`."""
+    return getattr(arguments, name[2:].replace("-", "_"))
 
 
 def _add_engine(parser: argparse.ArgumentParser) -> None:
@@ -99,16 +145,10 @@ def engine_arguments(arguments: argparse.Namespace) -> list[str]:
     """The arguments of `kvgather serve` for an engine as `replay` was asked for."""
     words = [arguments.model, "--greedy"] if arguments.model else ["--random-weights"]
     for name, _ in ENGINE:
-        value = getattr(arguments, name[2:].replace("-", "_"))
+        value = value_of(arguments, name)
         if value is not None:
             words += [name, str(value)]
-    return words + [name for name, _ in FLAGS if getattr(arguments, name[2:].replace("-", "_"))]
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a count; accepted: 1 or more")
-    return int(text)
+    return words + [name for name, _ in FLAGS if value_of(arguments, name)]
 
 
 def _seconds(text: str) -> float:

@@ -78,8 +78,9 @@ async def _ask_all(
         tell(answer)
         return answer
 
+    direct = openai.DefaultAsyncHttpxClient(trust_env=False)  # no proxy of the environment; `client` closes it
     async with openai.AsyncOpenAI(
-        base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=workload.timeout
+        base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=workload.timeout, http_client=direct
     ) as client:
         return list(await asyncio.gather(*(one(prompt) for prompt in workload.prompts)))
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .arguments import add_replay, add_serve, engine_arguments
+from .arguments import add_replay, add_serve, check_engine, engine_arguments
 
 OK, NOT_AS_EXPECTED, FAILED = 0, 1, 3
 SCALE = 0.05
@@ -29,6 +29,7 @@ def serve(arguments: argparse.Namespace) -> int:
     from ..serving import serve as server
     from ..serving.tensor_parallel import Ranks, plan_of
 
+    check_engine(arguments)
     if bool(arguments.model) == arguments.random_weights:
         raise ValueError("accepted: either MODEL, the folder of a model, or --random-weights")
     if arguments.model and not Path(arguments.model).is_dir():
@@ -87,11 +88,13 @@ def replay(arguments: argparse.Namespace) -> int:
     """Replay, print the outcome, compare the texts, and keep a row."""
     if importlib.util.find_spec("openai") is None:  # the server's process checks the other modules
         raise ValueError("openai is not installed; accepted: kvgather with its extra, kvgather[serving]")
+    from ..bench.keep import STDOUT
     from ..bench.machine import default_csv
     from ..device import resolve_device
     from . import run, table
     from .process import ServerError
 
+    check_engine(arguments)
     lengths = {"20b": (1000, 100, 128)}.get(arguments.config if not arguments.model else "20b", (48, 16, 4))
     for name, value in zip(("shared", "own", "new"), lengths, strict=True):
         if getattr(arguments, name) is None:
@@ -102,6 +105,9 @@ def replay(arguments: argparse.Namespace) -> int:
     path = None
     if arguments.csv is not None:
         path = Path(arguments.csv or default_csv("serving", resolve_device(arguments.device, "--device").type))
+        if path != STDOUT:
+            table.check_writable(path)
+    messages = sys.stderr if path == STDOUT else sys.stdout
     words = engine_arguments(arguments)
     try:
         with _Bar(arguments.requests) as bar:
@@ -110,12 +116,16 @@ def replay(arguments: argparse.Namespace) -> int:
                 ranks=arguments.ranks,
                 warm_up=_workload(arguments, arguments.warm_up, arguments.seed + 1) if arguments.warm_up else None,
             )  # fmt: skip
-        print(table.text(outcome), flush=True)
+        print(table.text(outcome), file=messages, flush=True)
         if outcome.output:
             print(f"\nthe last lines of the server:\n{outcome.output}", file=sys.stderr, flush=True)
         if path is not None:
-            table.write(_row(arguments, table.measured(outcome)), path)
-            print(f"\n1 row in {path}")
+            row = _row(arguments, table.measured(outcome))
+            if path == STDOUT:
+                print(table.as_csv([table.as_texts(row)]), end="", flush=True)
+            else:
+                table.write(row, path)
+                print(f"\n1 row in {path}")
         if outcome.succeeded and arguments.gather != "after" and not arguments.no_compare:
             words[words.index("--gather") + 1] = "after"
             fixed = run.replay(
@@ -124,7 +134,7 @@ def replay(arguments: argparse.Namespace) -> int:
             )  # fmt: skip
             wrong = outcome.differing(fixed)
             share = f"{wrong} of {arguments.requests} ({wrong / arguments.requests:.1%})"
-            print(f"{'other text':<13} {share} than with the fixed gather")
+            print(f"{'other text':<13} {share} than with the fixed gather", file=messages)
     except ServerError as error:
         print(f"kvgather: {error}", file=sys.stderr)
         return FAILED

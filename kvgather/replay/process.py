@@ -24,6 +24,8 @@ SHUTDOWN = 3
 """Seconds that torchrun leaves the other ranks when one has ended, or when it is stopped itself; then it kills them."""
 FIRST_RANK = re.compile(r"Root Cause.*?rank +: (?P<rank>\d+) .*?exitcode +: (?P<code>-?\d+)", re.DOTALL)
 """In torchrun's last words: which rank has ended first, and how."""
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Without the environment's proxy, which cannot reach this machine's servers."""
 LAUNCHER = "torch/distributed/elastic"
 """In each line of torchrun's log."""
 
@@ -129,7 +131,7 @@ class ServerProcess:
         return "".join(lines[-count:] if fault is None else lines[fault : fault + count]).rstrip()
 
     def _get(self, path: str) -> str:
-        with urllib.request.urlopen(self.url + path, timeout=5) as answer:
+        with DIRECT.open(self.url + path, timeout=5) as answer:
             return str(answer.read().decode())
 
     def stop(self) -> None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..files import csv_text, replace_text
+from ..files import check_replaceable, csv_text, replace_text
 from .run import Outcome
 
 
@@ -151,11 +151,29 @@ def write(row: Row, path: Path) -> None:
         ValueError: the columns of the existing file are not a row's.
         OSError: the file cannot be written; an existing file is unchanged.
     """
-    new = {name: str(value) for name, value in asdict(row).items()}
+    new = as_texts(row)
     old = read(path) if path.is_file() else []
     others = [line for line in old if any(line[name] != new[name] for name in KEY)]
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, as_csv([*others, new]))
+
+
+def check_writable(path: Path) -> None:
+    """Raise early, before a run, the errors that `write` would raise after it; creates the file's folder.
+
+    Raises:
+        ValueError: the columns of the existing file are not a row's.
+        OSError: the file cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    check_replaceable(path)
+    if path.is_file():
+        read(path)
+
+
+def as_texts(row: Row) -> dict[str, str]:
+    """A row's columns as the texts of a CSV file."""
+    return {name: str(value) for name, value in asdict(row).items()}
 
 
 def as_csv(rows: Sequence[dict[str, str]]) -> str:

@@ -18,6 +18,9 @@ from ..formats.layout import key_shape, value_shape
 from ..formats.scale import kind_shape
 from .options import Options
 
+PER_BLOCK = ("per-page-head", "per-token-head")
+"""Kinds whose scales belong to a block, as its codes do."""
+
 
 class PoolAllocator(FullAttentionCacheAllocator):
     """Blocks of the layers of one attention type, with the pools of these layers.
@@ -48,12 +51,29 @@ class PoolAllocator(FullAttentionCacheAllocator):
                 k, v, layout=o.layout, k_scale=k_scale, v_scale=v_scale, k_kind=o.kind, v_kind=o.kind
             )
 
+    def copy_blocks(self, source_block_ids: list[int], dest_block_ids: list[int]) -> None:
+        """Copy whole blocks of all layers, with the scales that belong to a block.
+
+        Transformers copies blocks where a request with `num_return_sequences` above 1 is forked.
+        """
+        super().copy_blocks(source_block_ids, dest_block_ids)
+        if self.options.kind not in PER_BLOCK:
+            return
+        source, dest = (torch.tensor(ids, device=self._copy_view.device) for ids in (source_block_ids, dest_block_ids))
+        for pool in self.pools.values():
+            for scale in (pool.k_scale, pool.v_scale):
+                if scale is not None:
+                    scale[dest] = scale[source]
+
     def _scale(self, given: Tensor | float | None, blocks: int, device: torch.device) -> Tensor | float | None:
-        """One layer's scale: the caller's, or ones; a copy of a per-token-head scale, because `write` changes it."""
+        """One layer's scale: the caller's, or ones; of a scale per block a copy.
+
+        `write` changes a per-token-head scale, and `copy_blocks` both kinds; layers may have other blocks.
+        """
         kind = self.options.kind
         if kind == "none":
             return None
-        if kind == "per-token-head" and isinstance(given, Tensor):
+        if kind in PER_BLOCK and isinstance(given, Tensor):
             return given.clone()
         if given is not None:
             return given

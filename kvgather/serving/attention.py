@@ -78,8 +78,9 @@ def _attend_in_parts(
     if step.others is not None:
         rows = _rows(step.others, q)
         out[rows] = prefix_attention(
-            q[rows], None, None, pool, step.others.batch, scaling, sinks=sinks, window=window, path=options.path
-        )
+            q[rows], None, None, pool, step.others.batch, scaling, sinks=sinks, window=window, path=options.path,
+            workspace_tokens=options.workspace_tokens,
+        )  # fmt: skip
     if step.extended is not None:
         rows, batch = _rows(step.extended, q), step.extended.batch
         keys, values = gather(pool, batch, q.dtype)

@@ -77,12 +77,16 @@ class PoolCache(engine.PagedAttentionCache):
         allocators = patch.dict(engine.ATTN_TYPE_TO_ALLOCATOR, allocators_of(options))
         with allocators, patch.object(engine, "PagedAttentionMemoryHandler", memory):
             super().__init__(dtype=self.options.dtype, **kwargs)
+        self.forget_requests()
+        self.paths = PathLog()
+        self.lookups = self.hits = self.looked_up_tokens = self.hit_tokens = 0
+
+    def forget_requests(self) -> None:
+        """Forget the requests of a step that failed, and those that were looked up; for a start of the engine."""
         self._waiting: set[str] = set()
         self._rows: list[Row] = []
         self._step: list[Row] = []
         self._groups: dict[int, GroupStep] = {}
-        self.paths = PathLog()
-        self.lookups = self.hits = self.looked_up_tokens = self.hit_tokens = 0
 
     def layer_pool(self, layer: int) -> PagedKVCache:
         """The pool of a layer."""

@@ -63,6 +63,15 @@ HOOKS = (
         "self.background_thread_status.record_fatal_error(error)",
     ),
     Hook(
+        f"{_BATCHING}.continuous_api", "ContinuousBatchingManager.destroy", ("self",),
+        "restores the model's attention only if the engine runs; ours always does", "if self.is_running():",
+    ),
+    Hook(
+        f"{_BATCHING}.continuous_api", "ContinuousBatchProcessor.reset", ("self",),
+        "a restart keeps the cache and frees its blocks; ours also forgets the requests of a failed step",
+        "self.cache.free_all_requests()",
+    ),
+    Hook(
         f"{_BATCHING}.continuous_api", "ContinuousBatchingManager.add_request",
         ("self", "input_ids", "request_id", "max_new_tokens", "streaming", "record_timestamps", "eos_token_id"),
         "checks nothing about the length, and returns None once the engine stops",
@@ -120,6 +129,10 @@ HOOKS = (
         '"_cached_continuous_batching_manager"',
     ),
     Hook(
+        f"{_BATCHING}.continuous_api", "ContinuousMixin.destroy_cached_continuous_batching_manager", ("self",),
+        "destroys the manager that install replaces", "cached_manager.destroy()",
+    ),
+    Hook(
         f"{_BATCHING}.continuous_api", "OutputRouter.fail_and_deliver", ("self", "state", "error"),
         "gives a cancelled request its final result",
     ),
@@ -166,6 +179,11 @@ HOOKS = (
         ("self", "bytes_per_sector", "non_trash_bytes", "cache_tensor", "pool"),
         "where the memory of the pages is known: [block, layer of the group, K or V, page]",
         "cache_shape = (total_tokens, 2, self.num_key_value_heads, self.head_dim)",
+    ),
+    Hook(
+        f"{_BATCHING}.cache_allocators.cache_allocator", "CacheAllocator.copy_blocks",
+        ("self", "source_block_ids", "dest_block_ids"), "copies the codes of a forked request; ours also the scales",
+        "self._copy_view.index_copy_(",
     ),
     Hook(
         f"{_BATCHING}.input_outputs", "ContinuousBatchingIOs.prepare_batch_tensors", None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 KEPT = 4096
@@ -57,5 +57,7 @@ class Counters:
             self.decode_seconds += step.seconds
 
     def as_json(self) -> dict[str, Any]:
-        """The totals and the timeline as values of JSON."""
-        return asdict(self) | {"steps": [asdict(step) for step in self.steps]}
+        """The totals and the timeline as values of JSON; another thread may count steps meanwhile."""
+        steps = list(self.steps)  # in one step of the interpreter: iterating while a step is added raises
+        totals = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "steps"}
+        return totals | {"steps": [asdict(step) for step in steps]}

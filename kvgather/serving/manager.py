@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import os
 import time
@@ -121,11 +122,22 @@ class EngineManager(CountingManager):
         super().start()
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
-        """Switch to our attention; `stop` restores the model's own."""
+        """Switch to our attention; `stop` and `destroy` restore the model's own."""
         previous = model.config._attn_implementation
         if previous != NAME:
             model.set_attn_implementation(NAME)
             self._original_attn_impl = previous
+
+    def destroy(self) -> None:
+        """Stop the engine if it runs, free the cache, and restore the model's attention.
+
+        The stock engine restores it only where it stops a running engine: not after an error, or without a start.
+        """
+        super().destroy()
+        self.batch_processor = None
+        if self._original_attn_impl is not None:
+            self.model.set_attn_implementation(self._original_attn_impl)
+            self._original_attn_impl = None
 
     def add_request(
         self, input_ids: list[int], request_id: str | None = None, max_new_tokens: int | None = None,
@@ -170,6 +182,7 @@ class EngineManager(CountingManager):
     def _create_batch_processor(self) -> Any:
         with patch.object(engine, "PagedAttentionCache", cache_of(self.options)):
             processor = super()._create_batch_processor()
+        processor.cache.forget_requests()  # the processor of an earlier start keeps its cache
         if not getattr(processor.scheduler, "answers_cancelled", False):
             _answer_cancelled(processor)
         return processor
@@ -217,13 +230,13 @@ def install(
 
     From here on `model.generate_batch`, `model.init_continuous_batching` and transformers' `serve` run on FP8 pools.
     Prefixes are shared also by models with sliding windows, whose layers keep every token: more memory than the stock
-    engine's window.
+    engine's window. An earlier engine of the model is destroyed, after it has completed its requests.
 
     Args:
         model: a causal language model of transformers, such as GPT-OSS, Llama, Qwen3 or Mistral.
         options: of the pools and of the attention; None means FP8 with scale 1.
         batching: sizes of the engine. CUDA graphs, asynchronous batching and offloading to the CPU are switched off.
-        generation: None means the model's.
+        generation: None means the model's. It is copied: later changes of it do not reach the engine.
 
     Returns:
         The manager. `model.destroy_cached_continuous_batching_manager()` removes it.
@@ -232,10 +245,16 @@ def install(
     options = Options() if options is None else options
     batching = ContinuousBatchingConfig() if batching is None else batching
     batching.use_cuda_graph, batching.use_async_batching, batching.cpu_offload_space = False, False, 0.0
-    generation = model.generation_config if generation is None else generation
+    generation = copy.deepcopy(model.generation_config if generation is None else generation)
     if generation.eos_token_id is None:
         generation.eos_token_id = -1
+    model.destroy_cached_continuous_batching_manager()
     kind = type("EngineManager", (EngineManager,), {"options": options})
-    manager: EngineManager = kind(model, generation, batching)
+    attention = model.config._attn_implementation
+    try:
+        manager: EngineManager = kind(model, generation, batching)
+    except BaseException:  # transformers refuses the configuration
+        model.set_attn_implementation(attention)
+        raise
     model._cached_continuous_batching_manager = manager
     return manager

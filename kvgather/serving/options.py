@@ -30,9 +30,10 @@ class Options:
         layout: "NHD", "HND" or "SHUFFLE".
         scale: the kind of both scales of an FP8 pool; pools of other dtypes have no scale.
         k_scale, v_scale: the scales of every layer, in the shape of the kind and of all heads, also where a rank holds
-            some of them: a float, or an FP32 tensor on the model's device. None means 1 everywhere.
+            some of them: a float, or an FP32 tensor on the model's device. None means 1 everywhere. Scales per block
+            are copied, and move with the codes where a request is forked.
         path: of `prefix_attention`: "auto", "direct", "gather" or "hybrid".
-        workspace_tokens: upper bound of the tokens that one gather reads, or None.
+        workspace_tokens: upper bound of the tokens that one gather of this package reads, or None.
         gather: reads the cached and new tokens of prefills that found a cached prefix, in the place of this package's
             gather; None means this package's.
 
@@ -56,8 +57,12 @@ class Options:
         check_choice(self.path, "path", PATHS)
         if self.workspace_tokens is not None:
             check_int(self.workspace_tokens, "workspace_tokens", minimum=1)
-        if not is_fp8(self.dtype) and not (self.k_scale is None is self.v_scale):
+        if self.kind != "none" or (self.k_scale is None is self.v_scale):
+            return
+        if not is_fp8(self.dtype):
             raise ValueError(f"k_scale or v_scale was given for pools of {self.dtype}; accepted: an FP8 dtype")
+        name = "v_scale" if self.k_scale is None else "k_scale"
+        raise ValueError(f"{name} was given; accepted for scale none: None")
 
     def of_heads(self, heads: range, num_kv_heads: int) -> Options:
         """The options of a rank that holds some of the model's KV heads: its part of the scales.

@@ -39,5 +39,8 @@ class PathLog:
             log["expected_us"][name] = round(log["expected_us"].get(name, 0.0) + time, 1)
 
     def as_json(self) -> dict[str, Any]:
-        """By kind of layer: `steps`, how often each path was taken; `expected_us`, each path's time if it had been."""
-        return self._kinds
+        """By kind of layer: `steps`, how often each path was taken; `expected_us`, each path's time if it had been.
+
+        A copy: another thread may note paths meanwhile.
+        """
+        return {kind: {name: dict(by_path) for name, by_path in log.items()} for kind, log in list(self._kinds.items())}

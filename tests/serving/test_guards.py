@@ -133,3 +133,5 @@ def test_counters() -> None:
     paths = shared.cache.paths.as_json()
     assert set(paths) == {"full", "window 24"}
     assert paths["full"] == {"steps": {"gather": shared.counters.num_steps}, "expected_us": {}}
+    paths["full"]["steps"]["gather"] = 0  # of a copy: the engine notes paths while a client reads them
+    assert shared.cache.paths.as_json()["full"]["steps"] == {"gather": shared.counters.num_steps}

@@ -108,6 +108,22 @@ def test_counters_keep_totals_of_all_steps_and_the_last_ones() -> None:
     assert counters.as_json()["steps"][-1]["decodes"] == 3
 
 
+def test_counters_are_read_while_the_engine_counts() -> None:
+    """A number that counts a step when it is copied stands for an engine whose step ends meanwhile."""
+    counters = Counters()
+
+    class Begin(float):
+        def __deepcopy__(self, memo: object) -> Begin:
+            counters.add(Step(2.0, 0.5, 0, 1, 0, 0))
+            return self
+
+    counters.add(Step(Begin(1.0), 0.5, 0, 1, 0, 0))
+    counters.add(Step(1.5, 0.5, 0, 1, 0, 0))
+    first = counters.as_json()
+    assert (first["num_steps"], [step["begin"] for step in first["steps"]]) == (2, [1.0, 1.5])
+    assert counters.num_steps == len(counters.steps) > 2
+
+
 def test_the_20b_has_its_published_dimensions() -> None:
     config = CONFIGS["20b"]()
     assert (config.num_hidden_layers, config.hidden_size, config.vocab_size) == (24, 2880, 201088)
