@@ -158,12 +158,12 @@ def map_picture(points: Sequence[Point]) -> Figure:
         text = REPORTED.get(point.raised_by, {"ok": "right", "silent corruption": "wrong"}.get(point.outcome, "abort"))
         style: Any = {"ha": "center", "va": "center", "fontsize": 8, "color": text_color(color), "linespacing": 1.0}
         axes.text(x + 0.5, y + 0.5, text, bbox={"facecolor": color, "edgecolor": "none", "pad": 1.0}, **style)
-    axes.set(xlim=(0, len(ids)), ylim=(len(rows), 0), xlabel="block id, and how far behind the scalar it is")
+    axes.set(xlim=(0, len(ids)), ylim=(len(rows), 0))
+    axes.set_xlabel("block id, and how far behind the scalar its scale is read")
     names = [f"{i:,}\n{in_bytes(bytes_behind(i))}" for i in ids]
     axes.set_xticks([x + 0.5 for x in range(len(ids))], names, fontsize=7)
-    axes.set_yticks(
-        [y + 0.5 for y in range(len(rows))], ["LAUNCH_\nBLOCKING=1" if on else "as it is" for on in rows], fontsize=8.5
-    )
+    labels = ["CUDA_LAUNCH_\nBLOCKING=1" if blocking else "as it is" for blocking in rows]
+    axes.set_yticks([y + 0.5 for y in range(len(rows))], labels, fontsize=8.5)
     axes.tick_params(length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)

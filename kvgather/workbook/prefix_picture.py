@@ -75,7 +75,8 @@ def mask_picture(panels: Mapping[str, Tensor]) -> Figure:
         marks = sorted({0, keys - new, keys - 1})
         marks = [mark for mark in marks if mark in (0, keys - 1) or 2 < mark < keys - 3]
         axes.set_xticks([mark + 0.5 for mark in marks], [str(mark) for mark in marks], fontsize=8)
-        axes.set_yticks([row + 0.5 for row in range(new)], [str(row) for row in range(new)], fontsize=8)
+        ends = sorted({0, new - 1})
+        axes.set_yticks([row + 0.5 for row in ends], [str(row) for row in ends], fontsize=8)
         axes.xaxis.tick_top()
         axes.tick_params(length=0, pad=1)
         axes.set_title(title, fontsize=9.5, pad=6)

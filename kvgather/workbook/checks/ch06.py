@@ -13,25 +13,31 @@ from kvgather.device import has_gpu
 from kvgather.formats.scale import resolve
 from kvgather.lab import before_fix
 from kvgather.lab.trace import Trace, trace
-from kvgather.workbook.checks import Wrong, exercise, expect
+from kvgather.workbook.checks import Wrong, exercise
+from kvgather.workbook.checks.refusal import must_refuse, must_return
 
 BLOCKS, HEADS, PAGE, DIM = 6, 2, 16, 16
-BAD_SHAPES = ((7,), (HEADS, BLOCKS), (PAGE, HEADS, BLOCKS), (BLOCKS * HEADS * PAGE,), (1, HEADS, 1))
+BAD_SHAPES = (
+    (7,), (HEADS, BLOCKS), (PAGE, HEADS, BLOCKS), (BLOCKS * HEADS * PAGE,), (1, HEADS, 1), (BLOCKS, HEADS, 1),
+    (BLOCKS, HEADS, PAGE - 1), (BLOCKS, 1, PAGE), (BLOCKS, HEADS + 1), (BLOCKS, HEADS + 1, PAGE),
+)  # fmt: skip
 
 
 @exercise("06.1", correct="the flag agrees with shape and strides, or the kernel is not called")
 def honest_flag(answer: Callable[..., Any]) -> None:
     one, token = torch.ones(1), torch.ones(BLOCKS, HEADS, PAGE)
-    expect(False, answer(one, one.view(1, 1, 1), BLOCKS, HEADS, PAGE), "one element each")
-    expect(True, answer(token, token, BLOCKS, HEADS, PAGE), "[6, 2, 16] each")
+    must_return(False, answer, one, one.view(1, 1, 1), BLOCKS, HEADS, PAGE, name="K [1] and V [1, 1, 1]")
+    must_return(True, answer, token, token, BLOCKS, HEADS, PAGE, name="K and V [6, 2, 16]")
     part = torch.ones(2 * BLOCKS, HEADS, PAGE)[BLOCKS:]
-    expect(True, answer(part, part, BLOCKS, HEADS, PAGE), "[6, 2, 16] each, a contiguous part of a longer tensor")
+    name = "K and V [6, 2, 16], a contiguous part of a longer tensor"
+    must_return(True, answer, part, part, BLOCKS, HEADS, PAGE, name=name)
     refused: list[tuple[Tensor, Tensor]] = [(one, token), (token, one)]
     refused += [(bad, bad) for bad in map(torch.ones, ((HEADS,), (BLOCKS, HEADS), *BAD_SHAPES))]
-    refused += [(token, torch.ones(HEADS)), (torch.ones(HEADS), token)]
+    for other in (torch.ones(HEADS), torch.ones(PAGE, HEADS, BLOCKS)):  # the second has as many elements as `token`
+        refused += [(known, other) for known in (one, token)] + [(other, known) for known in (one, token)]
     for k_scale, v_scale in refused:
         name = f"K {list(k_scale.shape)} and V {list(v_scale.shape)}"
-        _must_refuse(answer, k_scale, v_scale, BLOCKS, HEADS, PAGE, name=name)
+        must_refuse(answer, k_scale, v_scale, BLOCKS, HEADS, PAGE, name=name)
     views = {
         "one number for each block and head, expanded": torch.ones(BLOCKS, HEADS, 1).expand(BLOCKS, HEADS, PAGE),
         "a transposed view": torch.ones(BLOCKS, PAGE, HEADS).transpose(1, 2),
@@ -39,7 +45,7 @@ def honest_flag(answer: Callable[..., Any]) -> None:
     }
     expanded = one.expand(BLOCKS, HEADS, PAGE)
     # Element 0 is right for one expanded number, so False is as true as a refusal.
-    _must_refuse(
+    must_refuse(
         answer,
         expanded,
         expanded,
@@ -51,7 +57,7 @@ def honest_flag(answer: Callable[..., Any]) -> None:
     )
     for name, view in views.items():
         for k_scale, v_scale, who in ((view, view, "K and V"), (view, token, "K"), (token, view, "V")):
-            _must_refuse(answer, k_scale, v_scale, BLOCKS, HEADS, PAGE, name=f"{who} [6, 2, 16], {name}")
+            must_refuse(answer, k_scale, v_scale, BLOCKS, HEADS, PAGE, name=f"{who} [6, 2, 16], {name}")
 
 
 @exercise("06.2", correct="one formula, with stride 0 along every missing axis")
@@ -70,10 +76,10 @@ def strides_of(answer: Callable[..., Any]) -> None:
     }
     for name, scale in scales.items():
         s = resolve(scale, num_blocks=BLOCKS, num_heads=HEADS, page_size=PAGE, device=scale.device)
-        got = answer(scale, BLOCKS, HEADS, PAGE)
-        expect((s.stride_block, s.stride_head, s.stride_slot), got, f"a scale of {name}")
+        strides = (s.stride_block, s.stride_head, s.stride_slot)
+        must_return(strides, answer, scale, BLOCKS, HEADS, PAGE, name=f"a scale of {name}")
     for shape in BAD_SHAPES:
-        _must_refuse(answer, torch.ones(shape), BLOCKS, HEADS, PAGE, name=f"a scale of shape {list(shape)}")
+        must_refuse(answer, torch.ones(shape), BLOCKS, HEADS, PAGE, name=f"a scale of shape {list(shape)}")
 
 
 @exercise(
@@ -100,21 +106,6 @@ def escaping_scale(answer: Any) -> None:
         raise Wrong(f"{name} has no element; give a scale that a layer could have")
     if not _run_old_kernel(scale).violations:
         raise Wrong(f"{name} passes the rule, but the kernel read nothing outside its {scale.numel()} elements")
-
-
-_RAISE = object()
-
-
-def _must_refuse(answer: Callable[..., Any], *arguments: Any, name: str, or_return: Any = _RAISE) -> None:
-    """Raise `Wrong` unless the answer raises a ValueError, or returns `or_return` if that is given."""
-    try:
-        got = answer(*arguments)
-    except ValueError:
-        return
-    if or_return is _RAISE:
-        raise Wrong(f"{name}: expected a ValueError, got {got!r}")
-    if got is not or_return:
-        raise Wrong(f"{name}: expected {or_return!r} or a ValueError, got {got!r}")
 
 
 def _run_old_kernel(scale: Tensor) -> Trace:

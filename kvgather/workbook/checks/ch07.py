@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from kvgather.cases import Case
@@ -16,6 +18,8 @@ from kvgather.lab.warps import compile_steps
 from kvgather.workbook.checks import NotYet, Wrong, exercise, expect
 
 PAGE = 16
+ERROR_LENGTH = 500
+"""Characters of a compiler's message that `compile_steps` returns at most."""
 
 
 @exercise("07.1", correct="the GPU moves this many sectors for the load")
@@ -45,14 +49,20 @@ def in_flight(answer: Callable[..., Any]) -> None:
 def place(answer: Callable[..., Any]) -> None:
     pool = torch.empty(value_shape("SHUFFLE", 1, PAGE, 1, 64, 1), dtype=torch.uint8)
     for lane in range(32):
-        got = answer(lane)
-        if not isinstance(got, tuple | list) or len(got) != 2 or not all(isinstance(n, int) for n in got):
-            expect((0, 0), got, f"lane {lane}")
-            raise Wrong(f"lane {lane}: expected two ints, page_offset and dim, got {got!r:.60}")
-        page_offset, dim = got
+        page_offset, dim = _two_ints(answer(lane), f"lane {lane}")
         if not (0 <= page_offset < PAGE and 0 <= dim < 64):
             raise Wrong(f"lane {lane}: page_offset {page_offset}, dim {dim} is not in a page of {PAGE}, 64 dims")
         expect(lane, byte_offset(pool, "SHUFFLE", "value", 0, 0, page_offset, dim), f"the byte that lane {lane} reads")
+
+
+def _two_ints(got: Any, name: str) -> tuple[int, int]:
+    """A page offset and a dim; NumPy's integers and tensors with one integer are ints, too."""
+    values = got.tolist() if isinstance(got, torch.Tensor | np.ndarray) else got
+    try:
+        page_offset, dim = map(operator.index, values)
+    except (TypeError, ValueError):
+        raise Wrong(f"{name}: expected two ints, page_offset and dim, got {got!r:.60}") from None
+    return page_offset, dim
 
 
 @exercise(
@@ -71,12 +81,27 @@ def copy_page_kernel(kernel: Any) -> None:
     if t.violations:
         raise Wrong(f"an access outside a tensor: {t.violations[0].argument}, element {t.violations[0].element}")
     expect(as_nhd(pool, "SHUFFLE", "key")[1], out, "the page [page_offset, head, dim]")
+    for name in kernel.fn.__code__.co_names:
+        if hasattr(kernel.fn.__globals__.get(name), "fn"):
+            raise Wrong(f"right values, but your kernel calls {name}; the check compiles one function: put it inside")
     case = Case(layout="SHUFFLE", num_heads=8, k_dim=64, v_dim=64, lengths=(PAGE,), starts=(), num_blocks=4)
     (compiled,) = compile_steps([(inspect.getsource(kernel.fn), case, "cuda:90")])
     if compiled.error:
-        raise Wrong(f"the kernel does not compile: {compiled.error:.200}")
+        raise Wrong(f"the kernel does not compile: {_cause(compiled.error)}")
     narrow = [name for name in compiled.loads if width(name) < 16]
-    if narrow and [a.bytes.shape for a in t.select("k_ptr")] == [(PAGE, heads * dim)]:
+    shapes = [access.bytes.shape for access in t.select("k_ptr", kind="load")]
+    if narrow and shapes == [(PAGE, heads * dim)]:
         raise NotYet
     if narrow:
-        raise Wrong(f"right values, but {compiled.loads[narrow[0]]} × {narrow[0]}: {width(narrow[0])} byte(s) a lane")
+        found = f"right values, but {compiled.loads[narrow[0]]} × {narrow[0]}: {width(narrow[0])} byte(s) a lane"
+        if len(shapes) > 1:
+            found += f"; 16 codes for each lane of {compiled.num_warps} warps are the whole page, so load it at once"
+        raise Wrong(found)
+
+
+def _cause(error: str) -> str:
+    """The place and the last line of a compiler's message, without the source text between them."""
+    first, *rest = error.splitlines()
+    if len(error) < ERROR_LENGTH:  # a cut message ends in the source text
+        first = " ".join([first, *rest[-1:]])
+    return f"{first}; keep the kernel in one function" if "is not defined" in first else first

@@ -12,7 +12,8 @@ from kvgather.replay.gathers import furthest_element, gather_calling, scales
 from kvgather.serving import Options
 from kvgather.serving.serve import Sizes
 from kvgather.serving.step import Row
-from kvgather.workbook.checks import Wrong, exercise, expect
+from kvgather.workbook.checks import exercise, expect
+from kvgather.workbook.checks.refusal import must_refuse, must_return
 from kvgather.workbook.engine_run import EngineRun
 
 BLOCKS, PAGE, HEADS = 32, 16, 2
@@ -27,6 +28,8 @@ def calls_gather(answer: Callable[..., Any]) -> None:
         "a decode": (1, 45),
         "the first chunk of a long prompt": (512, 512),
         "two new tokens after 16 that were found": (2, 18),
+        "a second chunk after 5 tokens": (39, 44),
+        "a second chunk after 3 tokens": (7, 10),
     }
     for name, (new, tokens) in cases.items():
         got = answer(new, tokens)
@@ -39,16 +42,13 @@ def flag_of(answer: Callable[..., Any]) -> str | None:
     one, heads, per_token = torch.ones(1), torch.ones(HEADS), torch.ones(BLOCKS, HEADS, PAGE)
 
     def name(k: torch.Tensor, v: torch.Tensor) -> str:
-        return f"K with {k.numel()} and V with {v.numel()} elements, {expected} tokens and heads"
+        return f"K {list(k.shape)} and V {list(v.shape)}, {expected} tokens and heads"
 
     for k, v, flag in ((one, one, False), (one.view(1, 1, 1), one, False), (per_token, per_token, True)):
-        expect(flag, answer(k, v, expected), name(k, v))
-    for k, v in ((one, per_token), (per_token, one), (heads, heads), (heads, per_token), (per_token, heads)):
-        try:
-            got = answer(k, v, expected)
-        except ValueError:
-            continue
-        raise Wrong(f"{name(k, v)}: expected a ValueError, got {got!r}")
+        must_return(flag, answer, k, v, expected, name=name(k, v))
+    kinds = (one, heads, per_token)
+    for k, v in ((k, v) for k in kinds for v in kinds if k is heads or k is not v):
+        must_refuse(answer, k, v, expected, name=name(k, v))
     return _in_an_engine(answer)
 
 

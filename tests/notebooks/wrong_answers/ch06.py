@@ -61,6 +61,34 @@ WRONG = {
             SHAPES.format(per_token="scale.untyped_storage().nbytes() >= 4 * scale.numel()"),
             "K and V [6, 2, 16], a transposed view: expected a ValueError, got True",
         ),
+        # the shape of K is checked, of V only the number of elements and the strides
+        (
+            FLAG
+            + "    count = num_blocks * num_heads * page_size\n"
+            + "    if k_scale.numel() == 1 and v_scale.numel() == 1:\n"
+            + "        return False\n"
+            + "    if k_scale.shape == (num_blocks, num_heads, page_size) and v_scale.numel() == count:\n"
+            + "        if k_scale.is_contiguous() and v_scale.is_contiguous():\n"
+            + "            return True\n"
+            + "    raise ValueError('neither')\n",
+            "K [6, 2, 16] and V [16, 2, 6]: expected a ValueError, got True",
+        ),
+        # one element in either decides, unless the other is per token
+        (
+            SHAPES.format(per_token="scale.is_contiguous()").replace(
+                "    flags = []\n",
+                "    sizes = {k_scale.numel(), v_scale.numel()}\n"
+                "    if 1 in sizes and num_blocks * num_heads * page_size not in sizes:\n"
+                "        return False\n"
+                "    flags = []\n",
+            ),
+            "K [1] and V [2]: expected a ValueError, got False",
+        ),
+        # one element only when its shape is [1]
+        (
+            SHAPES.format(per_token="scale.is_contiguous()").replace("scale.numel() == 1", "scale.shape == (1,)"),
+            "K [1] and V [1, 1, 1]: expected False, got ValueError: neither",
+        ),
         # the strides of K are checked, those of V are not
         (
             SHAPES.format(per_token="scale is v_scale or scale.is_contiguous()"),
@@ -94,6 +122,30 @@ WRONG = {
             + "        return 0, scale.stride(0), 0\n"
             + "    return (*scale.stride(), 0)[:3]\n",
             "a scale of shape [7]: expected a ValueError, got (0, 1, 0)",
+        ),
+        # with two and three axes, only the number of blocks is compared
+        (
+            STRIDES
+            + "    if scale.numel() == 1:\n"
+            + "        return 0, 0, 0\n"
+            + "    if scale.shape == (num_heads,):\n"
+            + "        return 0, scale.stride(0), 0\n"
+            + "    if scale.ndim == 2 and scale.shape[0] == num_blocks:\n"
+            + "        return *scale.stride(), 0\n"
+            + "    if scale.ndim == 3 and scale.shape[0] == num_blocks:\n"
+            + "        return scale.stride()\n"
+            + "    raise ValueError('none of the kinds')\n",
+            "a scale of shape [6, 2, 1]: expected a ValueError, got (2, 1, 1)",
+        ),
+        # one element only when it has one axis
+        (
+            STRIDES
+            + "    if scale.shape == (1,):\n"
+            + "        return 0, 0, 0\n"
+            + "    if scale.shape == (num_heads,):\n"
+            + "        return 0, scale.stride(0), 0\n"
+            + "    raise ValueError('none of the kinds')\n",
+            "a scale of one element, []: expected (0, 0, 0), got ValueError: none of the kinds",
         ),
         # one element only when its shape is [1]
         (

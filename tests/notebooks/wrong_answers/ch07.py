@@ -22,6 +22,29 @@ def copy_page_kernel(out_ptr, k_ptr, block, HEADS: tl.constexpr, PAGE: tl.conste
     tl.store(out_ptr + {to}, codes)
 """
 
+LOOP = """@triton.jit
+def copy_page_kernel(out_ptr, k_ptr, block, HEADS: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr):
+    page_offset = tl.arange(0, PAGE)[:, None]
+    dim = tl.arange(0, DIM)[None, :]
+    for head in range(HEADS):
+        at = (block * HEADS + head) * (PAGE * DIM) + (dim // 16) * (PAGE * 16) + page_offset * 16 + dim % 16
+        tl.store(out_ptr + (page_offset * HEADS + head) * DIM + dim, tl.load(k_ptr + at))
+"""
+
+HELPER = """@triton.jit
+def byte_of(block, head, page_offset, dim, HEADS: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr):
+    return (block * HEADS + head) * (PAGE * DIM) + (dim // 16) * (PAGE * 16) + page_offset * 16 + dim % 16
+
+
+@triton.jit
+def copy_page_kernel(out_ptr, k_ptr, block, HEADS: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr):
+    page_offset = tl.arange(0, PAGE)[:, None, None]
+    head = tl.arange(0, HEADS)[None, :, None]
+    dim = tl.arange(0, DIM)[None, None, :]
+    codes = tl.load(k_ptr + byte_of(block, head, page_offset, dim, HEADS, PAGE, DIM))
+    tl.store(out_ptr + (page_offset * HEADS + head) * DIM + dim, codes)
+"""
+
 WRONG = {
     "07.1": [
         # the first byte of each lane alone
@@ -52,6 +75,14 @@ WRONG = {
         (PLACE.format(answer="lane // 16, lane % 16"), "the byte that lane 1 reads: expected 1, got 16"),
         # a page of 32 tokens
         (PLACE.format(answer="lane, 0"), "lane 16: page_offset 16, dim 0 is not in a page of 16, 64 dims"),
+        # no integers
+        (PLACE.format(answer="lane % 16, lane / 16"), "lane 0: expected two ints, page_offset and dim, got (0, 0.0)"),
+        # one number
+        (PLACE.format(answer="lane"), "lane 0: expected two ints, page_offset and dim, got 0"),
+        (
+            PLACE.format(answer="(lane % 16, lane // 16, 0)"),
+            "lane 0: expected two ints, page_offset and dim, got (0, 0, 0)",
+        ),
     ],
     "07.4": [
         # rows without their heads
@@ -70,6 +101,21 @@ WRONG = {
                 dim="DIM - 1 - tl.arange(0, DIM)[None, None, :]", to="(page_offset * HEADS + head) * DIM + dim"
             ),
             "right values, but",
+        ),
+        # a loop over the heads: two codes for each lane
+        (
+            LOOP,
+            "right values, but 8 × ld.global.b16: 2 byte(s) a lane; 16 codes for each lane of 16 warps are the whole",
+        ),
+        # a part of the kernel in a function of its own
+        (HELPER, "right values, but your kernel calls byte_of; the check compiles one function: put it inside"),
+        # a name of the notebook
+        (
+            "NO_DIM = 0\n\n\n"
+            + COPY.format(
+                dim="tl.arange(0, DIM)[None, None, :] + NO_DIM", to="(page_offset * HEADS + head) * DIM + dim"
+            ),
+            "NameError('NO_DIM is not defined'); keep the kernel in one function",
         ),
         # the decorator lost
         ("def copy_page_kernel(*arguments):\n    pass", "expected a Triton kernel, got function"),

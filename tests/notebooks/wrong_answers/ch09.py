@@ -17,17 +17,33 @@ WRONG = {
         (CALLS + "    return new > 1\n", "a whole prompt, nothing cached, new 44, tokens 44: expected False"),
         # more cached than new
         (CALLS + "    return 1 < new < tokens - new and tokens - new >= 40\n", "of which 32 were found, new 12"),
+        # a whole block before the new tokens
+        (CALLS + "    return new > 1 and tokens - new >= 16\n", "a second chunk after 5 tokens, new 39, tokens 44"),
+        (
+            CALLS + "    return new > 1 and (tokens - new) // 16 > 0\n",
+            "after 5 tokens, new 39, tokens 44: expected True",
+        ),
+        # no more new tokens than cached ones
+        (
+            CALLS + "    return 1 < new <= tokens // 2 and new < tokens\n",
+            "after 5 tokens, new 39, tokens 44: expected True",
+        ),
+        # four tokens before the new ones
+        (
+            CALLS + "    return new > 1 and tokens - new > 3\n",
+            "after 3 tokens, new 7, tokens 10: expected True, got False",
+        ),
     ],
     "09.2": [
         # only K is looked at
         (
             FLAG + "    return k_scale.numel() != 1\n",
-            "K with 1 and V with 1024 elements, 1024 tokens and heads: expected a ValueError, got False",
+            "K [1] and V [2], 1024 tokens and heads: expected a ValueError, got False",
         ),
         # one element in either is enough, without a refusal
         (
             FLAG + "    return not (k_scale.numel() == 1 or v_scale.numel() == 1)\n",
-            "K with 1 and V with 1024 elements, 1024 tokens and heads: expected a ValueError, got False",
+            "K [1] and V [2], 1024 tokens and heads: expected a ValueError, got False",
         ),
         # the shipped fix: more than one element is taken for one per token and head
         (
@@ -35,10 +51,31 @@ WRONG = {
             + "    if (k_scale.numel() == 1) != (v_scale.numel() == 1):\n"
             + "        raise ValueError('K and V disagree')\n"
             + "    return k_scale.numel() != 1\n",
-            "K with 2 and V with 2 elements, 1024 tokens and heads: expected a ValueError, got True",
+            "K [2] and V [2], 1024 tokens and heads: expected a ValueError, got True",
         ),
         # the default, made explicit
-        (FLAG + "    return True\n", "K with 1 and V with 1 elements, 1024 tokens and heads: expected False, got True"),
+        (FLAG + "    return True\n", "K [1] and V [1], 1024 tokens and heads: expected False, got True"),
+        # a mix is refused only when one of the two is per token and head
+        (
+            FLAG
+            + "    sizes = {k_scale.numel(), v_scale.numel()}\n"
+            + "    if sizes == {expected}:\n"
+            + "        return True\n"
+            + "    if 1 in sizes and expected not in sizes:\n"
+            + "        return False\n"
+            + "    raise ValueError('neither')\n",
+            "K [1] and V [2], 1024 tokens and heads: expected a ValueError, got False",
+        ),
+        # one element only when its shape is [1]
+        (
+            FLAG
+            + "    if k_scale.shape == v_scale.shape == (1,):\n"
+            + "        return False\n"
+            + "    if k_scale.numel() == v_scale.numel() == expected:\n"
+            + "        return True\n"
+            + "    raise ValueError('neither')\n",
+            "K [1, 1, 1] and V [1], 1024 tokens and heads: expected False, got ValueError: neither",
+        ),
     ],
     "09.3": [
         # tokens instead of blocks
