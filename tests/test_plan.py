@@ -302,6 +302,7 @@ def test_a_plan_for_a_smaller_pool_is_fine() -> None:
 
 def test_a_plan_on_another_device_is_refused() -> None:
     cache = kg.PagedKVCache(BLOCKS, PAGE, 2, 8, device="cpu")
+    assert cache.likeness >= 0  # compared with its geometry here, and not again
     cache.geometry = replace(cache.geometry, device=torch.device("meta"))
     with pytest.raises(ValueError, match=r"plan is on cpu; accepted: the cache's device, meta"):
         cache.gather(build(TABLE, [0, 4, 8]))

@@ -271,5 +271,8 @@ def test_caches_that_are_alike_have_one_number() -> None:
     number = one.likeness
     one.value_cache = torch.zeros_like(one.value_cache)
     assert one.likeness == number, "another tensor, which is alike"
+    one.value_cache.data = torch.zeros(9, 4, 2, 16, dtype=one.value_cache.dtype)[..., :8]
+    assert one.likeness != number, "other strides"
     one.value_cache.transpose_(0, 1)
-    assert one.likeness != number
+    with pytest.raises(ValueError, match="value_cache has 4 blocks, page 9, 2 heads; accepted: the sizes of key_cache"):
+        one.likeness  # noqa: B018

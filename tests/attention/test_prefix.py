@@ -266,6 +266,7 @@ def test_a_batch_for_another_cache_is_refused() -> None:
 def _on_meta(cache: kg.PagedKVCache) -> kg.PagedKVCache:
     """A cache that says that it is on another device; this machine may have no second one."""
     moved = kg.PagedKVCache.from_tensors(cache.key_cache, cache.value_cache, layout=cache.layout)
+    assert moved.likeness >= 0  # compared with its geometry here, and not again
     moved.geometry = replace(cache.geometry, device=torch.device("meta"))
     return moved
 
