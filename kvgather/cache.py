@@ -174,14 +174,16 @@ class PagedKVCache:
             TypeError, ValueError: the storage of a pool or of a scale has shrunk, or another tensor has taken its place
                 (an engine may assign `.data` where it reloads scales or wakes a pool) that is of another kind.
         """
-        tensors = self.key_cache, self.value_cache, self._scales[0].tensor, self._scales[1].tensor
         likeness = self._likeness
-        if likeness is None or not likeness.is_current(*tensors):
+        if likeness is None or not likeness.is_current(*self._tensors()):
             self._check_again()
-            tensors = self.key_cache, self.value_cache, self._scales[0].tensor, self._scales[1].tensor
-            likeness = self._likeness = Likeness(tensors, (self.geometry, *self._kinds))
+            likeness = self._likeness = Likeness(self._tensors(), (self.geometry, *self._kinds))
             self._write_launches.clear()  # they write to the previous memory
         return likeness.number
+
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The pools and the scales of K and V."""
+        return self.key_cache, self.value_cache, self._scales[0].tensor, self._scales[1].tensor
 
     @property
     def addresses(self) -> tuple[int, ...]:
@@ -302,8 +304,7 @@ class PagedKVCache:
 
         An engine may resize a storage, or give a tensor other memory; a scale's may have other strides.
         """
-        tensors = (self.key_cache, self.value_cache, self.k_scale, self.v_scale)
-        for name, tensor in zip(("key_cache", "value_cache", "k_scale", "v_scale"), tensors, strict=True):
+        for name, tensor in zip(("key_cache", "value_cache", "k_scale", "v_scale"), self._tensors(), strict=True):
             if tensor is not None:
                 check_inside_storage(tensor, name)
         now = Geometry.of(self.key_cache, self.value_cache, self.geometry.layout)
@@ -356,13 +357,13 @@ class PagedKVCache:
         self, options: tuple[object, ...], plan: GatherPlan, out_dtype: torch.dtype,
         out: tuple[Tensor, Tensor] | None, backend: str, zero_bad_v: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        source = self.key_cache, self.value_cache, self._scales[0].tensor, self._scales[1].tensor
         if not torch.compiler.is_compiling():
-            if (rows := gather_again(options, source, plan, out, out_dtype)) is not None:
+            if (rows := gather_again(options, self._tensors(), plan, out, out_dtype)) is not None:
                 return rows
             self.likeness  # noqa: B018  # checks again what has changed
-            source = self.key_cache, self.value_cache, self._scales[0].tensor, self._scales[1].tensor
-        return gather_checked(source, options, plan, self.geometry, self._scales, out_dtype, out, backend, zero_bad_v)
+        return gather_checked(
+            self._tensors(), options, plan, self.geometry, self._scales, out_dtype, out, backend, zero_bad_v
+        )
 
     def check(self) -> None:
         """Raise if a write received a slot past the pool, the last write a duplicate slot, or if a scale is invalid.

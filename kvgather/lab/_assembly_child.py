@@ -24,7 +24,7 @@ from ..formats.scale import Scale, kind_shape
 from ..gather.kernel import GatherLaunch, Side, gather_kernel, pointers_of
 from ..gather.tile import TiledPool
 from ..kernels.pages import PageSearch
-from .assembly import Variant
+from .assembly import ERROR_LENGTH, Variant
 
 META = torch.device("meta")
 
@@ -130,7 +130,7 @@ def words_of(error: BaseException) -> str:
     """Type and message of the first exception in a chain of causes."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {error}".strip()[:500]
+    return f"{type(error).__name__}: {error}".strip()[:ERROR_LENGTH]
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ TARGETS = (
     "hip:gfx90a", "hip:gfx942", "hip:gfx950", "hip:gfx1100", "hip:gfx1201", "hip:gfx1250",
 )  # fmt: skip
 """NVIDIA GPUs by compute capability, from Ampere to Blackwell; AMD GPUs by name, from CDNA2 and RDNA3 on."""
+ERROR_LENGTH = 500
+"""Characters of a compiler's message that a compilation in a child process returns at most."""
 
 _PTX = re.compile(r"\b((?:ld|st)\.(?:[\w:]+\.)*global[\w.:]*)")
 _AMD = re.compile(r"^\s*((?:global|buffer|flat)_(?:load|store)_\w+)", re.MULTILINE)

@@ -73,10 +73,10 @@ class Ranks:
         self._beats = 0
         self._timeout = _timeout_of(group)
         self._seconds = min(BEAT, self._timeout / (8 * MISSED))
-        self._silence, self._patience = MISSED * self._seconds, min(ANSWER, self._timeout / 8)
+        # Ranks on a GPU are asked before the time-out is over, and have to answer until then; on a CPU after it.
         on_gpu = dist.get_backend(group) != "gloo"
-        if not on_gpu:  # the time-out is over when the ranks are asked
-            self._silence, self._patience = max(self._silence, SILENCE), ANSWER
+        self._silence = MISSED * self._seconds if on_gpu else max(MISSED * self._seconds, SILENCE)
+        self._patience = min(ANSWER, self._timeout / 8) if on_gpu else ANSWER
         self._newest: tuple[torch.Event, float, str] | None = None  # the end of the newest collective on a GPU
         self._over: object = None  # the newest collective that was seen to have finished
         self._late: RankError | None = None

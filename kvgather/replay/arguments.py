@@ -54,7 +54,7 @@ def add_replay(commands: Any, run: Run) -> None:
         "KV heads; default: 1",
     )  # fmt: skip
     parser.add_argument(
-        "--warm-up", type=_count_or_none, default=0, metavar="N", help="requests before, with another prefix; "
+        "--warm-up", type=_count_from_0, default=0, metavar="N", help="requests before, with another prefix; "
         "default: 0",
     )  # fmt: skip
     parser.add_argument(
@@ -73,7 +73,7 @@ def _count(text: str) -> int:
     return _number(text, "a count", 1)
 
 
-def _count_or_none(text: str) -> int:
+def _count_from_0(text: str) -> int:
     return _number(text, "a count", 0)
 
 

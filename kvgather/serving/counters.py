@@ -59,5 +59,5 @@ class Counters:
     def as_json(self) -> dict[str, Any]:
         """The totals and the timeline as values of JSON; another thread may count steps meanwhile."""
         steps = list(self.steps)  # in one step of the interpreter: iterating while a step is added raises
-        totals = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "steps"}
+        totals = {part.name: getattr(self, part.name) for part in fields(self) if part.name != "steps"}
         return totals | {"steps": [asdict(step) for step in steps]}

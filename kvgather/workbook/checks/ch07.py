@@ -12,14 +12,12 @@ import torch
 
 from kvgather.cases import Case
 from kvgather.formats.layout import as_nhd, byte_offset, key_shape, value_shape
-from kvgather.lab.assembly import width
+from kvgather.lab.assembly import ERROR_LENGTH, width
 from kvgather.lab.trace import trace
 from kvgather.lab.warps import compile_steps
 from kvgather.workbook.checks import NotYet, Wrong, exercise, expect
 
 PAGE = 16
-ERROR_LENGTH = 500
-"""Characters of a compiler's message that `compile_steps` returns at most."""
 
 
 @exercise("07.1", correct="the GPU moves this many sectors for the load")
