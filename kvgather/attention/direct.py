@@ -20,7 +20,7 @@ from ..cache import PagedKVCache
 from ..device import fp8_support, interpreting
 from ..formats.fp8 import FORMATS
 from ..formats.layout import Geometry
-from ..hopper.plan import ROWS, chosen_form
+from ..hopper.plan import LEAST_ROWS, chosen_form
 from ..kernels.address import PoolForm, pool_strides
 from ..kernels.launch import PreparedLaunch, prepared_once
 from ..kernels.merge import combine_kernel
@@ -188,7 +188,7 @@ def direct_attention(
     if tile is None:
         tile = tile_of(q, cache, batch, window, interpreted, likeness)
         # Decode has smaller tiles, and spends no time on the decision.
-        if (hopper or (hopper is None and tile.m >= ROWS)) and begin is None and state is None:
+        if (hopper or (hopper is None and tile.m >= min(LEAST_ROWS.values()))) and begin is None and state is None:
             form = chosen_form(cache, batch, shape[0], shape[1], q.dtype, window, likeness, hopper is True)
     lse = None if into is None else into[1]
     if lse is None and (want_lse or tile.splits == 1 or form is not None):

@@ -1,10 +1,15 @@
 """The kernel of attention from FP8 pages on Hopper, in Gluon: layouts, barriers and warpgroups are explicit.
 
-A program serves 128 rows of one KV head, a row being one (token, query head of the group). Producer warpgroups load
-pages with 16-byte loads, convert each code to FP16 once, and store tiles of 128 keys in the swizzle that `wgmma` reads;
-a pair of mbarriers for each tile says when it is full and when it is empty. Two consumer warpgroups of 64 rows each
-multiply from these tiles, with the online softmax in between. Steps run from the last keys to the first, so that the
-steps with a mask come first.
+A program serves 64 or 128 rows of one KV head, a row being one (token, query head of the group). Producer warpgroups
+load pages, 16 bytes at once, convert each code to FP16 once, and store tiles of 128 keys in the swizzle that `wgmma`
+reads; mbarriers say for each tile when it is full and when it is empty. Two consumer warpgroups multiply from these
+tiles, with the online softmax in between: each has 64 of 128 rows, or both have the same 64 rows, each every other
+tile, and add up what they have at the end. Steps run from the last keys to the first, so that the steps with a mask
+come first.
+
+Codes wait for their conversion in registers, or, if reading the pages takes longest, in shared memory (`cp.async`),
+where more of them can be on their way. With many rows this is slower: products and tiles already use most of the shared
+memory's bandwidth.
 
 The formula is that of `attention.direct_kernel`, which is the specification: out, log-sum-exp, sinks, empty rows and
 rows that see a bad block are the same. Requirements are in `plan.runs`.
@@ -17,12 +22,14 @@ What machine code (ptxas 12.8 and 13.0) required:
   second wait on a barrier that is complete.
 - `gl.max` and `gl.sum` along a row are one chain of instructions that wait for each other. Trees, and sums that are
   added across threads only at the end, took 8 % of the time away for dim 64.
+- A tile that comes from shared memory is converted in parts. Whole, it spilled 240 bytes with head dim 128.
 """
 
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -34,13 +41,15 @@ N = gl.constexpr(128)
 """Keys of a tile."""
 M = gl.constexpr(64)
 """Rows of a consumer."""
+PARTS = gl.constexpr(4)
+"""In which a tile that comes from shared memory is converted."""
 LN2 = gl.constexpr(0.6931471805599453)
 LOG2E = gl.constexpr(1.4426950408889634)
 
 
 @gluon.constexpr_function
-def page_layout(words):
-    """Layout of `[128, words]` words of 4 codes: a thread has 16 bytes of a row; swizzled stores have no conflicts."""
+def page_layout(words, rows=128):
+    """Layout of `[rows, words]` words of 4 codes: a thread has 16 bytes of a row; swizzled stores have no conflicts."""
     reg, lane = [[0, 1], [0, 2]], [[0, 4], [0, 8], [1, 0]]
     if words == 32:
         lane += [[0, 16], [2, 0]]
@@ -50,11 +59,19 @@ def page_layout(words):
         row = 8
     warp = [[row, 0], [2 * row, 0]]
     row *= 4
-    while row < 128:
+    while row < rows:
         reg.append([row, 0])
         row *= 2
-    shape = [128, words]
+    shape = [rows, words]
     return gl.DistributedLinearLayout(reg_bases=reg, lane_bases=lane, warp_bases=warp, block_bases=[], shape=shape)
+
+
+@gluon.constexpr_function
+def copied_layout(words):
+    """Layout of `[128, words]` words in shared memory: 16 bytes of each thread of `page_layout` are side by side."""
+    pages = page_layout(words)
+    reg, lane, warp = (list(bases) for bases in (pages.reg_bases, pages.lane_bases, pages.warp_bases))
+    return gl.SharedLinearLayout(reg[:2] + lane + warp + reg[2:])
 
 
 @gluon.constexpr_function
@@ -75,15 +92,13 @@ def _load_blocks(table_ptr, first, end, LAYER: gl.constexpr, CHECKED: gl.constex
 
 
 @gluon.jit
-def _load_pages(pool, block, first, end, LAYER: gl.constexpr, CHECKED: gl.constexpr):
-    """Codes of 128 keys from `first` on, four in a word, `[128, dim / 4]`.
+def _words_of(pool, block, first, end, LAYER: gl.constexpr, CHECKED: gl.constexpr):
+    """Pointers to the words of 128 keys from `first` on, four codes each, `[128, dim / 4]`; block 0 for bad blocks.
 
     Args:
         pool: pointer to the head's words, and strides of blocks and slots in units of 16 bytes.
         block: the keys' block ids.
-        CHECKED: whether some row may not see some key. Keys past the end are then the last one, and codes of bad blocks
-            are 0: such a block may hold NaN, and 0 times NaN would reach rows that do not see it. Otherwise all keys
-            are before the end, and codes of bad blocks are those of block 0.
+        CHECKED: whether keys may be past the end; they are then the last one.
     """
     L: gl.constexpr = page_layout(LAYER.dim // 4)
     pool_ptr, strides = pool
@@ -92,106 +107,165 @@ def _load_pages(pool, block, first, end, LAYER: gl.constexpr, CHECKED: gl.conste
         key = gl.minimum(first + key, end - 1) if CHECKED else first + key
     row = gl.maximum(block, 0).to(gl.int64) * strides[0] * 4 + (key % LAYER.page_size) * strides[1] * 4
     word = gl.arange(0, LAYER.dim // 4, gl.SliceLayout(0, L))
-    if CHECKED:
-        return gl.load(pool_ptr + row[:, None] + word[None, :], mask=(block >= 0)[:, None], other=0)
-    else:
-        return gl.load(pool_ptr + row[:, None] + word[None, :])
+    return pool_ptr + row[:, None] + word[None, :]
 
 
 @gluon.jit
-def _put(codes, tile, full, DIM: gl.constexpr):
-    """Convert codes to FP16, store the tile, and tell the consumers."""
+def _load_pages(pool, block, first, end, LAYER: gl.constexpr, CHECKED: gl.constexpr):
+    """Codes of 128 keys from `first` on, four in a word, `[128, dim / 4]`; arguments of `_words_of`.
+
+    If CHECKED, some row may not see some key, and codes of bad blocks are 0: such a block may hold NaN, and 0 times NaN
+    would reach rows that do not see it.
+    """
+    words = _words_of(pool, block, first, end, LAYER, CHECKED)
+    if CHECKED:
+        return gl.load(words, mask=(block >= 0)[:, None], other=0)
+    else:
+        return gl.load(words)
+
+
+@gluon.jit
+def _copy_pages(codes, pool, block, first, end, LAYER: gl.constexpr, CHECKED: gl.constexpr):
+    """Begin to copy the words of `_words_of` to shared memory, 0 for bad blocks and if `first` is negative."""
+    words = _words_of(pool, block, first, end, LAYER, CHECKED)
+    used = (block >= 0) & (first >= 0)
+    async_copy.async_copy_global_to_shared(codes, words, mask=used[:, None])
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _converted(codes, ROWS: gl.constexpr, DIM: gl.constexpr):
+    """Codes of some keys as FP16, two in a word, `[ROWS, DIM / 2]`."""
     low, high = gl.inline_asm_elementwise(
         "{ .reg .b16 l, h; mov.b32 {l, h}, $2; cvt.rn.f16x2.e4m3x2 $0, l; cvt.rn.f16x2.e4m3x2 $1, h; }",
         "=r,=r,r", [codes], dtype=(gl.int32, gl.int32), is_pure=True, pack=1,
     )  # fmt: skip
-    words = gl.reshape(gl.join(low, high), [N, DIM // 2])
+    return gl.reshape(gl.join(low, high), [ROWS, DIM // 2])
+
+
+@gluon.jit
+def _as_words(tile, DIM: gl.constexpr):
     W: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
-    tile._reinterpret(gl.int32, [N, DIM // 2], W).store(words)
+    return tile._reinterpret(gl.int32, [N, DIM // 2], W)
+
+
+@gluon.jit
+def _tell(full):
+    """Tell the consumers that a tile is full."""
     fence_async_shared()
     gl.thread_barrier()
     mbarrier.arrive(full, count=1)
 
 
 @gluon.jit
+def _put(codes, tile, full, DIM: gl.constexpr):
+    """Convert codes to FP16, store the tile, and tell the consumers."""
+    _as_words(tile, DIM).store(_converted(codes, N, DIM))
+    _tell(full)
+
+
+@gluon.jit
+def _put_copied(codes, tile, full, DIM: gl.constexpr):
+    """`_put` of codes in shared memory: each thread has those there that it has copied."""
+    ROWS: gl.constexpr = N // PARTS
+    L: gl.constexpr = page_layout(DIM // 4, ROWS)
+    words = _as_words(tile, DIM)
+    for part in gl.static_range(PARTS):
+        some = codes.slice(part * ROWS, ROWS).load(L)
+        words.slice(part * ROWS, ROWS).store(_converted(some, ROWS, DIM))
+    _tell(full)
+
+
+@gluon.jit
 def _wait_empty(empty, i, STAGES: gl.constexpr):
-    """Wait until tile i − STAGES of K is empty, which is tile i − STAGES − 1 of V; at once for the first tiles."""
+    """Wait until tile i − STAGES of K is empty; at once for the first tiles.
+
+    Tile i − STAGES − 1 of V is empty then, and if tiles are split between consumers, i − STAGES − 2.
+    """
     mbarrier.wait(empty.index(i % STAGES), ((i // STAGES) & 1) ^ 1)
 
 
 @gluon.jit
 def _produce(pool, tiles, full, empty, keys, LATER: gl.constexpr, LAYER: gl.constexpr, FORM: gl.constexpr):
-    """Store all tiles of K or of V. Block ids are loaded a tile ahead of the codes, these `FORM.depth` tiles ahead.
+    """Store all tiles of K or of V. Codes are loaded a tile ahead, block ids two.
 
     Args:
         pool: pointer to the head's words, and strides.
         empty: barriers of the tiles of K.
         keys: the table's row of the sequence, steps, the number of steps with a mask, and the end of the keys.
-        LATER: 1 for V, whose tiles are empty a step later.
+        LATER: for V, whose tiles are empty later, by how many tiles.
     """
     table_ptr, steps, masked, end = keys
     last = (steps - 1) * N
     block = _load_blocks(table_ptr, last, end, LAYER, True)
     codes = _load_pages(pool, block, last, end, LAYER, True)
-    if FORM.depth == 2:
-        second = gl.maximum(last - N, 0)
-        block = _load_blocks(table_ptr, second, end, LAYER, True)
-        later = _load_pages(pool, block, second, end, LAYER, True)
-    block = _load_blocks(table_ptr, gl.maximum(last - FORM.depth * N, 0), end, LAYER, True)
+    block = _load_blocks(table_ptr, gl.maximum(last - N, 0), end, LAYER, True)
     for CHECKED in gl.static_range(1, -1, -1):
         begin_step, end_step = masked, steps
         if CHECKED:
             begin_step, end_step = 0, masked
         for i in range(begin_step, end_step):
             s = i % FORM.stages
-            ahead = last - (i + FORM.depth) * N
+            ahead = last - (i + 1) * N
             _wait_empty(empty, i + LATER, FORM.stages)
             _put(codes, tiles.index(s), full.index(s), LAYER.dim)
-            if FORM.depth == 2:
-                codes = later
-                later = _load_pages(pool, block, gl.maximum(ahead, 0), end, LAYER, CHECKED == 1)
-            else:
-                codes = _load_pages(pool, block, gl.maximum(ahead, 0), end, LAYER, CHECKED == 1)
+            codes = _load_pages(pool, block, gl.maximum(ahead, 0), end, LAYER, CHECKED == 1)
             block = _load_blocks(table_ptr, gl.maximum(ahead - N, 0), end, LAYER, CHECKED == 1)
 
 
 @gluon.jit
+def _produce_copied(
+    pool, copied, tiles, full, empty, keys, LATER: gl.constexpr, LAYER: gl.constexpr, FORM: gl.constexpr
+):
+    """As `_produce`, with `FORM.copied` tiles of codes on their way to shared memory."""
+    COPIED: gl.constexpr = FORM.copied
+    table_ptr, steps, masked, end = keys
+    last = (steps - 1) * N
+    for i in gl.static_range(COPIED):
+        first = last - i * N
+        block = _load_blocks(table_ptr, gl.maximum(first, 0), end, LAYER, True)
+        _copy_pages(copied.index(i), pool, block, first, end, LAYER, True)
+    block = _load_blocks(table_ptr, gl.maximum(last - COPIED * N, 0), end, LAYER, True)
+    for CHECKED in gl.static_range(1, -1, -1):
+        begin_step, end_step = masked, steps
+        if CHECKED:
+            begin_step, end_step = 0, masked
+        for i in range(begin_step, end_step):
+            s = i % FORM.stages
+            ahead = last - (i + COPIED) * N
+            codes = copied.index(i % COPIED)
+            async_copy.wait_group(COPIED - 1)
+            _wait_empty(empty, i + LATER, FORM.stages)
+            _put_copied(codes, tiles.index(s), full.index(s), LAYER.dim)
+            _copy_pages(codes, pool, block, ahead, end, LAYER, CHECKED == 1)
+            block = _load_blocks(table_ptr, gl.maximum(ahead - N, 0), end, LAYER, CHECKED == 1)
+    async_copy.wait_group(0)
+
+
+@gluon.jit
 def _produce_both(k_pool, v_pool, k_tiles, v_tiles, barriers, keys, LAYER: gl.constexpr, FORM: gl.constexpr):
-    """Store all tiles of K and V; `FORM.depth` tiles of each are under way, and block ids a tile ahead of them."""
-    k_full, v_full, empty = barriers
+    """As `_produce`, all tiles of K and V."""
+    k_full, v_full, empty, _ = barriers
     table_ptr, steps, masked, end = keys
     last = (steps - 1) * N
     block = _load_blocks(table_ptr, last, end, LAYER, True)
     k = _load_pages(k_pool, block, last, end, LAYER, True)
     v = _load_pages(v_pool, block, last, end, LAYER, True)
-    if FORM.depth == 2:
-        second = gl.maximum(last - N, 0)
-        block = _load_blocks(table_ptr, second, end, LAYER, True)
-        later_k = _load_pages(k_pool, block, second, end, LAYER, True)
-        later_v = _load_pages(v_pool, block, second, end, LAYER, True)
-    block = _load_blocks(table_ptr, gl.maximum(last - FORM.depth * N, 0), end, LAYER, True)
+    block = _load_blocks(table_ptr, gl.maximum(last - N, 0), end, LAYER, True)
     for CHECKED in gl.static_range(1, -1, -1):
         begin_step, end_step = masked, steps
         if CHECKED:
             begin_step, end_step = 0, masked
         for i in range(begin_step, end_step):
             s = i % FORM.stages
-            ahead = last - (i + FORM.depth) * N
+            ahead = last - (i + 1) * N
             first = gl.maximum(ahead, 0)
             _wait_empty(empty, i, FORM.stages)
             _put(k, k_tiles.index(s), k_full.index(s), LAYER.dim)
-            if FORM.depth == 2:
-                k = later_k
-                later_k = _load_pages(k_pool, block, first, end, LAYER, CHECKED == 1)
-            else:
-                k = _load_pages(k_pool, block, first, end, LAYER, CHECKED == 1)
-            _wait_empty(empty, i + 1, FORM.stages)
+            k = _load_pages(k_pool, block, first, end, LAYER, CHECKED == 1)
+            _wait_empty(empty, i + FORM.apart, FORM.stages)
             _put(v, v_tiles.index(s), v_full.index(s), LAYER.dim)
-            if FORM.depth == 2:
-                v = later_v
-                later_v = _load_pages(v_pool, block, first, end, LAYER, CHECKED == 1)
-            else:
-                v = _load_pages(v_pool, block, first, end, LAYER, CHECKED == 1)
+            v = _load_pages(v_pool, block, first, end, LAYER, CHECKED == 1)
             block = _load_blocks(table_ptr, gl.maximum(ahead - N, 0), end, LAYER, CHECKED == 1)
 
 
@@ -273,6 +347,9 @@ def _masked_steps(steps, position):
 def _attend(work, LAYER: gl.constexpr, FORM: gl.constexpr, WHICH: gl.constexpr):
     """Attend the 64 rows from `first_row + 64 · WHICH` on to all keys, and store out and log-sum-exp.
 
+    If FORM.split, attend the 64 rows from `first_row` on to every other tile of keys; consumer 1 hands its state over
+    to consumer 0, which stores.
+
     Args:
         work: queries, tiles, barriers, keys, scales and outputs, as `_attend_tile` groups them.
     """
@@ -284,12 +361,13 @@ def _attend(work, LAYER: gl.constexpr, FORM: gl.constexpr, WHICH: gl.constexpr):
     Q: gl.constexpr = row_layout(DIM)
     queries, tiles, barriers, keys, scales, outs = work
     q_ptr, q_strides, first_q, first_row, rows, head = queries
-    q_tiles, k_tiles, v_tiles = tiles
-    k_full, v_full, empty = barriers
-    steps, len_k, first_bad = keys
+    q_tiles, k_tiles, v_tiles, other_sums = tiles
+    k_full, v_full, empty, other_done = barriers
+    steps, len_k, table_ptr, end, columns = keys
     scale_log2, v_scale = scales
-    sink_ptr, out_ptr, lse_ptr = outs
-    begin = first_row + WHICH * M
+    APART: gl.constexpr = FORM.apart
+    FIRST: gl.constexpr = WHICH if FORM.split else 0
+    begin = first_row if FORM.split else first_row + WHICH * M
 
     # As `direct_kernel._scale_queries`: rows are divided by their largest element, and the factor of the scores is a
     # power of two.
@@ -309,6 +387,7 @@ def _attend(work, LAYER: gl.constexpr, FORM: gl.constexpr, WHICH: gl.constexpr):
     fence_async_shared()
     gl.thread_barrier()
     row_scale = gl.convert_layout(power, gl.SliceLayout(1, S))
+    first_bad = _first_bad_key(table_ptr, end, columns, LAYER.page_size)  # while the first tiles are on their way
 
     row = begin + gl.arange(0, M, gl.SliceLayout(1, S))
     first_position = len_k - rows // GROUP
@@ -319,44 +398,84 @@ def _attend(work, LAYER: gl.constexpr, FORM: gl.constexpr, WHICH: gl.constexpr):
     acc = gl.full([M, DIM], 0.0, gl.float32, A)
     nothing = gl.full([M, N], 0.0, gl.float32, S)
 
-    mbarrier.wait(k_full.index(0), 0)
-    s = warpgroup_mma(q_tile, k_tiles.index(0).permute([1, 0]), nothing, use_acc=False, is_async=True)
+    mbarrier.wait(k_full.index(FIRST), 0)
+    s = warpgroup_mma(q_tile, k_tiles.index(FIRST).permute([1, 0]), nothing, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=[s])
-    w, kept, top, total = _softmax(s, row_scale, top, position, last, True, S)
+    w, kept, top, total = _softmax(s, row_scale, top, position, last - FIRST * N, True, S)
     T: gl.constexpr = gl.SliceLayout(1, total.type.layout)
     words = _packed(w)
-    mbarrier.arrive(empty.index(0), count=1)
+    mbarrier.arrive(empty.index(FIRST), count=1)
 
     for MASKED in gl.static_range(1, -1, -1):
-        begin_step, end_step = masked, steps
+        begin_step, end_step = gl.maximum(masked, FIRST + APART), steps
+        begin_step += (begin_step - FIRST) % APART
         if MASKED:
-            begin_step, end_step = 1, masked
-        for i in range(begin_step, end_step):
+            begin_step, end_step = FIRST + APART, masked
+        for i in range(begin_step, end_step, APART):
             # Q K of this step and P V of the step before are issued together; P V runs during the softmax.
             a = i % FORM.stages
-            b = (i - 1) % FORM.stages
+            b = (i - APART) % FORM.stages
             p = _unpacked(words, P)
             mbarrier.wait(k_full.index(a), (i // FORM.stages) & 1)
             s = warpgroup_mma(q_tile, k_tiles.index(a).permute([1, 0]), nothing, use_acc=False, is_async=True)
-            mbarrier.wait(v_full.index(b), ((i - 1) // FORM.stages) & 1)
+            mbarrier.wait(v_full.index(b), ((i - APART) // FORM.stages) & 1)
             o = warpgroup_mma(p, v_tiles.index(b), acc, is_async=True)
             s = warpgroup_mma_wait(1, deps=[s])
             w, kept, top, added = _softmax(s, row_scale, top, position, last - i * N, MASKED == 1, S)
             total = total * gl.convert_layout(kept, T)[:, None] + added
             # Complete already: the branch keeps ptxas from waiting for P V before the softmax.
-            mbarrier.wait(v_full.index(b), ((i - 1) // FORM.stages) & 1)
+            mbarrier.wait(v_full.index(b), ((i - APART) // FORM.stages) & 1)
             acc, p, w, total = warpgroup_mma_wait(0, deps=[o, p, w, total])
             mbarrier.arrive(empty.index(a), count=1)
             acc = acc * gl.convert_layout(kept, gl.SliceLayout(1, A))[:, None]
             words = _packed(w)
 
-    b = (steps - 1) % FORM.stages
-    mbarrier.wait(v_full.index(b), ((steps - 1) // FORM.stages) & 1)
+    i = steps - 1 - (steps - 1 - FIRST) % APART
+    b = i % FORM.stages
+    mbarrier.wait(v_full.index(b), (i // FORM.stages) & 1)
     p = _unpacked(words, P)
     o = warpgroup_mma(p, v_tiles.index(b), acc, is_async=True)
     acc, p = warpgroup_mma_wait(0, deps=[o, p])
 
     total = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, S))
+    if FORM.split:
+        E: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[1, 0])
+        if WHICH == 1:  # no tile of K follows this consumer's last one: its memory is free
+            k_tiles.index(b)._reinterpret(gl.float32, [M, DIM], E).store(acc)
+            other_sums.index(0).store(top)
+            other_sums.index(1).store(total)
+            gl.thread_barrier()
+            mbarrier.arrive(other_done, count=1)
+        else:
+            if steps > 1:
+                mbarrier.wait(other_done, 0)
+                other_top = other_sums.index(0).load(gl.SliceLayout(1, S))
+                new = gl.maximum(top, other_top)
+                shift = gl.where(new == float("-inf"), 0.0, new)
+                kept = gl.exp2(top - shift)
+                other_kept = gl.exp2(other_top - shift)
+                total = total * kept + other_sums.index(1).load(gl.SliceLayout(1, S)) * other_kept
+                b = (steps - 1 - steps % 2) % FORM.stages  # of consumer 1's last tile
+                other = k_tiles.index(b)._reinterpret(gl.float32, [M, DIM], E).load(A)
+                acc = acc * gl.convert_layout(kept, gl.SliceLayout(1, A))[:, None]
+                acc += other * gl.convert_layout(other_kept, gl.SliceLayout(1, A))[:, None]
+                top = new
+            _store_rows(acc, top, total, v_scale, position, first_bad, begin, queries, outs, LAYER, S, A)
+    else:
+        _store_rows(acc, top, total, v_scale, position, first_bad, begin, queries, outs, LAYER, S, A)
+
+
+@gluon.jit
+def _store_rows(
+    acc, top, total, v_scale, position, first_bad, begin, queries, outs,
+    LAYER: gl.constexpr, S: gl.constexpr, A: gl.constexpr,
+):  # fmt: skip
+    """Store out and log-sum-exp of the 64 rows from `begin` on, with the sink."""
+    DIM: gl.constexpr = LAYER.dim
+    GROUP: gl.constexpr = LAYER.group
+    _, _, first_q, _, rows, head = queries
+    sink_ptr, out_ptr, lse_ptr = outs
+    row = begin + gl.arange(0, M, gl.SliceLayout(1, S))
     total = gl.where(position >= first_bad, float("nan"), total)
     factor = v_scale  # of the rows of acc
     if LAYER.sinks:
@@ -384,14 +503,20 @@ def _attend(work, LAYER: gl.constexpr, FORM: gl.constexpr, WHICH: gl.constexpr):
 
 @gluon.jit
 def _consume(work, LAYER: gl.constexpr, FORM: gl.constexpr, WHICH: gl.constexpr):
-    """`_attend` if the consumer has rows; the first one has. Without rows it only empties tiles."""
+    """`_attend` if the consumer has rows; the first one has. Without rows it only empties tiles.
+
+    If tiles are split between consumers, both have the same rows, and the second one has a tile if there are two.
+    """
     queries, _, barriers, keys, _, _ = work
     if WHICH == 0:
         _attend(work, LAYER, FORM, WHICH)
+    elif FORM.split:
+        if keys[0] > 1:
+            _attend(work, LAYER, FORM, WHICH)
     elif queries[3] + WHICH * M < queries[4]:
         _attend(work, LAYER, FORM, WHICH)
     else:
-        k_full, v_full, empty = barriers
+        k_full, v_full, empty = barriers[0], barriers[1], barriers[2]
         steps = keys[0]
         for i in range(steps):
             s = i % FORM.stages
@@ -452,7 +577,7 @@ def hopper_kernel(
     k_strides, v_strides,  # block, slot, head, in units of 16 bytes
     LAYER: gl.constexpr, FORM: gl.constexpr,  # plan.LayerForm, plan.Form
 ):  # fmt: skip
-    """`direct_kernel` for one tile of 128 rows of a sequence; pools are int32 words."""
+    """`direct_kernel` for one tile of `FORM.rows` rows of a sequence; pools are int32 words."""
     program = gl.program_id(0)
     head = program % LAYER.heads
     tile = (program // LAYER.heads) % tiles
@@ -461,17 +586,17 @@ def hopper_kernel(
     first_q = gl.load(cu_q_ptr + sequence)  # at num_sequences: the end of the last sequence
     spare = sequence == num_sequences  # rows that belong to no sequence: 0
     end_q = gl.load(cu_q_ptr + gl.minimum(sequence + 1, num_sequences))
-    first_row = tile * 2 * M
+    first_row = tile * FORM.rows
     if spare | (end_q - first_q > max_q):  # or more rows than there are tiles: NaN
         end_q = gl.where(spare, total_q, end_q)
         begin = first_q.to(gl.int64) * GROUP + first_row
         past = end_q.to(gl.int64) * GROUP
-        _fill_rows(out_ptr, lse_ptr, sink_ptr, spare, begin, past, tiles * 2 * M, head, LAYER)
+        _fill_rows(out_ptr, lse_ptr, sink_ptr, spare, begin, past, tiles * FORM.rows, head, LAYER)
     else:
         rows = (end_q - first_q) * GROUP
         if first_row < rows:
             len_k = gl.load(cu_k_ptr + sequence + 1) - gl.load(cu_k_ptr + sequence)
-            last_row = gl.minimum(first_row + 2 * M, rows) - 1
+            last_row = gl.minimum(first_row + FORM.rows, rows) - 1
             end = gl.minimum(len_k - rows // GROUP + last_row // GROUP + 1, columns * LAYER.page_size)
             if end <= 0:  # no row of the tile sees a key
                 begin = first_q.to(gl.int64) * GROUP + first_row
@@ -491,12 +616,12 @@ def _attend_tile(
     v_strides, scale_log2, columns, first_row, rows, first_q, len_k, end, head,
     LAYER: gl.constexpr, FORM: gl.constexpr,
 ):  # fmt: skip
-    """Attend 128 rows from `first_row` on, of which some row sees the keys before `end`."""
+    """Attend `FORM.rows` rows from `first_row` on, of which some row sees the keys before `end`."""
     DIM: gl.constexpr = LAYER.dim
     STAGES: gl.constexpr = FORM.stages
+    APART: gl.constexpr = FORM.apart
     steps = (end + N - 1) // N
     masked = _masked_steps(steps, len_k - rows // LAYER.group + first_row // LAYER.group)
-    first_bad = _first_bad_key(table_ptr, end, columns, LAYER.page_size)
     scale = scale_log2
     if LAYER.k_scaled:
         scale *= gl.load(k_scale_ptr)
@@ -517,27 +642,43 @@ def _attend_tile(
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
+        mbarrier.init(empty.index(i), count=1 if FORM.split else 2)
+    other_sums = gl.allocate_shared_memory(gl.float32, [2, M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    other_done = gl.allocate_shared_memory(gl.int64, [1], B)
+    mbarrier.init(other_done, count=1)
     gl.thread_barrier()
 
-    barriers = (k_full, v_full, empty)
+    barriers = (k_full, v_full, empty, other_done)
     work = (
         (q_ptr, q_strides, first_q, first_row, rows, head),
-        (q_tiles, k_tiles, v_tiles),
+        (q_tiles, k_tiles, v_tiles, other_sums),
         barriers,
-        (steps, len_k, first_bad),
+        (steps, len_k, table_ptr, end, columns),
         (scale, v_scale),
         (sink_ptr, out_ptr, lse_ptr),
     )
     k_pool, v_pool = (k_ptr, k_strides), (v_ptr, v_strides)
     keys = (table_ptr, steps, masked, end)
-    if FORM.producers == 2:
+    if FORM.copied > 0:
+        C: gl.constexpr = copied_layout(DIM // 4)
+        k_copied = gl.allocate_shared_memory(gl.int32, [FORM.copied, N, DIM // 4], C)
+        v_copied = gl.allocate_shared_memory(gl.int32, [FORM.copied, N, DIM // 4], C)
+        gl.warp_specialize(
+            [
+                (_consume, (work, LAYER, FORM, 0)),
+                (_consume, (work, LAYER, FORM, 1)),
+                (_produce_copied, (k_pool, k_copied, k_tiles, k_full, empty, keys, 0, LAYER, FORM)),
+                (_produce_copied, (v_pool, v_copied, v_tiles, v_full, empty, keys, APART, LAYER, FORM)),
+            ],
+            [4, 4, 4], [FORM.consumer_registers, FORM.producer_registers, FORM.producer_registers],
+        )  # fmt: skip
+    elif FORM.producers == 2:
         gl.warp_specialize(
             [
                 (_consume, (work, LAYER, FORM, 0)),
                 (_consume, (work, LAYER, FORM, 1)),
                 (_produce, (k_pool, k_tiles, k_full, empty, keys, 0, LAYER, FORM)),
-                (_produce, (v_pool, v_tiles, v_full, empty, keys, 1, LAYER, FORM)),
+                (_produce, (v_pool, v_tiles, v_full, empty, keys, APART, LAYER, FORM)),
             ],
             [4, 4, 4], [FORM.consumer_registers, FORM.producer_registers, FORM.producer_registers],
         )  # fmt: skip

@@ -9,7 +9,7 @@ from ..batch.checked import CheckedBatch
 from ..cache import PagedKVCache
 from ..kernels.launch import PreparedLaunch, prepared_once
 from .kernel import hopper_kernel
-from .plan import ROWS, Form, LayerForm
+from .plan import Form, LayerForm
 
 
 def attend(
@@ -32,7 +32,7 @@ def attend(
     sequences, columns = batch.block_table.shape
     heads = cache.geometry.num_kv_heads
     max_q = min(batch.max_q, n)
-    tiles = max(1, -(-max_q * (q_heads // heads) // ROWS))
+    tiles = max(1, -(-max_q * (q_heads // heads) // form.rows))
     nothing = batch.cu_seqlens_q  # stands in for what is never read
     optional = [nothing if tensor is None else tensor for tensor in (sinks, cache.k_scale, cache.v_scale)]
     read = q, batch.block_table, batch.cu_seqlens_q, batch.cu_seqlens_k, optional[0]

@@ -41,11 +41,8 @@ from ..batch.checked import CheckedBatch
 from ..cache import PagedKVCache
 from ..device import interpreting
 
-ROWS = 128
-"""Rows of a program, which has a multiprocessor for itself."""
-LEAST_BUSY = {64: 0.84, 128: 0.6}
-"""By head dim: part of the multiprocessors that have a program, averaged over the waves of programs. Below, the direct
-kernel stays: it splits keys over programs."""
+LEAST_ROWS = {64: 17, 128: 33}
+"""By head dim: with fewer rows of a (sequence, KV head) the direct kernel stays."""
 
 
 @dataclass(frozen=True)
@@ -53,17 +50,33 @@ class Form:
     """What the kernel is compiled for of a tile.
 
     Attributes:
+        rows: of a program, 64 or 128. Two consumers share 64 rows, and each has every other tile of keys.
         producers: warpgroups; of 2, one loads K and one V.
         stages: tiles of K, and of V, in shared memory.
-        depth: tiles whose loads are under way.
+        copied: tiles of codes of K, and of V, on their way to shared memory, with 2 producers; 0 is one, on its way to
+            registers.
         consumer_registers, producer_registers: of a thread.
+        least_busy: part of the multiprocessors that have a program, averaged over the waves of programs, each of which
+            has a multiprocessor for itself. Below, the direct kernel stays: it splits keys over programs.
     """
 
+    rows: int
     producers: int
     stages: int
-    depth: int
+    copied: int
     consumer_registers: int
     producer_registers: int
+    least_busy: float
+
+    @property
+    def split(self) -> bool:
+        """Whether consumers share rows."""
+        return self.rows == 64
+
+    @property
+    def apart(self) -> int:
+        """A consumer's next tile is so many tiles ahead."""
+        return 2 if self.split else 1
 
 
 @dataclass(frozen=True)
@@ -87,19 +100,16 @@ class LayerForm:
     sinks: bool
 
 
-WIDE = Form(2, 2, 1, 200, 56)
-"""Dim 128."""
-SHORT = Form(1, 3, 2, 200, 104)
-"""Dim 64, one tile of rows: reading the pages takes longest."""
-LONG = Form(1, 2, 1, 216, 72)
-"""Dim 64, more tiles of rows, which find the pages in the L2: products and conversions take longest."""
+FEW = {64: Form(64, 2, 3, 4, 176, 80, 0.75), 128: Form(128, 2, 2, 2, 208, 48, 0.85)}
+"""By head dim, at most one tile of rows: reading the pages takes longest."""
+MANY = {64: Form(128, 1, 2, 0, 216, 72, 0.84), 128: Form(128, 2, 2, 0, 200, 56, 0.6)}
+"""More rows, which find the pages in the L2: products and conversions take longest."""
 
 
 def form_for(dim: int, rows: int) -> Form:
     """The fastest form for a head dim, 64 or 128, and the most rows of a (sequence, KV head)."""
-    if dim == 128:
-        return WIDE
-    return SHORT if rows <= ROWS else LONG
+    few = FEW[dim]
+    return few if rows <= few.rows else MANY[dim]
 
 
 @functools.cache
@@ -162,11 +172,12 @@ def wins(batch: CheckedBatch, dim: int, rows: int, group: int, kv_heads: int, pr
         group, kv_heads: query heads per KV head, and KV heads.
         processors: of the GPU.
     """
-    if rows < ROWS:
+    if rows < LEAST_ROWS[dim]:
         return False
+    form = form_for(dim, rows)
     lengths = (batch.max_q,) * batch.num_sequences if batch.seqlens_q is None else batch.seqlens_q
-    programs = sum(-(-new * group // ROWS) for new in lengths) * kv_heads
-    return programs >= LEAST_BUSY[dim] * -(-programs // processors) * processors > 0
+    programs = sum(-(-new * group // form.rows) for new in lengths) * kv_heads
+    return programs >= form.least_busy * -(-programs // processors) * processors > 0
 
 
 def chosen_form(

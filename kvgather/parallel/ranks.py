@@ -9,6 +9,10 @@ A collective on a GPU does not raise: it waits there, and the host goes on. Anot
 newest one has finished. If not after most of the time-out, it writes who is missing to stderr and aborts the group's
 operations, so that the GPU waits no longer; the next call raises.
 
+A rank that has died is reported within about 35 seconds, however long the time-out is. Over a network, the back end
+reports the lost peer at once, and torch's watchdog then ends the process after a minute, without the name of a rank. A
+third thread therefore reads the other ranks' numbers while the newest collective has not been seen to finish.
+
 The store may stop to answer, and then it blocks who asks. Whoever waits for it is therefore a thread that does nothing
 else, and nobody waits for that thread without a bound.
 """
@@ -30,6 +34,14 @@ from torch.distributed import distributed_c10d
 
 LATE = 0.7
 """Share of the time-out after which a collective on a GPU counts as failed: before torch's watchdog reports it."""
+DEAD = 30.0
+"""Seconds without a sign after which a rank is reported as dead, even if the collective is not late yet.
+
+Long, because a live rank gives no sign while another of its threads keeps the interpreter's lock. Less than the minute
+after which torch's watchdog ends the process.
+"""
+LOOK = 2.0
+"""Seconds between two looks for dead ranks."""
 BEAT = 0.5
 """Seconds between two messages of a rank; less for a group with a short time-out."""
 MISSED = 4
@@ -79,6 +91,9 @@ class Ranks:
         self._patience = min(ANSWER, self._timeout / 8) if on_gpu else ANSWER
         self._newest: tuple[torch.Event, float, str] | None = None  # the end of the newest collective on a GPU
         self._over: object = None  # the newest collective that was seen to have finished
+        self._looked: object = None  # the collective of the last look for dead ranks
+        self._signs: dict[int, tuple[int, int]] = {}  # of each rank: its beats, and the looks at which they stood still
+        self._dead: tuple[object, dict[int, str]] = None, {}  # a collective, and the ranks that died during it
         self._late: RankError | None = None
         self._ended = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -90,6 +105,7 @@ class Ranks:
             self._start(self._beat)
             if on_gpu:
                 self._start(self._watch)
+                self._start(self._listen)
         atexit.register(self.close)
 
     @property
@@ -145,7 +161,7 @@ class Ranks:
         try:
             collective(*arguments)
         except RuntimeError as error:
-            raise self._named(what, error) from error
+            raise self._named(what, error, self.missing()) from error
 
     def started(self, what: str) -> None:
         """Watch a collective for which the current stream of a GPU waits.
@@ -163,10 +179,14 @@ class Ranks:
             return
         _, since, what = newest
         seconds = time.monotonic() - since
+        during, dead = self._dead
+        if during is not newest:
+            dead = {}
         # A late query, and few of them: each would end a CUDA graph's capture in another thread.
-        if seconds < LATE * self._timeout or not self._unfinished(newest):
+        if (seconds < LATE * self._timeout and not dead) or not self._unfinished(newest):
             return
-        late = self._named(what, RuntimeError(f"it has not ended after {seconds:.0f} s"))
+        error = RuntimeError(f"it has not ended after {seconds:.0f} s")
+        late = self._named(what, error, dead or self.missing())
         if self._unfinished(newest):  # still, after the time that it took to ask the others
             self._late = late
             sys.stderr.write(f"kvgather: {late}\n")
@@ -186,9 +206,26 @@ class Ranks:
             return False
         return self._newest is newest  # else the event has been recorded again
 
-    def _named(self, what: str, error: RuntimeError) -> RankError:
+    def _look_for_dead(self, store: Any) -> None:
+        """Find the ranks that have given no sign for `DEAD` seconds during the newest collective.
+
+        Counts looks instead of seconds: a store that stops for a while keeps back the signs of live ranks, too.
+        """
+        newest = self._newest
+        if newest is None or newest is self._over or self._late is not None:
+            return
+        if newest is not self._looked:  # a new one: nothing is read as long as collectives follow each other
+            self._looked, self._signs = newest, {}
+            return
+        for rank in range(self.size):
+            if rank != self.rank and (read := _read(store, rank)) is not None:
+                beats, still = self._signs.get(rank, (0, 0))
+                self._signs[rank] = read[0], still + 1 if read[0] == beats else 0
+        dead = [rank for rank, (_, still) in self._signs.items() if still * LOOK >= DEAD]
+        self._dead = newest, dict.fromkeys(dead, f"has died, or stands still: it gave no sign for {DEAD:.2g} s")
+
+    def _named(self, what: str, error: RuntimeError, missing: dict[int, str] | None) -> RankError:
         said = str(error).strip().splitlines()[0]
-        missing = self.missing()
         if missing:
             who = "; ".join(f"rank {rank} {state}" for rank, state in missing.items())
         elif missing is None:
@@ -240,6 +277,12 @@ class Ranks:
     def _watch(self) -> None:
         while not self._ended.wait(self._seconds):
             self._look_at_newest()
+
+    def _listen(self) -> None:
+        with contextlib.suppress(RuntimeError, dist.DistError):  # the store has gone: `_watch` goes on
+            store = self._store()
+            while not self._ended.wait(LOOK):
+                self._look_for_dead(store)
 
 
 def _read(store: Any, rank: int) -> tuple[int, int] | None:

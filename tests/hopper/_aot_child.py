@@ -38,9 +38,10 @@ def said_of(form: plan.Form, layer: plan.LayerForm) -> dict[str, object]:
 
 if __name__ == "__main__":
     for name, dim, heads, group, sinks in (
-        ("WIDE", 128, 8, 4, True),
-        ("SHORT", 64, 8, 8, False),
-        ("LONG", 64, 2, 3, True),
+        ("FEW", 64, 8, 8, False),
+        ("FEW", 128, 8, 4, True),
+        ("MANY", 64, 2, 3, True),
+        ("MANY", 128, 8, 4, True),
     ):
         layer = plan.LayerForm(dim, 16, heads, group, k_scaled=True, v_scaled=sinks, sinks=sinks)
-        print(json.dumps({"form": name, **said_of(getattr(plan, name), layer)}), flush=True)
+        print(json.dumps({"form": f"{name} {dim}", **said_of(getattr(plan, name)[dim], layer)}), flush=True)

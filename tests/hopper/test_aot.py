@@ -20,7 +20,7 @@ pytestmark = [
         reason=f"the kernel needs Triton 3.6, and this is {triton.__version__}; `make test-triton` runs both",
     ),
 ]
-SPILLED = {"WIDE": 240, "SHORT": 80, "LONG": 0}
+SPILLED = {"FEW 64": 0, "FEW 128": 16, "MANY 64": 0, "MANY 128": 240}
 """Bytes a thread at most: those of producers, which have few registers, and none of a consumer's loop."""
 SHARED = 232_448
 

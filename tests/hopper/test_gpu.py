@@ -36,7 +36,7 @@ PER_TENSOR, NONE = "per-tensor", "none"
 
 @dataclass(frozen=True)
 class Case:
-    """What the kernel is compiled for; `rows` is the most rows of a (sequence, KV head), in tiles of 128."""
+    """What the kernel is compiled for: the form for many rows if `long`, else that for few."""
 
     dim: int
     heads: tuple[int, int]
@@ -55,8 +55,8 @@ class Case:
 
     @property
     def tokens(self) -> int:
-        """New tokens of a tile, or a few less."""
-        return 128 // (self.heads[0] // self.heads[1])
+        """New tokens of the most rows that `plan.FEW` serves, or a few less."""
+        return plan.FEW[self.dim].rows // (self.heads[0] // self.heads[1])
 
     def made(self, new: list[int], cached: list[int], seed: int = 0, spare: int = 3) -> Setup:
         return filled(
@@ -92,8 +92,11 @@ CASES = (
     Case(128, (5, 1), 16, (NONE, PER_TENSOR), torch.float16),
     Case(128, (8, 2), 128, sinks="very large"),
     Case(128, (8, 1), 32, sinks="on"),
+    Case(128, (32, 8), long=False),
+    Case(128, (5, 1), 48, (PER_TENSOR, NONE), torch.float16, "on", long=False),
+    Case(64, (32, 1), 16, (NONE, PER_TENSOR), long=False),
 )
-BASES = CASES[0], CASES[1], CASES[4]
+BASES = CASES[0], CASES[1], CASES[4], CASES[8]
 """A case for each form of the kernel."""
 
 
@@ -251,9 +254,8 @@ def test_a_graph_replays_it(case: Case) -> None:
     new = (3 if case.long else 1) * case.tokens
     made = case.made([new] * 16, [300] * 16, spare=0)
     batch = made.batch()
-    assert plan.chosen_form(
-        made.cache, batch, *made.q.shape[:2], made.q.dtype, None, made.cache.likeness
-    ) == plan.form_for(case.dim, 384 if case.long else 128)  # fmt: skip
+    form = plan.chosen_form(made.cache, batch, *made.q.shape[:2], made.q.dtype, None, made.cache.likeness)
+    assert form is (plan.MANY if case.long else plan.FEW)[case.dim]
 
     def call() -> Tensor:
         return kg.prefix_attention(made.q, None, None, made.cache, batch, path="direct")

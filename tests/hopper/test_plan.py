@@ -127,22 +127,30 @@ def test_where_it_is_available(capability: tuple[int, int], version: str, monkey
 @pytest.mark.parametrize(
     ("new", "dim", "kv_heads", "q_heads", "expected"),
     [
-        ([16] * 16, 64, 8, 64, plan.SHORT),  # 128 programs on 132 processors
-        ([128] * 16, 64, 8, 64, plan.LONG),
-        ([32] * 16, 128, 8, 32, plan.WIDE),
-        ([512] * 16, 128, 8, 32, plan.WIDE),
-        ([16] * 16, 128, 8, 32, None),  # 64 rows
-        ([15] * 16, 64, 8, 64, None),
+        ([16] * 16, 64, 8, 64, plan.MANY[64]),  # 128 programs on 132 processors
+        ([128] * 16, 64, 8, 64, plan.MANY[64]),
+        ([8] * 16, 64, 8, 64, plan.FEW[64]),
+        ([9] * 16, 64, 8, 64, plan.MANY[64]),  # 72 rows
+        ([3] * 16, 64, 8, 64, plan.FEW[64]),
+        ([2] * 16, 64, 8, 64, None),  # 16 rows
         ([1] * 64, 64, 8, 64, None),
-        ([16] * 14, 64, 8, 64, plan.SHORT),  # 112 programs
-        ([16] * 13, 64, 8, 64, None),  # 104 programs
+        ([32] * 16, 128, 8, 32, plan.FEW[128]),
+        ([33] * 16, 128, 8, 32, plan.MANY[128]),
+        ([512] * 16, 128, 8, 32, plan.MANY[128]),
+        ([16] * 16, 128, 8, 32, plan.FEW[128]),
+        ([8] * 16, 128, 8, 32, None),  # 32 rows
+        ([8] * 13, 64, 8, 64, plan.FEW[64]),  # 104 programs
+        ([8] * 12, 64, 8, 64, None),  # 96 programs
+        ([16] * 14, 128, 8, 32, None),  # 112 programs
+        ([16] * 14, 64, 8, 64, plan.MANY[64]),
+        ([16] * 13, 64, 8, 64, None),
         ([16] * 17, 64, 8, 64, None),  # 136 programs: a second wave for 4
-        ([16] * 32, 64, 8, 64, plan.SHORT),
-        ([512], 128, 8, 32, plan.WIDE),  # one sequence: 128 programs
-        ([320], 128, 8, 32, plan.WIDE),  # 80 programs
+        ([16] * 32, 64, 8, 64, plan.MANY[64]),
+        ([512], 128, 8, 32, plan.MANY[128]),  # one sequence: 128 programs
+        ([320], 128, 8, 32, plan.MANY[128]),  # 80 programs
         ([288], 128, 8, 32, None),  # 72 programs
-        ([32] * 20, 128, 8, 32, plan.WIDE),  # 160 programs: two waves
-        ([1024, 1], 128, 8, 32, plan.WIDE),
+        ([40] * 10, 128, 8, 32, plan.MANY[128]),  # 160 programs: two waves
+        ([1024, 1], 128, 8, 32, plan.MANY[128]),
     ],
 )
 @pytest.mark.parametrize("lengths", [True, False])

@@ -68,9 +68,13 @@ class Hopper:
 
 
 HOPPER: tuple[Hopper, ...] = (
+    Hopper(64, 8, (16, 2)),
+    Hopper(64, 20, (3, 1), 48, ("none", "per-tensor"), torch.float16, True),
     Hopper(64, 16, (16, 2)),
     Hopper(64, 40, (16, 2), 48, ("none", "none"), torch.float16, True),
     Hopper(64, 50, (3, 1), 64, ("none", "per-tensor"), sinks=True),
+    Hopper(128, 32, (8, 2)),
+    Hopper(128, 12, (5, 1), 48, ("per-tensor", "none"), torch.float16, True),
     Hopper(128, 70, (8, 2)),
     Hopper(128, 33, (5, 1), 128, ("per-tensor", "none"), torch.float16, True),
 )

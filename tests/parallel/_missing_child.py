@@ -13,8 +13,8 @@ from tests.attention.batches import setup
 from tests.parallel.gloo import DEVICE, join, leave
 from tests.parallel.pools import distribute, local_pool
 
-SECONDS = 6.0 if DEVICE == "cpu" else 20.0
-"""The group's time-out: on a GPU longer than a kernel takes to compile."""
+SECONDS = 6.0 if DEVICE == "cpu" else 60.0
+"""The group's time-out: on a GPU longer than a kernel takes to compile, and than a dead rank takes to be reported."""
 LAST = 3
 """Calls until the rank is missing."""
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kvgather.parallel import ContextParallel
 
 DEVICE = os.environ.get("RANKS_ON", "cpu")
-"""Of the ranks: "cpu", with gloo, or "cuda", with NCCL and one GPU each."""
+"""Of the ranks: "cpu", with gloo, or "cuda", with NCCL; they share GPUs if there are fewer."""
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -94,7 +94,13 @@ def join(seconds: float = 60.0) -> tuple[Path, int, int]:
     folder, rank, size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     device = None
     if DEVICE == "cuda":
-        device = torch.device("cuda", rank)
+        gpus = torch.cuda.device_count()
+        device = torch.device("cuda", rank % gpus)
+        if size > gpus:  # NCCL refuses two ranks on one GPU of one host
+            os.environ |= {"NCCL_HOSTID": f"rank {rank}", "NCCL_SOCKET_IFNAME": "lo"}
+            # They use sockets, which report a dead peer: torch's watchdog would sleep for a minute and end the process.
+            # Over NVLink NCCL does not notice it; with these settings the ranks behave as there.
+            os.environ |= {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}
         torch.cuda.set_device(device)
     dist.init_process_group(
         "gloo" if DEVICE == "cpu" else "nccl", init_method=(folder / "store").as_uri(), rank=rank, world_size=size,

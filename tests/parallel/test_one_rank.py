@@ -16,7 +16,7 @@ from kvgather.cases import sinks_of
 from kvgather.parallel import ContextParallel, RankError, context
 from kvgather.parallel import ranks as module
 from kvgather.parallel.exchange import Exchange
-from kvgather.parallel.ranks import LATE, Ranks
+from kvgather.parallel.ranks import DEAD, LATE, LOOK, Ranks
 from tests.attention.batches import assert_close, setup
 
 TIMEOUT = 100.0
@@ -70,6 +70,21 @@ class Event:
             during()
 
 
+class Store:
+    """What the other ranks have written, and how often it was read."""
+
+    def __init__(self, *ranks: int) -> None:
+        self.beats = dict.fromkeys(ranks, 1)
+        self.reads = 0
+
+    def check(self, keys: list[str]) -> bool:
+        self.reads += 1
+        return int(keys[0]) in self.beats
+
+    def get(self, key: str) -> bytes:
+        return f"{self.beats[int(key)]} 0".encode()
+
+
 class Watched:
     """The watch of a rank's thread over one event, by a clock that the test sets."""
 
@@ -86,6 +101,14 @@ class Watched:
 
     def look(self) -> None:
         self.ranks._look_at_newest()
+
+    def listen(self, seconds: float, store: Store, *alive: int) -> None:
+        """Both threads look, once in `LOOK` seconds; the ranks that live give a sign before each look."""
+        for _ in range(int(seconds / LOOK)):
+            self.now += LOOK
+            store.beats |= {rank: store.beats[rank] + 1 for rank in alive}
+            self.ranks._look_for_dead(store)
+            self.look()
 
     def collective(self) -> None:
         """One that the host has launched, and that a GPU waits for from now on."""
@@ -171,6 +194,128 @@ def test_a_query_that_is_refused_does_not_end_the_thread(watched: Watched) -> No
     watched.now = TIMEOUT * (1 + LATE) + 1
     watched.look()
     assert watched.ranks._late is not None and len(watched.aborted) == 1
+
+
+@pytest.fixture
+def of_three(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> Watched:
+    monkeypatch.setattr(watched.ranks, "size", 3)
+    return watched
+
+
+def test_a_dead_rank_is_reported_before_the_collective_is_late(
+    of_three: Watched, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The other one has not entered the collective either: it lives, and is not named."""
+    monkeypatch.setattr(of_three.ranks, "missing", lambda: pytest.fail("the store may block this thread"))
+    store = Store(1, 2)
+    of_three.collective()
+    of_three.listen(DEAD, store, 2)
+    assert of_three.event.queries == 0
+    of_three.listen(2 * LOOK, store, 2)
+    assert of_three.now < 40 < LATE * TIMEOUT
+    said = "rank 1 has died, or stands still: it gave no sign for 30 s. it has not ended after 34 s"
+    assert capsys.readouterr().err == f"kvgather: rank 0: a sum of 3 ranks failed: {said}\n"
+    with pytest.raises(RankError, match=said) as raised:
+        of_three.collective()
+    assert raised.value.ranks == (1,) and of_three.aborted == [of_three.ranks.group]
+
+
+@pytest.mark.parametrize("how", ["gives signs", "pauses", "has not begun"])
+def test_a_slow_rank_is_not_reported_before_the_collective_is_late(how: str, of_three: Watched) -> None:
+    store = Store(2) if how == "has not begun" else Store(1, 2)
+    alive = (1, 2) if how == "gives signs" else (2,)
+    of_three.collective()
+    while of_three.now < LATE * TIMEOUT - DEAD:
+        of_three.listen(DEAD - LOOK, store, *alive)
+        if how == "pauses":
+            of_three.listen(LOOK, store, 1, 2)
+    of_three.listen(LATE * TIMEOUT - of_three.now - 1, store, *alive)
+    assert of_three.event.queries == 0 and of_three.ranks._late is None
+    of_three.listen(LOOK, store, *alive)
+    assert of_three.ranks._late is not None and of_three.ranks._late.ranks == (1,)
+
+
+def test_a_store_that_stops_for_a_while_makes_nobody_dead(of_three: Watched) -> None:
+    """The live ranks could not write either."""
+    store = Store(1, 2)
+    of_three.collective()
+    of_three.listen(3 * LOOK, store, 1, 2)
+    of_three.now += DEAD + 1
+    of_three.ranks._look_for_dead(store)
+    of_three.look()
+    assert of_three.event.queries == 0
+    of_three.listen(3 * LOOK, store, 1, 2)
+    assert of_three.event.queries == 0 and of_three.ranks._late is None
+
+
+def test_the_store_is_not_read_during_a_fast_or_a_finished_collective(of_three: Watched) -> None:
+    store = Store(1, 2)
+    of_three.listen(2 * DEAD, store)
+    for _ in range(100):
+        of_three.collective()
+        of_three.listen(LOOK, store)
+    assert store.reads == 0
+    of_three.event.finished = True
+    of_three.listen(2 * DEAD, store)  # a dead rank: the event is asked for
+    assert of_three.event.queries == 1 and of_three.ranks._late is None
+    reads = store.reads
+    of_three.listen(10 * TIMEOUT, store)
+    assert store.reads == reads <= 2 * (DEAD / LOOK + 1)
+    of_three.collective()
+    of_three.look()
+    assert of_three.event.queries == 1  # the new one is given as long
+
+
+def test_an_early_query_that_is_refused_is_repeated_after_as_long_a_wait(of_three: Watched) -> None:
+    def refuse() -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    store = Store(1, 2)
+    of_three.collective()
+    of_three.event.during = refuse
+    of_three.listen(2 * DEAD, store, 2)
+    assert of_three.event.queries == 1 and of_three.ranks._late is None
+    of_three.listen(DEAD, store, 2)
+    assert of_three.ranks._late is not None and of_three.now < 3 * DEAD + LOOK
+
+
+@pytest.mark.parametrize("store", ["answers", "blocks", "has gone"])
+def test_the_threads_of_a_rank_on_a_gpu_report_it(
+    store: str, group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is with NCCL. Without the store the collective is reported when it is late."""
+    made, released, reads = dist.HashStore(), threading.Event(), threading.Event()
+
+    def read(*_: object) -> tuple[int, int]:
+        reads.set()
+        if store == "blocks":
+            released.wait()
+        if store != "answers":
+            raise RuntimeError("closed")
+        return 1, 0
+
+    monkeypatch.setattr(module, "_read", read)
+    monkeypatch.setattr(module, "_timeout_of", lambda _: TIMEOUT)
+    monkeypatch.setattr(module, "LOOK", 0.01)
+    monkeypatch.setattr(module, "DEAD", 0.1)
+    monkeypatch.setattr(Ranks, "_store", lambda _: made)
+    monkeypatch.setattr(dist, "get_backend", lambda _: "nccl")
+    monkeypatch.setattr(dist, "get_world_size", lambda _: 2)
+    monkeypatch.setattr(dist.ProcessGroup, "abort", lambda _: None)
+    monkeypatch.setattr(torch, "Event", lambda *_: Event())
+    ranks = Ranks(group, "on a gpu")
+    monkeypatch.setattr(ranks, "missing", lambda: None)
+    ranks.started("a sum")
+    assert reads.wait(20)
+    if store != "answers":
+        ranks._timeout = 0.1
+    end = time.monotonic() + 20
+    while ranks._late is None and time.monotonic() < end:
+        time.sleep(0.01)
+    said = "rank 1 has died, or" if store == "answers" else "the group's store does not answer"
+    assert said in str(ranks._late)
+    released.set()
+    ranks.close()
 
 
 def test_a_silent_store_holds_nobody_up(group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch) -> None:
