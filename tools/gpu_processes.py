@@ -31,7 +31,7 @@ SECONDS_A_TEST = {
     "tests/attention/test_max_q.py": 2.3,
     "tests/attention/test_prefix.py": 4.7,
     "tests/attention/test_prefix_gpu.py": 14.0,
-    "tests/attention/test_share.py": 8.0,
+    "tests/attention/test_share.py": 23.0,
     "tests/bench/test_prefix.py": 3.0,
     "tests/gather/test_kernel.py": 0.7,
     "tests/gather/test_ops.py": 3.0,

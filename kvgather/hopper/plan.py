@@ -41,8 +41,10 @@ from ..batch.checked import CheckedBatch
 from ..cache import PagedKVCache
 from ..device import interpreting
 
-LEAST_ROWS = {64: 17, 128: 33}
-"""By head dim: with fewer rows of a (sequence, KV head) the direct kernel stays."""
+LEAST_ROWS = 17
+"""With fewer rows of a (sequence, KV head) the direct kernel stays."""
+LEAST_KEYS = 1536
+"""With fewer keys of a sequence, on average, the direct kernel stays: programs would begin and end too often."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class LayerForm:
     sinks: bool
 
 
-FEW = {64: Form(64, 2, 3, 4, 176, 80, 0.75), 128: Form(128, 2, 2, 2, 208, 48, 0.85)}
+FEW = {64: Form(64, 2, 3, 4, 176, 80, 0.7), 128: Form(128, 2, 2, 2, 208, 48, 0.6)}
 """By head dim, at most one tile of rows: reading the pages takes longest."""
 MANY = {64: Form(128, 1, 2, 0, 216, 72, 0.84), 128: Form(128, 2, 2, 0, 200, 56, 0.6)}
 """More rows, which find the pages in the L2: products and conversions take longest."""
@@ -172,7 +174,8 @@ def wins(batch: CheckedBatch, dim: int, rows: int, group: int, kv_heads: int, pr
         group, kv_heads: query heads per KV head, and KV heads.
         processors: of the GPU.
     """
-    if rows < LEAST_ROWS[dim]:
+    keys = batch.max_k if batch.seqlens_k is None else sum(batch.seqlens_k) / max(1, batch.num_sequences)
+    if rows < LEAST_ROWS or keys < LEAST_KEYS:
         return False
     form = form_for(dim, rows)
     lengths = (batch.max_q,) * batch.num_sequences if batch.seqlens_q is None else batch.seqlens_q

@@ -58,8 +58,8 @@ def test_gathered(seed: int, ranks: int) -> None:
 @on_each_device
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_read_from_the_pages(layout: str, where: str, path: str, ranks: int) -> None:
-    for seed in range(2 if where == "cpu" else 40):
-        kind = KINDS[seed % len(KINDS)]
+    for seed in range(2 if where == "cpu" else 3):  # on a GPU, each rank of each seed takes seconds to compile
+        kind = KINDS[(seed + ranks) % len(KINDS)]
         made, window = draw(
             seed + 100 * ranks, page_size=16, layout=layout, dtype=torch.float8_e4m3fn, kind=kind, dims=(32, 16),
             device=where,

@@ -138,10 +138,12 @@ def test_where_it_is_available(capability: tuple[int, int], version: str, monkey
         ([33] * 16, 128, 8, 32, plan.MANY[128]),
         ([512] * 16, 128, 8, 32, plan.MANY[128]),
         ([16] * 16, 128, 8, 32, plan.FEW[128]),
-        ([8] * 16, 128, 8, 32, None),  # 32 rows
-        ([8] * 13, 64, 8, 64, plan.FEW[64]),  # 104 programs
-        ([8] * 12, 64, 8, 64, None),  # 96 programs
-        ([16] * 14, 128, 8, 32, None),  # 112 programs
+        ([5] * 16, 128, 8, 32, plan.FEW[128]),  # 20 rows
+        ([4] * 16, 128, 8, 32, None),  # 16 rows
+        ([8] * 12, 64, 8, 64, plan.FEW[64]),  # 96 programs
+        ([8] * 11, 64, 8, 64, None),  # 88 programs
+        ([16] * 10, 128, 8, 32, plan.FEW[128]),  # 80 programs
+        ([16] * 9, 128, 8, 32, None),  # 72 programs
         ([16] * 14, 64, 8, 64, plan.MANY[64]),
         ([16] * 13, 64, 8, 64, None),
         ([16] * 17, 64, 8, 64, None),  # 136 programs: a second wave for 4
@@ -158,7 +160,7 @@ def test_what_it_takes(
     new: list[int], dim: int, kv_heads: int, q_heads: int, expected: plan.Form | None, lengths: bool, hopper: None
 ) -> None:
     cache = cache_of(num_kv_heads=kv_heads, head_dim=dim)
-    batch = batch_of(cache, new, [n + 100 for n in new], lengths)
+    batch = batch_of(cache, new, [n + 1600 for n in new], lengths)
 
     def chosen(forced: bool = False) -> plan.Form | None:
         return plan.chosen_form(cache, batch, sum(new), q_heads, torch.bfloat16, None, cache.likeness, forced)
@@ -167,9 +169,27 @@ def test_what_it_takes(
     assert chosen(True) == plan.form_for(dim, max(new) * q_heads // kv_heads)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "total", "expected"),
+    [
+        (True, [1536] * 16, plan.MANY[64]),
+        (True, [1536] * 15 + [1535], None),
+        (True, [3056] * 8 + [16] * 8, plan.MANY[64]),  # 1,536 on average
+        (False, [1535] * 16, None),
+        (False, [1536] + [16] * 15, plan.MANY[64]),  # the host knows the longest alone
+    ],
+)
+def test_programs_with_few_keys_are_left_to_the_direct_kernel(
+    lengths: bool, total: list[int], expected: plan.Form | None, hopper: None
+) -> None:
+    cache = cache_of(num_kv_heads=8)
+    batch = batch_of(cache, [16] * 16, total, lengths)
+    assert plan.chosen_form(cache, batch, 256, 64, torch.bfloat16, None, cache.likeness) == expected
+
+
 def test_the_decision_is_made_once(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = cache_of(num_kv_heads=8)
-    batch = batch_of(cache, [16] * 16, [116] * 16)
+    batch = batch_of(cache, [16] * 16, [1616] * 16)
     asked: list[int] = []
     monkeypatch.setattr(plan, "runs", lambda *layer: asked.append(1) or len(asked) % 2 == 0)
     for _ in range(3):

@@ -55,30 +55,36 @@ def run_ranks(
     """
     folder.mkdir(parents=True, exist_ok=True)
     env = environment(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", **settings)
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error", "-m", module, str(folder), str(rank), str(size)],
-            cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        )
-        for rank in range(size)
-    ]  # fmt: skip
-    ranks = []
+    children = []
+    outputs = [folder / f"{rank}.txt" for rank in range(size)]  # not pipes: who waits for one rank does not read others
+    for rank, output in enumerate(outputs):
+        with output.open("w") as file:
+            command = [sys.executable, "-W", "error", "-m", module, str(folder), str(rank), str(size)]
+            children.append(
+                subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=file, start_new_session=True)
+            )
+    ended = False
     try:
         if waits_for is not None:
             children[waits_for].wait(seconds)
             _kill(children)
-        for rank, child in enumerate(children):
-            text, _ = child.communicate(timeout=seconds)
-            file = folder / f"{rank}.json"
-            ranks.append(Rank(child.returncode, json.loads(file.read_text()) if file.exists() else None, text))
+        for child in children:
+            child.wait(seconds)
+        ended = True
     finally:
         _kill(children)
-        for child in children:
-            child.communicate()
-    return ranks
+        for child, output in zip(children, outputs, strict=True):
+            child.wait()
+            if not ended:  # pytest shows it
+                print(f"{output.name}:\n{output.read_text(errors='replace')[-3000:]}")
+    left = [folder / f"{rank}.json" for rank in range(size)]
+    return [
+        Rank(child.returncode, json.loads(file.read_text()) if file.exists() else None, output.read_text())
+        for child, file, output in zip(children, left, outputs, strict=True)
+    ]
 
 
-def _kill(children: list[subprocess.Popen[str]]) -> None:
+def _kill(children: list[subprocess.Popen[bytes]]) -> None:
     for child in children:
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGKILL)
