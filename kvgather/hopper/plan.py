@@ -1,37 +1,57 @@
 """Which layers the Hopper kernel attends: what it can run, where it is faster, and in which form.
 
-Measured on one H100, 16 sequences of 8,192 cached tokens, FP8 pages of 16 tokens, BF16 q, without the write, in µs;
-auto without this kernel; FA3 is FlashAttention-3, with a BF16 pool, and with an FP8 pool and q:
+Measured on one H100, FP8 pages of 16 tokens, BF16 q, without the write, in µs, by `kvgather bench prefix --peers`
+(`benchmarks/results/peers_h100.csv`); FA3 is FlashAttention-3, with a BF16 pool, and with an FP8 pool and q:
 
-    query heads / KV heads × head dim    new tokens    Hopper    direct    auto    FA3 BF16    FA3 FP8
-    32/8 × 128                                   16       136       140     141         191        116
-                                                128       531       876     780         459        510
-                                                512     2,160     3,477   2,236       1,732      1,829
-    64/8 × 64                                    16       106       130     128         128        113
-                                                128       700       859     786         674        620
-                                                512     2,730     3,340   2,670       2,287      2,149
+    query heads / KV heads × head dim    sequences × (cached + new)    Hopper    direct    FA3 BF16    FA3 FP8
+    32/8 × 128                                    16 × (8,192 + 16)       117       141         191        116
+                                                 16 × (8,192 + 128)       547       892         469        525
+                                                 16 × (8,192 + 512)     2,250     3,650       1,760      1,897
+                                                  64 × (2,048 + 32)       181       276         218        167
+                                                 64 × (2,048 + 128)       648     1,000         557        623
+    64/8 × 64                                     16 × (8,192 + 16)       102       130         129        113
+                                                 16 × (8,192 + 128)       710       871         673        619
+                                                 16 × (8,192 + 512)     2,837     3,527       2,325      2,171
+                                                  64 × (2,048 + 16)       125       138         151        132
+                                                 64 × (2,048 + 128)       850       957         782        747
 
-Hopper and direct are one run; auto and FA3 are an earlier one on the same kind of GPU, of `kvgather bench prefix
---peers`, which times this kernel as auto where it is chosen. The error against float64 is 1.7e-3. 64 rows of a KV head,
-16 tokens of 32/8 × 128, win 3 %: they stay with the direct kernel.
+The error against float64 is 1.7e-3. Where the kernel is taken, `wins`, follows from `tools/hopper_bounds.py`, which
+times both kernels on more shapes (`benchmarks/results/hopper_bounds_h100.csv`).
+
+What the kernel spends its time on, for 16 × 8,192 cached, in µs:
+
+    head dim, new tokens              64, 16    64, 128    128, 16    128, 128    128, 512
+    all, codes through registers         106        704        138         532       2,224
+    nothing loaded, one code everywhere   93        694         86         497       1,972
+    nothing loaded or stored              84        632         80         421       1,724
+    nothing multiplied                    93        463        126         365       1,303
+    no powers in the softmax             102        619        137         521       2,119
+
+With few rows, loading takes longest: codes that are copied to shared memory (`cp.async`), 2 tiles of K and of V on
+their way for head dim 128 and 4 for 64, took 118 instead of 138 for 16 new tokens of head dim 128. With many, the
+stores of tiles compete with the products for shared memory, and copies make it worse: 571 for 558, 745 for 707. If
+consumers share 64 rows, 8 new tokens of head dim 64 take 66; with 64 rows each, 70 to 74.
 
 Other forms were slower, in µs at 128 new tokens. At a time when the kernel took 560 with head dim 128 and 710 with 64:
 
     dim 128    one producer 575; 208 and 48 registers 582, 192 and 64 624; polynomials for some of the powers 599
-    dim 64     depth 2 752 to 762; two producers 800 to 823
+    dim 64     two producers 800 to 823
 
 and before the softmax was a tree:
 
     dim 128    tiles of 64 keys, Q in registers 594; turns 610; without overlap 639; 192 rows 925
     dim 64     Q in registers 789; turns 788; 192 rows 816
 
-Not compiled without spills: 256 rows, 192 rows × 128 keys, three consumers with two producers, three consumers with P
-in words. The softmax in two halves of the keys, with Q K issued ahead, makes ptxas run one `wgmma` after the other.
+Barriers of their own for K and V, which empty K before the softmax, changed nothing: 543, and 2,141 at 512 new tokens;
+a third tile of V, or of K, in shared memory: 545 and 558. Not compiled without spills: 256 rows, 192 rows × 128 keys,
+three consumers with two producers, three consumers with P in words. The softmax in two halves of the keys, with Q K
+issued ahead, makes ptxas run one `wgmma` after the other.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,8 +63,6 @@ from ..device import interpreting
 
 LEAST_ROWS = 17
 """With fewer rows of a (sequence, KV head) the direct kernel stays."""
-LEAST_KEYS = 1536
-"""With fewer keys of a sequence, on average, the direct kernel stays: programs would begin and end too often."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +78,7 @@ class Form:
         consumer_registers, producer_registers: of a thread.
         least_busy: part of the multiprocessors that have a program, averaged over the waves of programs, each of which
             has a multiprocessor for itself. Below, the direct kernel stays: it splits keys over programs.
+        least_keys: of a sequence, on average. Below, the direct kernel stays: a program takes long to begin and to end.
     """
 
     rows: int
@@ -69,6 +88,7 @@ class Form:
     consumer_registers: int
     producer_registers: int
     least_busy: float
+    least_keys: int
 
     @property
     def split(self) -> bool:
@@ -102,9 +122,9 @@ class LayerForm:
     sinks: bool
 
 
-FEW = {64: Form(64, 2, 3, 4, 176, 80, 0.7), 128: Form(128, 2, 2, 2, 208, 48, 0.6)}
+FEW = {64: Form(64, 2, 3, 4, 176, 80, 0.7, 2048), 128: Form(128, 2, 2, 2, 208, 48, 0.7, 1024)}
 """By head dim, at most one tile of rows: reading the pages takes longest."""
-MANY = {64: Form(128, 1, 2, 0, 216, 72, 0.84), 128: Form(128, 2, 2, 0, 200, 56, 0.6)}
+MANY = {64: Form(128, 1, 2, 0, 216, 72, 0.84, 2048), 128: Form(128, 2, 2, 0, 200, 56, 0.6, 512)}
 """More rows, which find the pages in the L2: products and conversions take longest."""
 
 
@@ -164,22 +184,21 @@ def _in_words(pool: Tensor) -> bool:
     return aligned and inner == 1 and inner_extent(pool) < 2**31
 
 
-def wins(batch: CheckedBatch, dim: int, rows: int, group: int, kv_heads: int, processors: int) -> bool:
-    """Whether the kernel is at least 1.1 × as fast as the direct kernel.
+def wins(new: Sequence[int], keys: float, dim: int, group: int, kv_heads: int, processors: int) -> bool:
+    """Whether the kernel is faster than the direct kernel: on most of what was measured 1.1 × as fast or more.
 
     Args:
-        batch: whose layers it attends.
-        dim: head dim.
-        rows: the most rows of a (sequence, KV head).
+        new: new tokens of each sequence.
+        keys: of a sequence, on average.
+        dim: head dim, 64 or 128.
         group, kv_heads: query heads per KV head, and KV heads.
         processors: of the GPU.
     """
-    keys = batch.max_k if batch.seqlens_k is None else sum(batch.seqlens_k) / max(1, batch.num_sequences)
-    if rows < LEAST_ROWS or keys < LEAST_KEYS:
-        return False
+    rows = max(new, default=0) * group
     form = form_for(dim, rows)
-    lengths = (batch.max_q,) * batch.num_sequences if batch.seqlens_q is None else batch.seqlens_q
-    programs = sum(-(-new * group // form.rows) for new in lengths) * kv_heads
+    if rows < LEAST_ROWS or keys < form.least_keys:
+        return False
+    programs = sum(-(-tokens * group // form.rows) for tokens in new) * kv_heads
     return programs >= form.least_busy * -(-programs // processors) * processors > 0
 
 
@@ -201,12 +220,15 @@ def chosen_form(
     def decide() -> tuple[Form | None]:
         if not runs(cache, batch, q_heads, dtype, window):
             return (None,)
-        group = q_heads // g.num_kv_heads
-        rows = min(batch.max_q, n) * group
-        processors = torch.cuda.get_device_properties(g.device).multi_processor_count
-        if not forced and not wins(batch, g.head_dim, rows, group, g.num_kv_heads, processors):
-            return (None,)
-        return (form_for(g.head_dim, rows),)
+        group, most = q_heads // g.num_kv_heads, min(batch.max_q, n)
+        if not forced:
+            sequences = batch.num_sequences
+            new = (most,) * sequences if batch.seqlens_q is None else batch.seqlens_q
+            keys = batch.max_k if batch.seqlens_k is None else sum(batch.seqlens_k) / max(1, sequences)
+            processors = torch.cuda.get_device_properties(g.device).multi_processor_count
+            if not wins(new, keys, g.head_dim, group, g.num_kv_heads, processors):
+                return (None,)
+        return (form_for(g.head_dim, most * group),)
 
     key = ("hopper", n, q_heads, dtype, window, interpreting(), forced, likeness)
     form: Form | None = batch.decided(key, decide)[0]

@@ -79,19 +79,28 @@ def _read() -> tuple[MeasuredPaths, ...]:
     )
 
 
-def facts_of_case(case: PrefixCase) -> Facts:
-    """The inputs of the rule for a batch of the benchmark on a GPU."""
+def facts_of_case(case: PrefixCase, hopper: bool = False) -> Facts:
+    """The inputs of the rule for a batch of the benchmark on a GPU.
+
+    Args:
+        case: the batch.
+        hopper: whether the Hopper kernel attends on the direct path. The rows of `FILE` are older than it.
+    """
     common = 0 if case.window is not None else min(case.cached) // STEP * STEP
     return Facts(
         lengths=tuple(zip(case.new, case.lengths, strict=True)), common=common, kv_heads=case.kv_heads,
         group=case.q_heads // case.kv_heads, head_dim=case.head_dim, v_head_dim=case.head_dim, itemsize=1,
-        dtype=torch.bfloat16, device="cuda", triton=True, window=case.window,
+        dtype=torch.bfloat16, device="cuda", triton=True, window=case.window, hopper=hopper,
     )  # fmt: skip
 
 
-def rule_takes(case: PrefixCase) -> str:
-    """The path that `auto` takes for a batch of the benchmark on a GPU, by the rule of `kvgather.attention.choose`."""
-    return choose(facts_of_case(case)).path
+def rule_takes(case: PrefixCase, hopper: bool = False) -> str:
+    """The path that `auto` takes for a batch of the benchmark on a GPU, by the rule of `kvgather.attention.choose`.
+
+    Args:
+        case, hopper: as in `facts_of_case`.
+    """
+    return choose(facts_of_case(case, hopper)).path
 
 
 def expected_of_case(case: PrefixCase) -> dict[str, float]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from ..attention.choose import PROCESSORS
 from ..bench import report
 from ..bench.peer_fa3 import BF16_POOL, FP8_POOL
 from ..bench.peer_flashinfer import NAME as FLASHINFER
@@ -19,10 +20,11 @@ from ..bench.peer_targets import LIMIT, OURS
 from ..bench.peers import cases
 from ..bench.results import find_results
 from ..cases.prefix import PrefixCase
+from ..hopper.plan import wins
 
 __all__ = [
-    "FILE", "LABELS", "PRODUCT_SPEED", "READ_SPEED", "Form", "LeastTime", "MeasuredPeers", "least_time",
-    "measured_peers", "peers_by_layer", "sources_of",
+    "FILE", "LABELS", "PRODUCT_SPEED", "READ_SPEED", "Form", "LeastTime", "MeasuredPeers", "hopper_attends",
+    "least_time", "measured_peers", "peers_by_layer", "sources_of",
 ]  # fmt: skip
 
 FILE = "peers_h100.csv"
@@ -68,7 +70,7 @@ class MeasuredPeers:
         times: median time in µs by implementation, such as `OURS`; without those that were not timed.
         errors: relative error against float64, of the implementations in `times`.
         reasons: why an implementation was not timed.
-        sources: where implementations of others come from, with the version.
+        sources: where implementations of others come from, with the version, and with the date if it is another one.
         machine: GPU, date and versions.
     """
 
@@ -163,9 +165,20 @@ def _batch(case: PrefixCase, rows: Sequence[report.Row]) -> MeasuredPeers:
         {row.implementation: row.p50_us for row in timed},
         {row.implementation: row.error for row in timed if row.implementation in FORMS},
         {row.implementation: row.reason for row in rows if row.reason},
-        {row.implementation: row.peer_version for row in timed if row.peer_version},
+        {row.implementation: _source(row, rows[0].date) for row in timed if row.peer_version},
         f"{rows[0].device}, {rows[0].date}, torch {rows[0].torch}, triton {rows[0].triton}",
     )
+
+
+def _source(row: report.Row, date: str) -> str:
+    """The version of a row's implementation, and the row's date if it is not that of the others."""
+    return row.peer_version if row.date == date else f"{row.peer_version}, {row.date}"
+
+
+def hopper_attends(case: PrefixCase) -> bool:
+    """Whether the Hopper kernel is what the direct path takes for a batch, on the GPU of the rows."""
+    keys = sum(case.lengths) / len(case.lengths)
+    return wins(case.new, keys, case.head_dim, case.q_heads // case.kv_heads, case.kv_heads, PROCESSORS)
 
 
 def peers_by_layer(

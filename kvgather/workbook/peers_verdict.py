@@ -7,11 +7,12 @@ from itertools import groupby
 from typing import NamedTuple
 
 from ..bench.peer_fa3 import BF16_POOL
+from ..bench.peer_kernels import DIRECT, HOPPER
 from ..bench.peer_targets import LIMIT, MOST_ERROR, OURS
 from .measured_paths import rule_takes
-from .measured_peers import FORMS, LABELS, MeasuredPeers, least_time
+from .measured_peers import FORMS, LABELS, MeasuredPeers, hopper_attends, least_time
 
-__all__ = ["error_range", "limit_rows", "limits_verdict", "time_rows", "verdict", "verdict_rows"]
+__all__ = ["error_range", "kernel_rows", "limit_rows", "limits_verdict", "time_rows", "verdict", "verdict_rows"]
 
 LEVEL = 1.02
 """Times that differ by at most 2 % count as equal: the spread of most rows."""
@@ -106,8 +107,31 @@ def _time(at: MeasuredPeers, name: str) -> str | None:
         return None
     time, ratio = f"{at.times[name]:,.0f} µs", at.ratio(name)
     if name == OURS:
-        return f"{time}, {rule_takes(at.case)}"
+        return f"{time}, {_way(at)}"
     return time if ratio is None else f"{time} ({ratio:.2f})"
+
+
+def _way(at: MeasuredPeers) -> str:
+    """The path that `auto` takes, and whether the Hopper kernel attends on it."""
+    hopper = hopper_attends(at.case)
+    path = rule_takes(at.case, hopper)
+    return f"{path}, Hopper" if hopper and path == "direct" else path
+
+
+def kernel_rows(measured: Sequence[MeasuredPeers]) -> tuple[list[tuple[str | None, ...]], list[str]]:
+    """The two kernels of the direct path, each by itself, and what `auto` took.
+
+    Returns:
+        Rows and headers for `tables.table`; no rows where the kernels were not timed.
+    """
+    rows: list[tuple[str | None, ...]] = []
+    for at in sorted(measured, key=lambda at: (at.case.head_dim, at.new, at.case.cached)):
+        if {DIRECT, HOPPER} <= at.times.keys():
+            case, direct, hopper = at.case, at.times[DIRECT], at.times[HOPPER]
+            heads = f"{case.q_heads} query, {case.kv_heads} KV heads of {case.head_dim}"
+            batch = f"{len(case.new)} × ({case.cached[0]:,} + {at.new:,})"
+            rows.append((heads, batch, f"{direct:,.0f} µs", f"{hopper:,.0f} µs", f"{direct / hopper:.2f}", _way(at)))
+    return rows, ["layer", "sequences × (cached + new)", DIRECT, HOPPER, "direct / Hopper", "auto takes"]
 
 
 def error_range(measured: Sequence[MeasuredPeers], name: str) -> str | None:

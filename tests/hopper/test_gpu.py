@@ -252,9 +252,10 @@ def test_it_writes_where_the_caller_says(case: Case) -> None:
 @pytest.mark.parametrize("case", BASES, ids=str)
 def test_a_graph_replays_it(case: Case) -> None:
     new = (3 if case.long else 1) * case.tokens
-    made = case.made([new] * 16, [1600] * 16, spare=0)
+    made = case.made([new] * 16, [2048] * 16, spare=0)
     batch = made.batch()
-    form = plan.chosen_form(made.cache, batch, *made.q.shape[:2], made.q.dtype, None, made.cache.likeness)
+    n, q_heads, _ = made.q.shape
+    form = plan.chosen_form(made.cache, batch, n, q_heads, made.q.dtype, None, made.cache.likeness)
     assert form is (plan.MANY if case.long else plan.FEW)[case.dim]
 
     def call() -> Tensor:

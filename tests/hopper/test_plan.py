@@ -142,8 +142,8 @@ def test_where_it_is_available(capability: tuple[int, int], version: str, monkey
         ([4] * 16, 128, 8, 32, None),  # 16 rows
         ([8] * 12, 64, 8, 64, plan.FEW[64]),  # 96 programs
         ([8] * 11, 64, 8, 64, None),  # 88 programs
-        ([16] * 10, 128, 8, 32, plan.FEW[128]),  # 80 programs
-        ([16] * 9, 128, 8, 32, None),  # 72 programs
+        ([16] * 12, 128, 8, 32, plan.FEW[128]),
+        ([16] * 11, 128, 8, 32, None),
         ([16] * 14, 64, 8, 64, plan.MANY[64]),
         ([16] * 13, 64, 8, 64, None),
         ([16] * 17, 64, 8, 64, None),  # 136 programs: a second wave for 4
@@ -160,7 +160,7 @@ def test_what_it_takes(
     new: list[int], dim: int, kv_heads: int, q_heads: int, expected: plan.Form | None, lengths: bool, hopper: None
 ) -> None:
     cache = cache_of(num_kv_heads=kv_heads, head_dim=dim)
-    batch = batch_of(cache, new, [n + 1600 for n in new], lengths)
+    batch = batch_of(cache, new, [n + 2048 for n in new], lengths)
 
     def chosen(forced: bool = False) -> plan.Form | None:
         return plan.chosen_form(cache, batch, sum(new), q_heads, torch.bfloat16, None, cache.likeness, forced)
@@ -170,26 +170,32 @@ def test_what_it_takes(
 
 
 @pytest.mark.parametrize(
-    ("lengths", "total", "expected"),
+    ("dim", "new", "lengths", "total", "taken"),
     [
-        (True, [1536] * 16, plan.MANY[64]),
-        (True, [1536] * 15 + [1535], None),
-        (True, [3056] * 8 + [16] * 8, plan.MANY[64]),  # 1,536 on average
-        (False, [1535] * 16, None),
-        (False, [1536] + [16] * 15, plan.MANY[64]),  # the host knows the longest alone
+        (64, 16, True, [2048] * 16, True),
+        (64, 16, True, [2048] * 15 + [2047], False),
+        (64, 16, True, [4080] * 8 + [16] * 8, True),  # 2,048 on average
+        (64, 16, False, [2047] * 16, False),
+        (64, 16, False, [2048] + [16] * 15, True),  # the host knows the longest alone
+        (64, 8, True, [2047] * 16, False),
+        (128, 16, True, [1024] * 16, True),
+        (128, 16, True, [1023] * 16, False),
+        (128, 64, True, [512] * 16, True),
+        (128, 64, True, [511] * 16, False),
     ],
 )
 def test_programs_with_few_keys_are_left_to_the_direct_kernel(
-    lengths: bool, total: list[int], expected: plan.Form | None, hopper: None
+    dim: int, new: int, lengths: bool, total: list[int], taken: bool, hopper: None
 ) -> None:
-    cache = cache_of(num_kv_heads=8)
-    batch = batch_of(cache, [16] * 16, total, lengths)
-    assert plan.chosen_form(cache, batch, 256, 64, torch.bfloat16, None, cache.likeness) == expected
+    cache = cache_of(num_kv_heads=8, head_dim=dim)
+    batch = batch_of(cache, [new] * 16, total, lengths)
+    form = plan.chosen_form(cache, batch, 16 * new, 4096 // dim, torch.bfloat16, None, cache.likeness)
+    assert form == (plan.form_for(dim, new * 512 // dim) if taken else None)
 
 
 def test_the_decision_is_made_once(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = cache_of(num_kv_heads=8)
-    batch = batch_of(cache, [16] * 16, [1616] * 16)
+    batch = batch_of(cache, [16] * 16, [2064] * 16)
     asked: list[int] = []
     monkeypatch.setattr(plan, "runs", lambda *layer: asked.append(1) or len(asked) % 2 == 0)
     for _ in range(3):

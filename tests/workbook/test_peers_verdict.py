@@ -10,6 +10,7 @@ import torch
 
 from kvgather.bench.peer_fa3 import BF16_POOL, FP8_POOL
 from kvgather.bench.peer_flashinfer import NAME as FLASHINFER
+from kvgather.bench.peer_kernels import DIRECT, HOPPER
 from kvgather.bench.peer_targets import LIMIT, OURS
 from kvgather.bench.peers import cases
 from kvgather.workbook.figures import png
@@ -18,6 +19,7 @@ from kvgather.workbook.measured_peers import MeasuredPeers, least_time, measured
 from kvgather.workbook.peers_picture import NOTHING, peers_alt, peers_picture
 from kvgather.workbook.peers_verdict import (
     error_range,
+    kernel_rows,
     limit_rows,
     limits_verdict,
     time_rows,
@@ -139,8 +141,18 @@ def test_the_limits_verdict_keeps_bytes_and_products_apart() -> None:
 def test_the_paths_of_auto_are_those_of_the_rule() -> None:
     rows, _ = time_rows("layer", POINTS)
     assert [row[1] for row in rows[:4]] == [
-        f"{at.times[OURS]:,.0f} µs, {rule_takes(at.case)}" for at in POINTS.values()
+        "100 µs, direct", "100 µs, direct, Hopper", "200 µs, direct, Hopper", "800 µs, hybrid",
     ]  # fmt: skip
+    assert [rule_takes(at.case, hopper=True) for at in POINTS.values()] == ["direct", "direct", "direct", "hybrid"]
+
+
+def test_the_kernels_of_the_direct_path_are_compared_where_both_were_timed() -> None:
+    kernels = replace(POINTS[16], times={**POINTS[16].times, DIRECT: 132.0, HOPPER: 100.0})
+    rows, headers = kernel_rows([POINTS[1], kernels])
+    assert rows == [
+        ("64 query, 8 KV heads of 64", "16 × (8,192 + 16)", "132 µs", "100 µs", "1.32", "direct, Hopper"),
+    ]  # fmt: skip
+    assert len(headers) == len(rows[0]) and kernel_rows([POINTS[1]])[0] == []
 
 
 def test_the_picture_draws_every_ratio() -> None:
