@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import sys
 import time
@@ -22,6 +23,7 @@ LAST = 3
 def main() -> None:
     how, which = os.environ["MISSING"].split()
     folder, rank, ranks = join(SECONDS)
+    faulthandler.dump_traceback_later(SECONDS + 60, exit=True)  # says where it waits, if it does so for ever
     attend = ContextParallel()
     made = setup([1, 2], [13, 30], device=DEVICE)
     table = distribute(made, ranks)
