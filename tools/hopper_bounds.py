@@ -96,18 +96,20 @@ def main() -> None:
     import torch
 
     from kvgather.bench.machine import machine
+    from kvgather.hopper.plan import available
 
-    about = machine("cuda")
-    rows = []
+    if not torch.cuda.is_available() or not available(torch.device("cuda", 0)):
+        sys.exit("hopper_bounds needs a GPU of compute capability 9.0, and Triton 3.6")
+    about, rows = machine("cuda"), []
     for shape in shapes():
         direct, hopper, error = measure(shape, arguments.seconds)
         print(f"{shape}: direct {direct:.1f} µs, Hopper {hopper:.1f} µs, {direct / hopper:.2f} ×", flush=True)
         own = [f"{direct:.1f}", f"{hopper:.1f}", f"{error:.1e}"]
         rows.append([*shape, *own, *about.values()])
+        if arguments.out is not None:  # after each shape: a failure loses no rows
+            with arguments.out.open("w", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
         torch.cuda.empty_cache()
-    if arguments.out is not None:
-        with arguments.out.open("w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
 
 
 if __name__ == "__main__":

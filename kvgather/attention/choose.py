@@ -48,11 +48,11 @@ class Speeds:
 
 
 SPEEDS = {
-    64: Speeds(direct=310, hopper=406, unmasked=470, masked=300),
-    128: Speeds(direct=285, hopper=558, unmasked=750, masked=350),
+    64: Speeds(direct=310, hopper=400, unmasked=470, masked=300),
+    128: Speeds(direct=285, hopper=510, unmasked=750, masked=350),
     256: Speeds(direct=165, hopper=0, unmasked=865, masked=360),
 }
-"""By the larger head dim: up to 64, up to 128, up to 256. `hopper` is from `hopper.plan`, another run on one H100."""
+"""By the larger head dim: up to 64, up to 128, up to 256. `hopper` is from benchmarks/results/peers_h100.csv."""
 READ, MOVE = 2.5e6, 2.8e6
 """Bytes per µs: of codes that the direct path reads, and of bytes that the gather path reads and writes."""
 LAUNCH = {"direct": 14.0, "gather": 26.0, "hybrid": 50.0}

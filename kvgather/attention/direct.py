@@ -187,8 +187,9 @@ def direct_attention(
     form = None
     if tile is None:
         tile = tile_of(q, cache, batch, window, interpreted, likeness)
-        # Decode has smaller tiles, and spends no time on the decision.
-        if (hopper or (hopper is None and tile.m >= LEAST_ROWS)) and begin is None and state is None:
+        # Decode spends no time on the decision.
+        likely = hopper is None and tile.m >= LEAST_ROWS and batch.max_q > 1
+        if (hopper or likely) and begin is None and state is None:
             form = chosen_form(cache, batch, shape[0], shape[1], q.dtype, window, likeness, hopper is True)
     lse = None if into is None else into[1]
     if lse is None and (want_lse or tile.splits == 1 or form is not None):

@@ -3,9 +3,9 @@
 A program serves 64 or 128 rows of one KV head, a row being one (token, query head of the group). Producer warpgroups
 load pages, 16 bytes at once, convert each code to FP16 once, and store tiles of 128 keys in the swizzle that `wgmma`
 reads; mbarriers say for each tile when it is full and when it is empty. Two consumer warpgroups multiply from these
-tiles, with the online softmax in between: each has 64 of 128 rows, or both have the same 64 rows, each every other
-tile, and add up what they have at the end. Steps run from the last keys to the first, so that the steps with a mask
-come first.
+tiles, with the online softmax in between. Each has 64 of 128 rows; or both have the same 64 rows, each has every other
+tile, and their partial results are merged at the end. Steps run from the last keys to the first, so that the steps with
+a mask come first.
 
 Codes wait for their conversion in registers, or, if reading the pages takes longest, in shared memory (`cp.async`),
 where more of them can be on their way. With many rows this is slower: products and tiles already use most of the shared
@@ -42,7 +42,7 @@ N = gl.constexpr(128)
 M = gl.constexpr(64)
 """Rows of a consumer."""
 PARTS = gl.constexpr(4)
-"""In which a tile that comes from shared memory is converted."""
+"""Number of parts in which a tile that comes from shared memory is converted."""
 LN2 = gl.constexpr(0.6931471805599453)
 LOG2E = gl.constexpr(1.4426950408889634)
 
@@ -193,7 +193,7 @@ def _produce(pool, tiles, full, empty, keys, LATER: gl.constexpr, LAYER: gl.cons
         pool: pointer to the head's words, and strides.
         empty: barriers of the tiles of K.
         keys: the table's row of the sequence, steps, the number of steps with a mask, and the end of the keys.
-        LATER: for V, whose tiles are empty later, by how many tiles.
+        LATER: by how many tiles V's tile is emptied later than K's; 0 for K.
     """
     table_ptr, steps, masked, end = keys
     last = (steps - 1) * N
@@ -347,8 +347,8 @@ def _masked_steps(steps, position):
 def _attend(work, LAYER: gl.constexpr, FORM: gl.constexpr, WHICH: gl.constexpr):
     """Attend the 64 rows from `first_row + 64 · WHICH` on to all keys, and store out and log-sum-exp.
 
-    If FORM.split, attend the 64 rows from `first_row` on to every other tile of keys; consumer 1 hands its state over
-    to consumer 0, which stores.
+    If FORM.split, attend the 64 rows from `first_row` on to every other tile of keys; consumer 1 passes its state to
+    consumer 0, which stores.
 
     Args:
         work: queries, tiles, barriers, keys, scales and outputs, as `_attend_tile` groups them.
@@ -529,7 +529,8 @@ def _consume(work, LAYER: gl.constexpr, FORM: gl.constexpr, WHICH: gl.constexpr)
 
 @gluon.jit
 def _fill_rows(out_ptr, lse_ptr, sink_ptr, empty, first_row, end_row, step, head, LAYER: gl.constexpr):
-    """Set a KV head's rows [first_row, end_row), 128 of every `step` of them; rows are counted from the first token.
+    """Set a KV head's rows [first_row, end_row), 128 of every `step` of them; a step of 64 sets rows twice. Rows are
+    counted from the first token.
 
     Rows are 0, and −inf or the sink, if `empty`; else NaN.
     """
@@ -660,6 +661,7 @@ def _attend_tile(
     k_pool, v_pool = (k_ptr, k_strides), (v_ptr, v_strides)
     keys = (table_ptr, steps, masked, end)
     if FORM.copied > 0:
+        gl.static_assert(FORM.producers == 2)
         C: gl.constexpr = copied_layout(DIM // 4)
         k_copied = gl.allocate_shared_memory(gl.int32, [FORM.copied, N, DIM // 4], C)
         v_copied = gl.allocate_shared_memory(gl.int32, [FORM.copied, N, DIM // 4], C)

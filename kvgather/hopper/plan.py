@@ -18,7 +18,7 @@ Measured on one H100, FP8 pages of 16 tokens, BF16 q, without the write, in µs,
 The error against float64 is 1.7e-3. Where the kernel is taken, `wins`, follows from `tools/hopper_bounds.py`, which
 times both kernels on more shapes (`benchmarks/results/hopper_bounds_h100.csv`).
 
-What the kernel spends its time on, for 16 × 8,192 cached, in µs:
+What the kernel spends its time on, for 16 × 8,192 cached, in µs, in another run:
 
     head dim, new tokens              64, 16    64, 128    128, 16    128, 128    128, 512
     all, codes through registers         106        704        138         532       2,224
@@ -29,8 +29,9 @@ What the kernel spends its time on, for 16 × 8,192 cached, in µs:
 
 With few rows, loading takes longest: codes that are copied to shared memory (`cp.async`), 2 tiles of K and of V on
 their way for head dim 128 and 4 for 64, took 118 instead of 138 for 16 new tokens of head dim 128. With many, the
-stores of tiles compete with the products for shared memory, and copies make it worse: 571 for 558, 745 for 707. If
-consumers share 64 rows, 8 new tokens of head dim 64 take 66; with 64 rows each, 70 to 74.
+stores of tiles compete with the products for shared memory, and copies make it worse: in one run, 571 instead of 558
+for 128 new tokens of head dim 128, and 745 instead of 707 of head dim 64. If consumers share 64 rows, 8 new tokens of
+head dim 64 take 66; with 64 rows each, 70 to 74.
 
 Other forms were slower, in µs at 128 new tokens. At a time when the kernel took 560 with head dim 128 and 710 with 64:
 
@@ -53,6 +54,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,7 +64,7 @@ from ..cache import PagedKVCache
 from ..device import interpreting
 
 LEAST_ROWS = 17
-"""With fewer rows of a (sequence, KV head) the direct kernel stays."""
+"""With fewer rows of a (sequence, KV head), and for decode, the direct kernel stays."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,6 @@ class Form:
         copied: tiles of codes of K, and of V, on their way to shared memory, with 2 producers; 0 is one, on its way to
             registers.
         consumer_registers, producer_registers: of a thread.
-        least_busy: part of the multiprocessors that have a program, averaged over the waves of programs, each of which
-            has a multiprocessor for itself. Below, the direct kernel stays: it splits keys over programs.
-        least_keys: of a sequence, on average. Below, the direct kernel stays: a program takes long to begin and to end.
     """
 
     rows: int
@@ -87,8 +86,6 @@ class Form:
     copied: int
     consumer_registers: int
     producer_registers: int
-    least_busy: float
-    least_keys: int
 
     @property
     def split(self) -> bool:
@@ -122,10 +119,31 @@ class LayerForm:
     sinks: bool
 
 
-FEW = {64: Form(64, 2, 3, 4, 176, 80, 0.7, 2048), 128: Form(128, 2, 2, 2, 208, 48, 0.7, 1024)}
+FEW = {64: Form(64, 2, 3, 4, 176, 80), 128: Form(128, 2, 2, 2, 208, 48)}
 """By head dim, at most one tile of rows: reading the pages takes longest."""
-MANY = {64: Form(128, 1, 2, 0, 216, 72, 0.84, 2048), 128: Form(128, 2, 2, 0, 200, 56, 0.6, 512)}
-"""More rows, which find the pages in the L2: products and conversions take longest."""
+MANY = {64: Form(128, 1, 2, 0, 216, 72), 128: Form(128, 2, 2, 0, 200, 56)}
+"""More rows: products and conversions take longest, and tiles after the first one find the pages in the L2."""
+
+
+class Least(NamedTuple):
+    """Below these, the direct kernel stays.
+
+    Attributes:
+        busy: part of the multiprocessors that have a program, averaged over the waves of programs, each of which has a
+            multiprocessor for itself. The direct kernel splits keys over programs.
+        keys: of a sequence, on average. A program takes long to begin and to end.
+    """
+
+    busy: float
+    keys: int
+
+
+LEAST = {
+    FEW[64]: Least(0.7, 2048),
+    FEW[128]: Least(0.7, 1024),
+    MANY[64]: Least(0.84, 2048),
+    MANY[128]: Least(0.6, 512),
+}
 
 
 def form_for(dim: int, rows: int) -> Form:
@@ -184,22 +202,26 @@ def _in_words(pool: Tensor) -> bool:
     return aligned and inner == 1 and inner_extent(pool) < 2**31
 
 
-def wins(new: Sequence[int], keys: float, dim: int, group: int, kv_heads: int, processors: int) -> bool:
+def wins(
+    new: Sequence[int], keys: float, dim: int, group: int, kv_heads: int, processors: int, most: int | None = None
+) -> bool:
     """Whether the kernel is faster than the direct kernel: on most of what was measured 1.1 × as fast or more.
 
     Args:
-        new: new tokens of each sequence.
+        new: new tokens of each sequence, or their average for each.
         keys: of a sequence, on average.
         dim: head dim, 64 or 128.
         group, kv_heads: query heads per KV head, and KV heads.
         processors: of the GPU.
+        most: the most new tokens of a sequence; None: of `new`.
     """
-    rows = max(new, default=0) * group
-    form = form_for(dim, rows)
-    if rows < LEAST_ROWS or keys < form.least_keys:
+    most = max(new, default=0) if most is None else most
+    form = form_for(dim, most * group)
+    least = LEAST[form]
+    if most < 2 or most * group < LEAST_ROWS or keys < least.keys:
         return False
     programs = sum(-(-tokens * group // form.rows) for tokens in new) * kv_heads
-    return programs >= form.least_busy * -(-programs // processors) * processors > 0
+    return programs >= least.busy * -(-programs // processors) * processors > 0
 
 
 def chosen_form(
@@ -222,11 +244,11 @@ def chosen_form(
             return (None,)
         group, most = q_heads // g.num_kv_heads, min(batch.max_q, n)
         if not forced:
-            sequences = batch.num_sequences
-            new = (most,) * sequences if batch.seqlens_q is None else batch.seqlens_q
-            keys = batch.max_k if batch.seqlens_k is None else sum(batch.seqlens_k) / max(1, sequences)
+            count = max(1, batch.num_sequences)
+            new = (-(-batch.total_q // count),) * count if batch.seqlens_q is None else batch.seqlens_q
+            keys = min(batch.max_k, batch.total_k / count)
             processors = torch.cuda.get_device_properties(g.device).multi_processor_count
-            if not wins(new, keys, g.head_dim, group, g.num_kv_heads, processors):
+            if not wins(new, keys, g.head_dim, group, g.num_kv_heads, processors, most):
                 return (None,)
         return (form_for(g.head_dim, most * group),)
 

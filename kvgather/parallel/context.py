@@ -164,7 +164,7 @@ class ContextParallel:
         """Stop the thread that tells the other ranks that this one lives, and forget the group.
 
         Call it before `torch.distributed.destroy_process_group`: a group ends with the last reference to it. The other
-        ranks take this one for dead from then on, and abort a collective on a GPU that takes another half a minute.
+        ranks regard this one as dead from then on, and abort a collective on a GPU that takes another half a minute.
         """
         self._ranks.close()
 

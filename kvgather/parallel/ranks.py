@@ -9,9 +9,10 @@ A collective on a GPU does not raise: it waits there, and the host goes on. Anot
 newest one has finished. If not after most of the time-out, it writes who is missing to stderr and aborts the group's
 operations, so that the GPU waits no longer; the next call raises.
 
-A rank that has died is reported within about 35 seconds, however long the time-out is. Over a network, the back end
-reports the lost peer at once, and torch's watchdog then ends the process after a minute, without the name of a rank. A
-third thread therefore reads the other ranks' numbers while the newest collective has not been seen to finish.
+A rank that has died is reported about 35 seconds after the start of the collective that waits for it, however long the
+time-out is. Over a network, the back end reports the lost peer at once, and torch's watchdog then ends the process
+after a minute, without the name of a rank. A third thread therefore reads the other ranks' numbers while the newest
+collective has not been seen to finish.
 
 The store may stop to answer, and then it blocks who asks. Whoever waits for it is therefore a thread that does nothing
 else, and nobody waits for that thread without a bound.
@@ -120,7 +121,7 @@ class Ranks:
         return self._group
 
     def close(self) -> None:
-        """Stop the threads, and forget the group. The other ranks take this one for dead from then on.
+        """Stop the threads, and forget the group. The other ranks regard this one as dead from then on.
 
         Both must happen before the interpreter ends: a thread that then talks to the store, or one of the group's that
         then frees a collective's tensors, aborts the process. The group's threads end with the last reference to it.
@@ -185,7 +186,7 @@ class Ranks:
         # A late query, and few of them: each would end a CUDA graph's capture in another thread.
         if (seconds < LATE * self._timeout and not dead) or not self._unfinished(newest):
             return
-        error = RuntimeError(f"it has not ended after {seconds:.0f} s")
+        error = RuntimeError(f"the collective has not ended after {seconds:.0f} s")
         late = self._named(what, error, dead or self.missing())
         if self._unfinished(newest):  # still, after the time that it took to ask the others
             self._late = late
@@ -222,7 +223,7 @@ class Ranks:
                 beats, still = self._signs.get(rank, (0, 0))
                 self._signs[rank] = read[0], still + 1 if read[0] == beats else 0
         dead = [rank for rank, (_, still) in self._signs.items() if still * LOOK >= DEAD]
-        self._dead = newest, dict.fromkeys(dead, f"has died, or stands still: it gave no sign for {DEAD:.2g} s")
+        self._dead = newest, dict.fromkeys(dead, _silent(DEAD))
 
     def _named(self, what: str, error: RuntimeError, missing: dict[int, str] | None) -> RankError:
         said = str(error).strip().splitlines()[0]
@@ -259,7 +260,7 @@ class Ranks:
             if new is None:
                 missing[rank] = "has made no ContextParallel of this group"
             elif old == new:
-                missing[rank] = f"has died, or stands still: it gave no sign for {self._silence:.2g} s"
+                missing[rank] = _silent(self._silence)
             elif new[1] < self.entered:
                 missing[rank] = f"hangs, or does something else: it has entered {new[1]} of {self.entered} collectives"
         return missing
@@ -269,9 +270,10 @@ class Ranks:
         store.set(str(self.rank), f"{self._beats} {self.entered}")
 
     def _beat(self) -> None:
-        with contextlib.suppress(RuntimeError, dist.DistError):  # the store has gone: the next collective fails
-            store = self._store()
-            while not self._ended.wait(self._seconds):
+        store: Any = None
+        while not self._ended.wait(self._seconds):
+            with contextlib.suppress(RuntimeError, dist.DistError):  # one failure of the store makes no dead rank
+                store = store or self._store()
                 self._write(store)
 
     def _watch(self) -> None:
@@ -283,6 +285,10 @@ class Ranks:
             store = self._store()
             while not self._ended.wait(LOOK):
                 self._look_for_dead(store)
+
+
+def _silent(seconds: float) -> str:
+    return f"has died, or stands still: it gave no sign for {seconds:.2g} s"
 
 
 def _read(store: Any, rank: int) -> tuple[int, int] | None:

@@ -75,6 +75,7 @@ class Case:
         most = r
         if self.long:
             mixes += [([3 * r + 1, 1, 0, r, 2 * r - 1], [1000, 0, 5, 257, 64]), ([5 * r, 7], [2000, 2049])]
+            mixes += [([2 * r, 2 * r - 1], [300, 129]), ([2 * r + 1], [500])]
             most = 4 * r
         for _ in range(4):
             count = drawn.randint(1, 7)

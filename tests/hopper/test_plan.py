@@ -134,6 +134,7 @@ def test_where_it_is_available(capability: tuple[int, int], version: str, monkey
         ([3] * 16, 64, 8, 64, plan.FEW[64]),
         ([2] * 16, 64, 8, 64, None),  # 16 rows
         ([1] * 64, 64, 8, 64, None),
+        ([1] * 128, 64, 1, 32, None),  # decode, 32 rows
         ([32] * 16, 128, 8, 32, plan.FEW[128]),
         ([33] * 16, 128, 8, 32, plan.MANY[128]),
         ([512] * 16, 128, 8, 32, plan.MANY[128]),
@@ -176,7 +177,8 @@ def test_what_it_takes(
         (64, 16, True, [2048] * 15 + [2047], False),
         (64, 16, True, [4080] * 8 + [16] * 8, True),  # 2,048 on average
         (64, 16, False, [2047] * 16, False),
-        (64, 16, False, [2048] + [16] * 15, True),  # the host knows the longest alone
+        (64, 16, False, [2048] * 16, True),
+        (64, 16, False, [30000] + [16] * 15, False),  # the host knows the sum
         (64, 8, True, [2047] * 16, False),
         (128, 16, True, [1024] * 16, True),
         (128, 16, True, [1023] * 16, False),
@@ -191,6 +193,16 @@ def test_programs_with_few_keys_are_left_to_the_direct_kernel(
     batch = batch_of(cache, [new] * 16, total, lengths)
     form = plan.chosen_form(cache, batch, 16 * new, 4096 // dim, torch.bfloat16, None, cache.likeness)
     assert form == (plan.form_for(dim, new * 512 // dim) if taken else None)
+
+
+def test_without_lengths_programs_are_counted_from_the_sum_of_new_tokens(hopper: None) -> None:
+    """By the longest sequence alone, the first batch would have 1,024 programs; it has 184, in two waves of 132."""
+    cache = cache_of(num_kv_heads=8)
+    for new, taken in ([256] + [1] * 7, False), ([256] * 8, True):
+        for lengths in (True, False):
+            batch = batch_of(cache, new, [n + 4096 for n in new], lengths)
+            form = plan.chosen_form(cache, batch, sum(new), 64, torch.bfloat16, None, cache.likeness)
+            assert form == (plan.MANY[64] if taken else None), (new, lengths)
 
 
 def test_the_decision_is_made_once(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:

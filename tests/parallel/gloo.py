@@ -78,9 +78,10 @@ def run_ranks(
             if not ended:  # pytest shows it
                 print(f"{output.name}:\n{output.read_text(errors='replace')[-3000:]}")
     left = [folder / f"{rank}.json" for rank in range(size)]
+    texts = [output.read_text(errors="replace") for output in outputs]
     return [
-        Rank(child.returncode, json.loads(file.read_text()) if file.exists() else None, output.read_text())
-        for child, file, output in zip(children, left, outputs, strict=True)
+        Rank(child.returncode, json.loads(file.read_text()) if file.exists() else None, text)
+        for child, file, text in zip(children, left, texts, strict=True)
     ]
 
 
