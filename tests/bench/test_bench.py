@@ -126,7 +126,7 @@ def test_rows_survive_a_file_and_replace_their_case(tmp_path: Path) -> None:
         report.read(path)
 
 
-OWN_COLUMNS = ("tiles_", "crash_map_", "serving_", "parallel_")
+OWN_COLUMNS = ("tiles_", "crash_map_", "serving_", "parallel_", "hopper_bounds_")
 """Files whose rows are other ones, with tests of their own."""
 
 
