@@ -145,6 +145,7 @@ def _converted(codes, ROWS: gl.constexpr, DIM: gl.constexpr):
 
 @gluon.jit
 def _as_words(tile, DIM: gl.constexpr):
+    """A tile of K or V as words of two FP16, `[128, DIM / 2]`, in the same swizzle."""
     W: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
     return tile._reinterpret(gl.int32, [N, DIM // 2], W)
 
@@ -186,6 +187,15 @@ def _wait_empty(empty, i, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def _bounds(masked, steps, CHECKED: gl.constexpr):
+    """The first step and the end of the steps with a mask, if CHECKED, or of those without."""
+    if CHECKED:
+        return 0, masked
+    else:
+        return masked, steps
+
+
+@gluon.jit
 def _produce(pool, tiles, full, empty, keys, LATER: gl.constexpr, LAYER: gl.constexpr, FORM: gl.constexpr):
     """Store all tiles of K or of V. Codes are loaded a tile ahead, block ids two.
 
@@ -201,9 +211,7 @@ def _produce(pool, tiles, full, empty, keys, LATER: gl.constexpr, LAYER: gl.cons
     codes = _load_pages(pool, block, last, end, LAYER, True)
     block = _load_blocks(table_ptr, gl.maximum(last - N, 0), end, LAYER, True)
     for CHECKED in gl.static_range(1, -1, -1):
-        begin_step, end_step = masked, steps
-        if CHECKED:
-            begin_step, end_step = 0, masked
+        begin_step, end_step = _bounds(masked, steps, CHECKED)
         for i in range(begin_step, end_step):
             s = i % FORM.stages
             ahead = last - (i + 1) * N
@@ -227,9 +235,7 @@ def _produce_copied(
         _copy_pages(copied.index(i), pool, block, first, end, LAYER, True)
     block = _load_blocks(table_ptr, gl.maximum(last - COPIED * N, 0), end, LAYER, True)
     for CHECKED in gl.static_range(1, -1, -1):
-        begin_step, end_step = masked, steps
-        if CHECKED:
-            begin_step, end_step = 0, masked
+        begin_step, end_step = _bounds(masked, steps, CHECKED)
         for i in range(begin_step, end_step):
             s = i % FORM.stages
             ahead = last - (i + COPIED) * N
@@ -253,9 +259,7 @@ def _produce_both(k_pool, v_pool, k_tiles, v_tiles, barriers, keys, LAYER: gl.co
     v = _load_pages(v_pool, block, last, end, LAYER, True)
     block = _load_blocks(table_ptr, gl.maximum(last - N, 0), end, LAYER, True)
     for CHECKED in gl.static_range(1, -1, -1):
-        begin_step, end_step = masked, steps
-        if CHECKED:
-            begin_step, end_step = 0, masked
+        begin_step, end_step = _bounds(masked, steps, CHECKED)
         for i in range(begin_step, end_step):
             s = i % FORM.stages
             ahead = last - (i + 1) * N
@@ -438,15 +442,15 @@ def _attend(work, LAYER: gl.constexpr, FORM: gl.constexpr, WHICH: gl.constexpr):
     acc, p = warpgroup_mma_wait(0, deps=[o, p])
 
     total = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, S))
-    if FORM.split:
-        E: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[1, 0])
-        if WHICH == 1:  # no tile of K follows this consumer's last one: its memory is free
-            k_tiles.index(b)._reinterpret(gl.float32, [M, DIM], E).store(acc)
-            other_sums.index(0).store(top)
-            other_sums.index(1).store(total)
-            gl.thread_barrier()
-            mbarrier.arrive(other_done, count=1)
-        else:
+    E: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[1, 0])
+    if FORM.split and WHICH == 1:  # no tile of K follows this consumer's last one: its memory is free
+        k_tiles.index(b)._reinterpret(gl.float32, [M, DIM], E).store(acc)
+        other_sums.index(0).store(top)
+        other_sums.index(1).store(total)
+        gl.thread_barrier()
+        mbarrier.arrive(other_done, count=1)
+    else:
+        if FORM.split:
             if steps > 1:
                 mbarrier.wait(other_done, 0)
                 other_top = other_sums.index(0).load(gl.SliceLayout(1, S))
@@ -460,8 +464,6 @@ def _attend(work, LAYER: gl.constexpr, FORM: gl.constexpr, WHICH: gl.constexpr):
                 acc = acc * gl.convert_layout(kept, gl.SliceLayout(1, A))[:, None]
                 acc += other * gl.convert_layout(other_kept, gl.SliceLayout(1, A))[:, None]
                 top = new
-            _store_rows(acc, top, total, v_scale, position, first_bad, begin, queries, outs, LAYER, S, A)
-    else:
         _store_rows(acc, top, total, v_scale, position, first_bad, begin, queries, outs, LAYER, S, A)
 
 
@@ -529,10 +531,9 @@ def _consume(work, LAYER: gl.constexpr, FORM: gl.constexpr, WHICH: gl.constexpr)
 
 @gluon.jit
 def _fill_rows(out_ptr, lse_ptr, sink_ptr, empty, first_row, end_row, step, head, LAYER: gl.constexpr):
-    """Set a KV head's rows [first_row, end_row), 128 of every `step` of them; a step of 64 sets rows twice. Rows are
-    counted from the first token.
+    """Set a KV head's rows [first_row, end_row), 128 of every `step` of them; rows are counted from the first token.
 
-    Rows are 0, and −inf or the sink, if `empty`; else NaN.
+    Rows are 0, and −inf or the sink, if `empty`; else NaN. A step of 64 sets rows twice.
     """
     DIM: gl.constexpr = LAYER.dim
     GROUP: gl.constexpr = LAYER.group

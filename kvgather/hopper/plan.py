@@ -18,7 +18,8 @@ Measured on one H100, FP8 pages of 16 tokens, BF16 q, without the write, in µs,
 The error against float64 is 1.7e-3. Where the kernel is taken, `wins`, follows from `tools/hopper_bounds.py`, which
 times both kernels on more shapes (`benchmarks/results/hopper_bounds_h100.csv`).
 
-What the kernel spends its time on, for 16 × 8,192 cached, in µs, in another run:
+What the kernel spends its time on, for 16 × 8,192 cached, in µs, in another run. Here and below, changed kernels were
+timed that are not kept:
 
     head dim, new tokens              64, 16    64, 128    128, 16    128, 128    128, 512
     all, codes through registers         106        704        138         532       2,224

@@ -288,6 +288,7 @@ class Ranks:
 
 
 def _silent(seconds: float) -> str:
+    """What is wrong with a rank that has written nothing for so long."""
     return f"has died, or stands still: it gave no sign for {seconds:.2g} s"
 
 

@@ -82,6 +82,11 @@ class MeasuredPeers:
     machine: str
 
     @property
+    def layer(self) -> str:
+        """The layer's heads."""
+        return f"{self.case.q_heads} query, {self.case.kv_heads} KV heads of {self.case.head_dim}"
+
+    @property
     def new(self) -> int:
         """New tokens of each sequence."""
         return self.case.new[0]
@@ -196,10 +201,8 @@ def peers_by_layer(
     """
     layers: dict[str, dict[int, MeasuredPeers]] = {}
     for at in sorted(measured, key=lambda at: at.new):
-        case = at.case
-        if case.cached == (cached,) * sequences and OURS in at.times:
-            title = f"{case.q_heads} query, {case.kv_heads} KV heads of {case.head_dim}"
-            layers.setdefault(title, {})[at.new] = at
+        if at.case.cached == (cached,) * sequences and OURS in at.times:
+            layers.setdefault(at.layer, {})[at.new] = at
     return dict(sorted(layers.items(), key=lambda layer: next(iter(layer[1].values())).case.head_dim))
 
 

@@ -128,9 +128,8 @@ def kernel_rows(measured: Sequence[MeasuredPeers]) -> tuple[list[tuple[str | Non
     for at in sorted(measured, key=lambda at: (at.case.head_dim, at.new, at.case.cached)):
         if {DIRECT, HOPPER} <= at.times.keys():
             case, direct, hopper = at.case, at.times[DIRECT], at.times[HOPPER]
-            heads = f"{case.q_heads} query, {case.kv_heads} KV heads of {case.head_dim}"
             batch = f"{len(case.new)} × ({case.cached[0]:,} + {at.new:,})"
-            rows.append((heads, batch, f"{direct:,.0f} µs", f"{hopper:,.0f} µs", f"{direct / hopper:.2f}", _way(at)))
+            rows.append((at.layer, batch, f"{direct:,.0f} µs", f"{hopper:,.0f} µs", f"{direct / hopper:.2f}", _way(at)))
     return rows, ["layer", "sequences × (cached + new)", DIRECT, HOPPER, "direct / Hopper", "auto takes"]
 
 
