@@ -229,7 +229,7 @@ def test_committed_rows_have_a_device_a_link_and_a_date() -> None:
 
 @pytest.mark.gpu
 def test_a_gpu_times_a_collective_in_a_graph(tmp_path: Path) -> None:
-    (done,) = run_ranks("tests.bench._parallel_gpu_child", 1, tmp_path, 120)
+    (done,) = run_ranks("tests.bench._parallel_gpu_child", 1, tmp_path, 120, RANKS_ON="cuda")
     assert done.code == 0, done.text[-3000:]
     assert done.said["reasons"] == ["", ""]
     assert all(0 < graph <= 1.5 * eager for graph, eager in done.said["times"])

@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-os.environ["TRITON_INTERPRET"] = "1"
-
 import torch
 import torch.distributed as dist
 from torch import Tensor

@@ -8,9 +8,6 @@ import random
 import traceback
 from typing import Any
 
-if os.environ.get("RANKS_ON", "cpu") == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"
-
 import torch
 import torch.distributed as dist
 

@@ -43,7 +43,9 @@ def run_ranks(
 ) -> list[Rank]:  # fmt: skip
     """Run `python -m module FOLDER RANK SIZE` for each rank, with one thread each, and wait for all.
 
-    A module calls `join` and leaves its result with `leave`.
+    A module calls `join` and leaves its result with `leave`. Kernels are interpreted on a CPU, also if the machine has
+    a GPU, and compiled on GPUs, whatever this process does: the interpreter's copies from a GPU keep the GIL, and the
+    threads that watch over a collective would wait for it.
 
     Args:
         module: to run.
@@ -54,7 +56,8 @@ def run_ranks(
         settings: further variables of the environment.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    env = environment(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", **settings)
+    interpret = "0" if settings.get("RANKS_ON") == "cuda" else "1"
+    env = environment(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", TRITON_INTERPRET=interpret, **settings)
     children = []
     outputs = [folder / f"{rank}.txt" for rank in range(size)]  # not pipes: who waits for one rank does not read others
     for rank, output in enumerate(outputs):
