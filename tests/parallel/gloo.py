@@ -111,6 +111,7 @@ def join(seconds: float = 60.0) -> tuple[Path, int, int]:
             # They use sockets, which report a dead peer: torch's watchdog would sleep for a minute and end the process.
             # Over NVLink NCCL does not notice it; with these settings the ranks behave as there.
             os.environ |= {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}
+            os.environ["TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC"] = "1000"  # a quarter of what the watchdog sleeps
         torch.cuda.set_device(device)
     dist.init_process_group(
         "gloo" if DEVICE == "cpu" else "nccl", init_method=(folder / "store").as_uri(), rank=rank, world_size=size,
