@@ -109,13 +109,15 @@ def record(name: str) -> dict[str, Any]:
 def test_the_gpu_suites_figures_are_the_records() -> None:
     found = record("gpu_suite.json")
     told = re.search(
-        r"need a GPU, on one (.+?), (\S+), torch (\S+), triton (\S+): (\d+) passed, (\d+) failed, (\d+) errors, "
-        r"(\d+) skipped, in (\d+) s \(\[gpu_suite\.json\]\(benchmarks/results/gpu_suite\.json\), `make test-gpu`\)",
+        r"need a GPU, on (one|\d+ ×) (.+?), (\S+), torch (\S+), triton (\S+): (\d+) passed, (\d+) failed, "
+        r"(\d+) errors, (\d+) skipped, in (\d+) s \(\[gpu_suite\.json\]\(benchmarks/results/gpu_suite\.json\), "
+        r"`make test-gpu`\)",
         README,
     )  # fmt: skip
     assert told, "tools/gpu_record.py writes the sentence"
     names = ("device", "date", "torch", "triton", "passed", "failed", "errors", "skipped")
-    assert told.groups() == (*(str(found[name]) for name in names), f"{found['seconds']:.0f}")
+    number = "one" if found["gpus"] == 1 else f"{found['gpus']} ×"
+    assert told.groups() == (number, *(str(found[name]) for name in names), f"{found['seconds']:.0f}")
     assert found["passed"] > 0 and found["failed"] == found["errors"] == 0
     assert found["seconds"] <= 600 and sum(found["skips"].values()) == found["skipped"]
     assert found["driver"] and found["commit"]
@@ -142,7 +144,7 @@ def test_the_sentences_about_the_records(tmp_path: Path) -> None:
     readme.write_text(f"before\n\n{gpu_record.BEGIN}old\n{gpu_record.END}\nafter\n")
     gpu_record.main(readme, tmp_path)
     assert readme.read_text() == f"before\n\n{gpu_record.BEGIN}{gpu_record.END}\nafter\n"
-    suite = where | {"passed": 900, "failed": 0, "errors": 0, "skipped": 3, "seconds": 412.4}
+    suite = where | {"gpus": 1, "passed": 900, "failed": 0, "errors": 0, "skipped": 3, "seconds": 412.4}
     (tmp_path / "gpu_suite.json").write_text(json.dumps(suite))
     (tmp_path / "memcheck.json").write_text(json.dumps(where | {"variants": 580, "errors": 0, "seconds": 100.0}))
     gpu_record.main(readme, tmp_path)
@@ -152,6 +154,9 @@ def test_the_sentences_about_the_records(tmp_path: Path) -> None:
     assert f"each of 580 kernel variants, {on}0 errors, in 100 s ([memcheck.json]" in text
     gpu_record.main(readme, tmp_path)
     assert readme.read_text() == text
+    (tmp_path / "gpu_suite.json").write_text(json.dumps(suite | {"gpus": 2}))
+    gpu_record.main(readme, tmp_path)
+    assert "a GPU, on 2 × NVIDIA H100, 2026-01-02, torch 2.11.0" in readme.read_text()
 
 
 def test_every_file_it_links_to_exists() -> None:

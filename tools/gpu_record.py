@@ -20,7 +20,7 @@ import json, torch
 from kvgather.bench.machine import machine
 gpu = torch.cuda.is_available()
 gigabytes = torch.cuda.get_device_properties(0).total_memory / 1e9 if gpu else 0.0
-print(json.dumps([gigabytes, machine("cuda" if gpu else "cpu")]))
+print(json.dumps([gigabytes, torch.cuda.device_count(), machine("cuda" if gpu else "cpu")]))
 """
 
 
@@ -35,13 +35,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-def machine() -> tuple[float, dict[str, str]]:
-    """The GPU's memory in 10^9 bytes, 0 without a GPU; and device, driver, torch, triton, commit and date."""
+def machine() -> tuple[float, int, dict[str, str]]:
+    """The first GPU's memory in 10^9 bytes, 0 without one; the number of GPUs; the columns of `bench.machine`."""
     child = subprocess.run([sys.executable, "-c", _MACHINE], env=with_path(ROOT), capture_output=True, text=True)
     if child.returncode:
         raise SystemExit(f"torch or kvgather cannot be imported: {child.stderr[-600:]}")
-    gigabytes, description = json.loads(child.stdout.splitlines()[-1])
-    return gigabytes, description
+    gigabytes, gpus, description = json.loads(child.stdout.splitlines()[-1])
+    return gigabytes, gpus, description
 
 
 def write(record: dict[str, Any], out: Path) -> None:
@@ -59,22 +59,24 @@ def sentences(results: Path = RESULTS) -> str:
     if suite.exists():
         record = json.loads(suite.read_text())
         lines.append(
-            f"The tests that need a GPU, on {_machine_text(record)}: {record['passed']} passed, {record['failed']} "
-            f"failed, {record['errors']} errors, {record['skipped']} skipped, in {record['seconds']:.0f} s "
+            f"The tests that need a GPU, on {_machine_text(record, record['gpus'])}: {record['passed']} passed, "
+            f"{record['failed']} failed, {record['errors']} errors, {record['skipped']} skipped, in "
+            f"{record['seconds']:.0f} s "
             "([gpu_suite.json](benchmarks/results/gpu_suite.json), `make test-gpu`)."
         )
     if memcheck.exists():
         record = json.loads(memcheck.read_text())
         lines.append(
             f"compute-sanitizer's memcheck over one launch of each of {record['variants']} kernel variants, on "
-            f"{_machine_text(record)}: {record['errors']} errors, in {record['seconds']:.0f} s "
+            f"{_machine_text(record, 1)}: {record['errors']} errors, in {record['seconds']:.0f} s "
             "([memcheck.json](benchmarks/results/memcheck.json), `make memcheck`)."
         )
     return "\n".join(lines) + "\n\n" if lines else ""
 
 
-def _machine_text(record: dict[str, Any]) -> str:
-    return f"one {record['device']}, {record['date']}, torch {record['torch']}, triton {record['triton']}"
+def _machine_text(record: dict[str, Any], gpus: int) -> str:
+    number = "one" if gpus == 1 else f"{gpus} ×"
+    return f"{number} {record['device']}, {record['date']}, torch {record['torch']}, triton {record['triton']}"
 
 
 def main(readme: Path = ROOT / "README.md", results: Path = RESULTS) -> None:

@@ -4,8 +4,8 @@ A dead CUDA context makes its process useless, so that only the remaining tests 
 parallel, the longest first, and share one cache of compiled kernels. Long files are divided into shards, always at the
 same tests. The remaining tests of a process that dies or hangs count as errors, with the reason.
 
-The record contains the numbers of passed, failed and skipped tests, the reasons, and the device: `make test-gpu`
-writes `benchmarks/results/gpu_suite.json`. The exit status is 0 if tests passed and none failed.
+The record contains the numbers of passed, failed and skipped tests, the reasons, and the GPUs: `make test-gpu` writes
+`benchmarks/results/gpu_suite.json`. The exit status is 0 if tests passed and none failed.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the suite, and return the exit status."""
     options, start_time = arguments(argv), time.monotonic()
     root = options.root.resolve()
-    gigabytes, description = machine()
+    gigabytes, gpus, description = machine()
     if not gigabytes and options.out == RECORD:
         print("torch sees no GPU here; with --out FILE the tests run and are skipped", file=sys.stderr)
         return 2
@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         suite.ends += broken
         shards = [shard for file, ids in tests.items() for shard in cut(file, ids)]
         print(f"{sum(map(len, tests.values()))} tests of {len(tests)} files in {len(shards)} processes, "
-              f"{options.workers} at a time, on {description['device']}", flush=True)  # fmt: skip
+              f"{options.workers} at a time, on {gpus} × {description['device']}", flush=True)  # fmt: skip
         run_shards(
             root, shards, work, workers=options.workers, limit=options.limit, until=start_time + options.within,
             gigabytes=gigabytes - RESERVED_GIGABYTES if gigabytes else float("inf"), ended=suite.ended,
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     seconds, numbers = time.monotonic() - start_time, counts(suite.ends)
     suite.summary()
     if options.out is not None:
-        record = numbers | description | {"seconds": round(seconds, 1), "skips": skips(suite.ends)}
+        record = numbers | {"gpus": gpus} | description | {"seconds": round(seconds, 1), "skips": skips(suite.ends)}
         write(record | {"files": dict(sorted(suite.files.items()))}, options.out)
     print(f"{summary_line(numbers)} in {seconds:.1f}s")
     return 0 if numbers["passed"] and not numbers["failed"] + numbers["errors"] else 1

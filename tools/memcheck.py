@@ -210,7 +210,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the checker, and return the exit status."""
     options, start_time = arguments(argv), time.monotonic()
-    (gigabytes, description), (tool, version) = machine(), sanitizer()
+    (gigabytes, _, description), (tool, version) = machine(), sanitizer()
     if not gigabytes or not tool:
         requirement = "compute-sanitizer, of the CUDA toolkit" if gigabytes else "a GPU; torch sees none here"
         print(f"memcheck needs {requirement}", file=sys.stderr)

@@ -18,7 +18,7 @@ The store may stop to answer, and then it blocks who asks. Whoever waits for it 
 else, and nobody waits for that thread without a bound.
 
 All these threads need the GIL. While a caller keeps it and waits for the GPU, as the copies of Triton's interpreter do,
-nobody is named, and torch's watchdog ends the process.
+nobody is named. Torch's watchdog then waits for the GIL, too, until torch's heartbeat monitor ends the process.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ LATE = 0.7
 DEAD = 30.0
 """Seconds without a sign after which a rank is reported as dead, even if the collective is not late yet.
 
-Long, because a live rank gives no sign while another of its threads keeps the GIL. Less than the minute
-after which torch's watchdog ends the process.
+Long, because a live rank gives no sign while another of its threads keeps the GIL. Less than the minute after which
+torch's watchdog ends the process.
 """
 LOOK = 2.0
 """Seconds between two looks for dead ranks."""

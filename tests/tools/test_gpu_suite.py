@@ -318,7 +318,7 @@ def test_every_gpu_test_is_in_a_file_that_is_looked_into(tmp_path: Path) -> None
 def test_without_a_gpu_the_record_is_not_touched(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_suite, "machine", lambda: (0.0, {}))
+    monkeypatch.setattr(gpu_suite, "machine", lambda: (0.0, 0, {}))
     assert gpu_suite.main([]) == 2
     assert "torch sees no GPU here" in capsys.readouterr().err
     assert gpu_suite.arguments(["tests/lab"]).out is None

@@ -148,10 +148,10 @@ def test_the_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(memcheck, "machine", lambda: (0.0, {}))
+    monkeypatch.setattr(memcheck, "machine", lambda: (0.0, 0, {}))
     assert memcheck.main([]) == 2
     assert "needs a GPU" in capsys.readouterr().err
-    monkeypatch.setattr(memcheck, "machine", lambda: (80.0, {}))
+    monkeypatch.setattr(memcheck, "machine", lambda: (80.0, 1, {}))
     monkeypatch.setattr(memcheck, "sanitizer", lambda: ("", ""))
     assert memcheck.main([]) == 2
     assert "needs compute-sanitizer" in capsys.readouterr().err
