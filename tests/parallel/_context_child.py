@@ -79,8 +79,8 @@ def cases() -> dict[str, dict[str, Any]]:
 
 
 CASES = cases()
-EVERY = int(os.environ.get("EVERY", "1"))
-"""Of the cases: all on a CPU; on GPUs, where each kind of pool takes seconds to compile, every one of so many."""
+FIRST, STEP = map(int, os.environ.get("RANKS_CASES", "0 1").split())
+"""The first case that this process runs, and the step to the next."""
 
 
 def run(
@@ -145,7 +145,7 @@ def main() -> None:
     folder, rank, _ = join()
     attend = ContextParallel()
     said = {}
-    for name, arguments in list(CASES.items())[::EVERY]:
+    for name, arguments in list(CASES.items())[FIRST::STEP]:
         try:
             said[name] = run(attend, **arguments)
         except Exception:

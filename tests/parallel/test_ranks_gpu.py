@@ -11,20 +11,23 @@ from kvgather.parallel.ranks import DEAD
 from tests.parallel._context_child import CASES
 from tests.parallel.gloo import run_ranks
 
+PARTS = 8
+"""Tests that the cases are divided over: each kind of pool takes seconds to compile."""
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; tests/parallel/test_context.py has gloo"),
 ]
 
 
-def test_ranks_give_what_one_gpu_gives(tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", range(PARTS))
+def test_ranks_give_what_one_gpu_gives(first: int, tmp_path: Path) -> None:
     size = max(2, torch.cuda.device_count())
-    for rank, done in enumerate(
-        run_ranks("tests.parallel._context_child", size, tmp_path, 200, RANKS_ON="cuda", EVERY="8")
-    ):
+    cases = list(CASES)[first::PARTS]
+    ranks = run_ranks("tests.parallel._context_child", size, tmp_path, 200, RANKS_ON="cuda", RANKS_CASES=f"{first} {PARTS}")
+    for rank, done in enumerate(ranks):
         assert done.code == 0, done.text[-3000:]
         wrong = {case: said for case, said in done.said.items() if said}
-        assert list(done.said) == list(CASES)[::8] and not wrong, f"rank {rank}: {wrong}"
+        assert list(done.said) == cases and not wrong, f"rank {rank}: {wrong}"
 
 
 @pytest.mark.parametrize(
