@@ -23,7 +23,9 @@ pytestmark = [
 def test_ranks_give_what_one_gpu_gives(first: int, tmp_path: Path) -> None:
     size = max(2, torch.cuda.device_count())
     cases = list(CASES)[first::PARTS]
-    ranks = run_ranks("tests.parallel._context_child", size, tmp_path, 200, RANKS_ON="cuda", RANKS_CASES=f"{first} {PARTS}")
+    ranks = run_ranks(
+        "tests.parallel._context_child", size, tmp_path, 200, RANKS_ON="cuda", RANKS_CASES=f"{first} {PARTS}"
+    )
     for rank, done in enumerate(ranks):
         assert done.code == 0, done.text[-3000:]
         wrong = {case: said for case, said in done.said.items() if said}
