@@ -52,6 +52,7 @@ GIGABYTES = {
     "tests/attention/test_direct_large.py": 6,
     "tests/bench/test_prefix.py": 5,
     "tests/gather/test_large.py": 24,
+    "tests/parallel/test_states.py": 22,
 }
 """Peak GPU memory of a file's process; files not listed take at most `USUAL_GIGABYTES`."""
 USUAL_GIGABYTES = 3

@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         suite.ends += broken
         shards = [shard for file, ids in tests.items() for shard in cut(file, ids)]
         print(f"{sum(map(len, tests.values()))} tests of {len(tests)} files in {len(shards)} processes, "
-              f"{options.workers} at a time, on {gpus} × {description['device']}", flush=True)  # fmt: skip
+              f"{options.workers} at a time, on {description['device']}", flush=True)  # fmt: skip
         run_shards(
             root, shards, work, workers=options.workers, limit=options.limit, until=start_time + options.within,
             gigabytes=gigabytes - RESERVED_GIGABYTES if gigabytes else float("inf"), ended=suite.ended,

@@ -45,7 +45,7 @@ class ContextParallel:
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        """Use a group; None means the default group.
+        """Use a group; None means the default group. To be called on all its ranks, on each equally often.
 
         Raises:
             ValueError: there is no group.
@@ -124,8 +124,9 @@ class ContextParallel:
         Raises:
             TypeError, ValueError: an argument is wrong; nothing was written, launched or sent.
             RuntimeError: after `close`, unless the batch is attended locally; nothing was written, launched or sent.
-            RankError: the collective failed within the group's time-out; names the missing ranks. On GPUs the call
-                after it raises, and the group's operations have been aborted: further calls need a new group.
+            RankError: the collective failed; names the missing ranks. A rank that hangs is found when the group's
+                time-out ends the collective, and a few seconds are needed to find which one. On GPUs it is found before
+                that, the group's operations are aborted, and the call after it raises. Further calls need a new group.
         """
         if not isinstance(batch, PrefixBatch):
             raise TypeError(f"batch is {described(batch)}; accepted: a PrefixBatch, from ContextParallel.batch(...)")

@@ -67,9 +67,12 @@ def scale_of_heads(
         A scale without a head axis unchanged; otherwise a view of the heads, with the strides of `scale`.
 
     Raises:
-        TypeError, ValueError: the scale has not the axes of its kind, or not all heads, because it was sliced before.
+        TypeError, ValueError: the scale has not the axes of its kind, or not all heads, because it was sliced before;
+            or another argument is wrong.
     """
     check_choice(kind, "kind", KINDS)
+    if not isinstance(heads, range):
+        raise TypeError(f"heads is {described(heads)}; accepted: a range, from heads_of(...)")
     axes = _AXES.get(kind)
     if scale is None or axes is None:
         return scale

@@ -87,10 +87,10 @@ class Ranks:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.entered = 0
         self._beats = 0
-        self._timeout = _timeout_of(group)
+        device, on_gpu = _watched(dist.get_backend_config(group))
+        self._timeout = _timeout_of(group, device)
         self._seconds = min(BEAT, self._timeout / (8 * MISSED))
         # Ranks on a GPU are asked before the time-out is over, and have to answer until then; on a CPU after it.
-        on_gpu = dist.get_backend(group) != "gloo"
         self._silence = MISSED * self._seconds if on_gpu else max(MISSED * self._seconds, SILENCE)
         self._patience = min(ANSWER, self._timeout / 8) if on_gpu else ANSWER
         self._newest: tuple[torch.Event, float, str] | None = None  # the end of the newest collective on a GPU
@@ -274,10 +274,16 @@ class Ranks:
 
     def _beat(self) -> None:
         store: Any = None
+        written = time.monotonic()
         while not self._ended.wait(self._seconds):
-            with contextlib.suppress(RuntimeError, dist.DistError):  # one failure of the store makes no dead rank
+            try:
                 store = store or self._store()
                 self._write(store)
+                written = time.monotonic()
+            except (RuntimeError, dist.DistError):
+                # One failure makes no dead rank. But torch logs each, and a store whose process has ended stays away.
+                if time.monotonic() - written > ANSWER:
+                    return
 
     def _watch(self) -> None:
         while not self._ended.wait(self._seconds):
@@ -296,17 +302,32 @@ def _silent(seconds: float) -> str:
 
 
 def _read(store: Any, rank: int) -> tuple[int, int] | None:
-    """How often a rank has written, and how many collectives it has entered; None if it has not written yet."""
+    """How often a rank has written, and how many collectives it has entered; None if it has not written that."""
     key = str(rank)
     if not store.check([key]):
         return None
-    beats, entered = store.get(key).decode().split()
-    return int(beats), int(entered)
+    try:
+        beats, entered = map(int, store.get(key).decode().split())
+    except ValueError:
+        return None
+    return beats, entered
 
 
-def _timeout_of(group: dist.ProcessGroup) -> float:
-    """The time-out of a group's collectives, in seconds."""
-    device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
-    options: Any = getattr(group._get_backend(device), "options", None)
+def _watched(config: str) -> tuple[str, bool]:
+    """The device whose collectives are watched, and whether it waits for them itself while the host goes on.
+
+    Args:
+        config: a group's back end for each type of device, such as "cpu:gloo,cuda:nccl".
+    """
+    backends = dict(pair.split(":") for pair in config.split(","))
+    for device, backend in backends.items():
+        if device != "cpu" and backend != "gloo":  # gloo makes the host wait, also for tensors on a GPU
+            return device, True
+    return next(iter(backends)), False
+
+
+def _timeout_of(group: dist.ProcessGroup, device: str) -> float:
+    """The time-out of a group's collectives on a type of device, in seconds."""
+    options: Any = getattr(group._get_backend(torch.device(device)), "options", None)
     timeout = getattr(options, "_timeout", None)
     return 600.0 if timeout is None else float(timeout.total_seconds())

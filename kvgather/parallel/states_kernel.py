@@ -14,20 +14,23 @@ from ..device import interpreting
 from ..kernels.launch import PreparedLaunch, prepared_once
 from ..kernels.merge import divisor_of, log_sum_exp, shift_of
 from ..kernels.values import round_to, widen
-from .form import StateForm
+from .form import ALIGNED, StateForm
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "stride"])
 def merge_ranks_kernel(
-    state_ptr, state_lse_ptr, sink_ptr, out_ptr, lse_ptr, rows, stride_out, stride_lse,
+    state_ptr, state_lse_ptr, sink_ptr, out_ptr, lse_ptr, rows, stride,
     HEADS: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, RANKS: tl.constexpr, R: tl.constexpr,
-    SINKS: tl.constexpr, LSE: tl.constexpr, BY_HAND: tl.constexpr,
+    SINKS: tl.constexpr, LSE: tl.constexpr, BY_HAND: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Merge R rows (token, head) of every rank, by the formula of `kernels.merge`, and their head's sink.
 
-    A rank without keys has lse −inf and weighs 0: its output is not read. Strides are those between ranks. The merged
-    log-sum-exp is stored if LSE.
+    A rank without keys has lse −inf and weighs 0: its output is not read. The stride between ranks is in units of UNIT
+    bytes: so 32 bits are enough for it, and Triton sees that loads are aligned. The merged log-sum-exp is stored if
+    LSE.
     """
+    stride_out = stride.to(tl.int64) * (UNIT * 8 // state_ptr.dtype.element_ty.primitive_bitwidth)
+    stride_lse = stride.to(tl.int64) * (UNIT // 4)
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     in_use = row < rows
     dim = tl.arange(0, DIMS)
@@ -92,13 +95,13 @@ class _Work(NamedTuple):
     Attributes:
         launch: prepared.
         programs: the grid.
-        numbers: of the launch: rows, and the strides between ranks.
+        numbers: of the launch: rows, and the stride between ranks.
         lse_at: byte of the first rank's log-sum-exp.
     """
 
     launch: PreparedLaunch
     programs: int
-    numbers: tuple[int, int, int]
+    numbers: tuple[int, int]
     lse_at: int
 
 
@@ -109,16 +112,14 @@ def _work_of(
 ) -> _Work:  # fmt: skip
     rows, heads, dim, dtype = form
     together = max(1, 1024 // triton.next_power_of_2(dim))
-    numbers = (rows * heads, form.nbytes // dtype.itemsize, form.nbytes // 4)
-    key = (
-        heads, dim, dtype, ranks, sink_dtype, want_lse, device, interpreted, alignment, numbers[1] & 15,
-        numbers[2] & 15,
-    )  # fmt: skip
+    numbers = (rows * heads, form.nbytes // ALIGNED)
+    key = heads, dim, dtype, ranks, sink_dtype, want_lse, device, interpreted, alignment
 
     def prepare() -> PreparedLaunch:
         constants = {
             "HEADS": heads, "DIM": dim, "DIMS": triton.next_power_of_2(dim), "RANKS": ranks, "R": together,
             "SINKS": sink_dtype is not None, "LSE": want_lse, "BY_HAND": interpreted,
+            "UNIT": ALIGNED,
         }  # fmt: skip
         return PreparedLaunch(merge_ranks_kernel, (None,) * 5, (), constants, interpreted)
 

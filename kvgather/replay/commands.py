@@ -32,8 +32,7 @@ def serve(arguments: argparse.Namespace) -> int:
     check_engine(arguments)
     if bool(arguments.model) == arguments.random_weights:
         raise ValueError("accepted: either MODEL, the folder of a model, or --random-weights")
-    if arguments.model and not Path(arguments.model).is_dir():
-        raise ValueError(f"MODEL is {arguments.model!r}, which is no folder; accepted: the folder of a model")
+    _check_folder(arguments.model)
     ranks = Ranks.of_torchrun(arguments.rank_timeout)
     device = resolve_device(arguments.device, "--device")
     if ranks.count > 1:
@@ -95,6 +94,9 @@ def replay(arguments: argparse.Namespace) -> int:
     from .process import ServerError
 
     check_engine(arguments)
+    _check_folder(arguments.model)
+    if arguments.ranks > 1:
+        _check_heads(arguments)
     lengths = {"20b": (1000, 100, 128)}.get(arguments.config if not arguments.model else "20b", (48, 16, 4))
     for name, value in zip(("shared", "own", "new"), lengths, strict=True):
         if getattr(arguments, name) is None:
@@ -204,6 +206,30 @@ class _Bar:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def _check_folder(model: str) -> None:
+    """Raise unless a model is a folder, or random weights.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if model and not Path(model).is_dir():
+        raise ValueError(f"MODEL is {model!r}, which is no folder; accepted: the folder of a model")
+
+
+def _check_heads(arguments: argparse.Namespace) -> None:
+    """Raise before a process starts, if the ranks do not divide the model's heads.
+
+    Raises:
+        ValueError: they do not; or kvgather[serving] is not installed.
+    """
+    _check_extra()
+    from ..serving.serve import Source
+    from ..serving.tensor_parallel import plan_of
+
+    source = Source(arguments.model, arguments.config, torch.device("cpu"), torch.float32)
+    plan_of(source.model_config(), arguments.ranks)
 
 
 def _check_extra() -> None:

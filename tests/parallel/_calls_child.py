@@ -16,7 +16,7 @@ import kvgather as kg
 from kvgather.batch.share import Share
 from kvgather.cases import sinks_of
 from kvgather.parallel import ContextParallel, RankError
-from tests.attention.batches import setup
+from tests.attention.batches import assert_close, setup
 from tests.parallel.gloo import finish, join, leave
 from tests.parallel.pools import distribute, local_pool
 
@@ -125,6 +125,18 @@ def what_no_rank_sees(attend: ContextParallel) -> bool:
     return close(ready(), ready.one.attend(ready.one.batch())[0])
 
 
+def a_short_window_stays_local(attend: ContextParallel) -> list[Any]:
+    """A layer whose tokens every rank has, between two that are distributed: what it moves, and whether it is right."""
+    ready, sinks = Ready(attend, [3, 1], [30, 9]), sinks_of("on", 4)
+    ready()
+    one = setup([3, 1], [30, 9], seed=1)
+    before = attend.calls, attend.bytes_received
+    got = attend(one.q, *one.new_tokens(), one.cache, one.batch(), sinks=sinks, window=6, return_lse=True)
+    moved = attend.calls - before[0], attend.bytes_received - before[1]
+    assert_close(got, one.wanted(sinks=sinks, window=6), one.rows)
+    return [*moved, close(ready(), ready.one.attend(ready.one.batch())[0])]
+
+
 def two_of_one_group(attend: ContextParallel) -> list[Any]:
     """Both are used unequally often; none takes the other's ranks for missing. One is closed: what its call raises."""
     other, ready = ContextParallel(), Ready(attend, [1, 2], [13, 30])
@@ -173,8 +185,8 @@ def other_shapes(attend: ContextParallel) -> str:
 
 
 ALL: tuple[Callable[[ContextParallel], Any], ...] = (
-    refused_calls, negative_bits, ends_at_borders, bad_blocks, too_long, what_no_rank_sees, two_of_one_group,
-    part_of_the_group,
+    refused_calls, negative_bits, ends_at_borders, bad_blocks, too_long, what_no_rank_sees,
+    a_short_window_stays_local, two_of_one_group, part_of_the_group,
 )  # fmt: skip
 WITH_SHAPES_COMPARED = (other_shapes,)
 

@@ -17,6 +17,7 @@ REFUSED = [
 ]  # fmt: skip
 EXPECTED = {
     "negative_bits": True, "ends_at_borders": [], "bad_blocks": [], "too_long": True, "what_no_rank_sees": True,
+    "a_short_window_stays_local": [0, 0, True],
     "two_of_one_group": [[], [], "this ContextParallel is closed; accepted: calls before close()", True],
 }  # fmt: skip
 

@@ -137,6 +137,13 @@ def test_a_scale_without_heads_is_shared() -> None:
     assert scale_of_heads(None, "none", heads) is scale_of_heads(None, "per-head", heads) is None
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("heads", [[0, 1], (0, 2), slice(0, 2), "01", None])
+def test_heads_are_a_range(heads: Any, kind: str) -> None:
+    with pytest.raises(TypeError, match=r"heads is .*; accepted: a range, from heads_of\("):
+        scale_of_heads(scale_of(kind), kind, heads)
+
+
 def test_a_slice_is_a_view_with_its_strides() -> None:
     scale = torch.ones(BLOCKS, PAGE, HEADS).transpose(1, 2)
     part = scale_of_heads(scale, "per-token-head", heads_of(HEADS, 2, 3))

@@ -6,6 +6,7 @@ import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from kvgather.cases import sinks_of
 from kvgather.parallel import ContextParallel, RankError, context
 from kvgather.parallel import ranks as module
 from kvgather.parallel.exchange import Exchange
-from kvgather.parallel.ranks import DEAD, LATE, LOOK, Ranks
+from kvgather.parallel.ranks import ANSWER, DEAD, LATE, LOOK, Ranks
 from tests.attention.batches import assert_close, setup
 
 TIMEOUT = 100.0
@@ -296,11 +297,11 @@ def test_the_threads_of_a_rank_on_a_gpu_report_it(
         return 1, 0
 
     monkeypatch.setattr(module, "_read", read)
-    monkeypatch.setattr(module, "_timeout_of", lambda _: TIMEOUT)
+    monkeypatch.setattr(module, "_timeout_of", lambda *_: TIMEOUT)
     monkeypatch.setattr(module, "LOOK", 0.01)
     monkeypatch.setattr(module, "DEAD", 0.1)
     monkeypatch.setattr(Ranks, "_store", lambda _: made)
-    monkeypatch.setattr(dist, "get_backend", lambda _: "nccl")
+    monkeypatch.setattr(dist, "get_backend_config", lambda _: "cuda:nccl")
     monkeypatch.setattr(dist, "get_world_size", lambda _: 2)
     monkeypatch.setattr(dist.ProcessGroup, "abort", lambda _: None)
     monkeypatch.setattr(torch, "Event", lambda *_: Event())
@@ -341,6 +342,52 @@ def test_a_silent_store_holds_nobody_up(group: dist.ProcessGroup, monkeypatch: p
 
 def refused() -> None:
     raise RuntimeError("Connection reset by peer")
+
+
+@pytest.mark.parametrize("backend", ["gloo", "cpu:gloo", "cuda:gloo", None])
+def test_a_group_says_its_back_ends_in_several_ways(backend: str | None) -> None:
+    group = dist.new_group([0], timeout=timedelta(seconds=50), backend=backend)
+    ranks = Ranks(group, "in several ways")
+    assert ranks._timeout == 50 and ranks._patience == ANSWER  # as one whose collectives the host waits for
+    ranks.close()
+    dist.destroy_process_group(group)
+
+
+@pytest.mark.parametrize(
+    ("config", "watched"),
+    [("cuda:nccl", ("cuda", True)), ("cpu:gloo,cuda:nccl", ("cuda", True)), ("cpu:gloo", ("cpu", False)),
+     ("cpu:mpi", ("cpu", False)), ("cuda:gloo", ("cuda", False))],
+)  # fmt: skip
+def test_only_a_back_end_that_lets_the_host_go_on_is_watched(config: str, watched: tuple[str, bool]) -> None:
+    assert module._watched(config) == watched
+
+
+def test_a_rank_gives_up_a_store_that_has_gone(group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch logs every attempt to reach it, and an engine may live for days. One that comes back in time is used."""
+    ranks, tried = Ranks(group, "gone"), []
+
+    def write(_: object) -> None:
+        tried.append(len(tried))
+        if len(tried) not in (3, 4):
+            raise RuntimeError("Broken pipe")
+
+    clock = iter(range(1000))
+    monkeypatch.setattr(ranks, "_store", dist.HashStore)
+    monkeypatch.setattr(ranks, "_write", write)
+    monkeypatch.setattr(ranks, "_seconds", 0.0)
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    ranks._beat()
+    assert 4 + ANSWER / 2 < len(tried) < 4 + 2 * ANSWER
+    monkeypatch.undo()
+    ranks.close()
+
+
+def test_what_others_write_under_a_rank_is_no_sign_of_it() -> None:
+    store = dist.HashStore()
+    assert module._read(store, 1) is None
+    for written, read in (("3 2", (3, 2)), ("junk", None), ("1 2 3", None), ("", None)):
+        store.set("1", written)
+        assert module._read(store, 1) == read
 
 
 def test_the_error_is_pickled_with_its_ranks() -> None:

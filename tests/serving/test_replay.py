@@ -90,6 +90,7 @@ def test_a_model_of_a_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path)
         (["serve"], "accepted: either MODEL, the folder of a model, or --random-weights"),
         (["serve", "here", "--random-weights"], "accepted: either MODEL, the folder of a model, or --random-weights"),
         (["serve", "no/such/folder"], "MODEL is 'no/such/folder', which is no folder"),
+        (["replay", "no/such/folder"], "MODEL is 'no/such/folder', which is no folder"),
         (["serve", "--random-weights", "--dtype", "float7"], "--dtype is 'float7'; accepted: the name of a dtype"),
         (["serve", "--random-weights", "--cache-dtype", "int8"], "dtype is int8; accepted: float8_e4m3fn"),
         (["serve", "--random-weights", "--gather", "before"], "--gather before without --num-blocks; accepted: a "),
