@@ -14,25 +14,32 @@ class OutOfTime(BaseException):
     """The time is over. Not an Exception, so that neither the interpreter nor a reader's code catches it."""
 
 
+AGAIN = 5.0
+"""Seconds after which the exception is raised again: longer than the body's clean-up takes."""
+
+
 @contextmanager
 def deadline(seconds: float) -> Iterator[None]:
     """Context manager that raises `OutOfTime` in its body after `seconds`.
 
-    The exception arrives between two steps of Python; a call of compiled code ends first.
+    The exception arrives between two steps of Python; a call of compiled code ends first. If it arrives in a callback
+    of the garbage collector or in a `__del__`, Python prints and drops it: then it comes again.
     """
-    thread, lock, over = threading.get_ident(), threading.Lock(), False
+    thread, lock, ended, in_body = threading.get_ident(), threading.Lock(), threading.Event(), [True]
 
     def fire() -> None:
-        with lock:
-            if not over:
+        wait = seconds
+        while not ended.wait(wait):
+            with lock:
+                if not in_body:
+                    return
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(OutOfTime))
+            wait = AGAIN
 
-    timer = threading.Timer(seconds, fire)
-    timer.daemon = True
-    timer.start()
+    threading.Thread(target=fire, name="kvgather deadline", daemon=True).start()
     try:
         yield
     finally:
-        with lock:  # from here on the timer does nothing, so that no later code is interrupted
-            over = True
-        timer.cancel()
+        in_body.clear()  # first, and compiled: the exception arrives before it or after it
+        with lock:  # from here on no later code is interrupted
+            ended.set()

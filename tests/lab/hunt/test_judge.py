@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,15 @@ hunt = pytest.importorskip("kvgather.lab.hunt", reason="needs Triton, which has 
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
+from kvgather.lab.hunt import deadline as deadlines  # noqa: E402
 from kvgather.lab.hunt import handed_in, judge, place  # noqa: E402
 from kvgather.lab.hunt.deadline import OutOfTime, deadline  # noqa: E402
 from kvgather.lab.hunt.differences import Contents, difference  # noqa: E402
 from kvgather.lab.hunt.kernels import rows  # noqa: E402
 
 SLOTS = hunt.BUGS["slots"]
+may_be_dropped = pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
+"""The deadline's exception may arrive in a callback of the garbage collector, which drops it; then it comes again."""
 
 
 @triton.jit
@@ -53,6 +58,7 @@ def greedy_kernel(slots_ptr, positions_ptr, table_ptr, n, PAGE: tl.constexpr, BL
     tl.store(slots_ptr, tl.load(slots_ptr))
 
 
+@may_be_dropped
 def test_a_loop_without_an_end_is_stopped() -> None:
     began = time.monotonic()
     said = judge.complaint(SLOTS, {"n": 8}, endless_kernel, seconds=0.5)
@@ -101,6 +107,7 @@ def test_the_bug_passes_and_shows_as_the_registry_says(bug: Any) -> None:
     assert results and set(results) == {None}
 
 
+@may_be_dropped
 def test_a_deadline_ends_before_later_code() -> None:
     for _ in range(20):
         with deadline(30.0):
@@ -108,6 +115,31 @@ def test_a_deadline_ends_before_later_code() -> None:
     with pytest.raises(OutOfTime), deadline(0.05):
         while True:
             pass
+
+
+def test_a_deadline_comes_again_where_python_dropped_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it does what is raised in a callback of the garbage collector; hypothesis has one."""
+    monkeypatch.setattr(deadlines, "AGAIN", 0.05)
+    dropped: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", dropped.append)
+
+    class Garbage:
+        def __del__(self) -> None:
+            while not given_up:  # until it is interrupted
+                time.sleep(0.001)
+
+    given_up: list[int] = []
+    timer = threading.Timer(60.0, given_up.append, [1])
+    timer.start()
+    with pytest.raises(OutOfTime), deadline(0.05):
+        Garbage()
+        while not given_up:
+            pass
+    timer.cancel()
+    assert [type(each.exc_value) for each in dropped] == [OutOfTime]
+    for thread in [thread for thread in threading.enumerate() if thread.name == "kvgather deadline"]:
+        thread.join(20)
+        assert not thread.is_alive()
 
 
 @pytest.mark.parametrize(
