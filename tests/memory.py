@@ -17,6 +17,7 @@ def memory(elements: int, dtype: torch.dtype, where: str) -> Tensor:
     """Uninitialised memory: real on a GPU, reserved on a CPU."""
     size = elements * dtype.itemsize
     if where == "cuda":
+        torch.cuda.empty_cache()  # what an earlier test of this process has freed counts as free
         wait_for_gpu_memory(2 * size + 2**30)
         return torch.empty(elements, dtype=dtype, device=where)
     if sys.platform != "linux":
